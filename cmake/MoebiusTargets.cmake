@@ -1,0 +1,33 @@
+# Helpers that keep every folder's CMakeLists.txt down to its list of files.
+
+add_library(moebius_flags INTERFACE)
+target_compile_options(moebius_flags INTERFACE
+  -Wall -Wextra $<$<BOOL:${MOEBIUS_WERROR}>:-Werror>
+  -ffp-contract=off                          # a fused multiply-add is written where one is meant: docs/numerics.md
+  -ffile-prefix-map=${PROJECT_SOURCE_DIR}=.)
+target_include_directories(moebius_flags INTERFACE ${PROJECT_SOURCE_DIR} ${PROJECT_SOURCE_DIR}/include)
+if(MOEBIUS_SANITIZE)
+  target_compile_options(moebius_flags INTERFACE -fsanitize=${MOEBIUS_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+  target_link_options(moebius_flags INTERFACE -fsanitize=${MOEBIUS_SANITIZE})
+endif()
+
+# moebius_component(name SOURCES … DEPENDS other components and libraries …): one folder of lib/ as a private static library.
+function(moebius_component name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
+  add_library(moebius_${name} STATIC ${ARG_SOURCES})
+  target_link_libraries(moebius_${name} PUBLIC moebius_flags ${ARG_DEPENDS})
+endfunction()
+
+# moebius_test(name SOURCES … LINKS … LABELS …): one Catch2 executable, one CTest entry per test case.
+function(moebius_test name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LINKS;LABELS" ${ARGN})
+  add_executable(test_${name} ${ARG_SOURCES})
+  target_link_libraries(test_${name} PRIVATE moebius_test_main ${ARG_LINKS})
+  target_compile_definitions(test_${name} PRIVATE
+    MOEBIUS_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data" MOEBIUS_SHIPPED_MODELS="${PROJECT_SOURCE_DIR}/examples/models")
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  add_test(NAME ${name} COMMAND test_${name})
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT 1500)
+endfunction()

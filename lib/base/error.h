@@ -1,0 +1,59 @@
+// How an operation ends when it cannot succeed: one exception type with a code, a message and where it was raised.
+// Expected outcomes (full, miss, cancelled) are returned values instead; MOEBIUS_ASSERT is for our own bugs only.
+#pragma once
+
+#include <cstdint>
+#include <source_location>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include <fmt/format.h>
+
+namespace moebius {
+
+// Codes cross the C ABI unchanged (include/moebius/moebius.h): numbers are never reused.
+enum class Code : int32_t {
+  kInvalidArgument = -1,
+  kInvalidState = -2,
+  kNotFound = -3,
+  kUnsupported = -4,
+  kIo = -5,
+  kCorruptModel = -6,
+  kOutOfMemory = -7,
+  kTimeout = -8,
+  kCancelled = -9,
+  kQueueFull = -10,
+  kContextTooLong = -11,
+  kDoesNotFit = -12,
+  kRankFailed = -13,
+  kInternal = -14,
+};
+
+class Error : public std::runtime_error {
+ public:
+  Error(Code code, const std::string& message, std::source_location where = std::source_location::current())
+      : std::runtime_error(message), code_(code), where_(where) {}
+  Code code() const { return code_; }
+  const std::source_location& where() const { return where_; }
+
+ private:
+  Code code_;
+  std::source_location where_;
+};
+
+// Raises Error with a formatted message. The message states the fact with its numbers: "expert 71 out of range, model has 64".
+template <typename... Args>
+[[noreturn]] void fail(Code code, fmt::format_string<Args...> format, Args&&... args) {
+  throw Error(code, fmt::format(format, std::forward<Args>(args)...));
+}
+
+[[noreturn]] inline void assertion_failed(const char* condition, std::source_location where) {
+  throw Error(Code::kInternal, fmt::format("internal error: {} does not hold ({}:{})", condition, where.file_name(), where.line()), where);
+}
+
+}  // namespace moebius
+
+// An invariant of ours; never reachable from input. Kept in release builds: it sits outside inner loops.
+#define MOEBIUS_ASSERT(condition) \
+  ((condition) ? (void)0 : ::moebius::assertion_failed(#condition, std::source_location::current()))

@@ -1,0 +1,28 @@
+// Small integer arithmetic used everywhere: rounding, shares of a range, checked products of untrusted sizes.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace moebius {
+
+constexpr int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(a, b) * b; }
+
+// False when a · b does not fit; untrusted sizes are multiplied only through this.
+inline bool checked_mul(uint64_t a, uint64_t b, uint64_t* out) { return !__builtin_mul_overflow(a, b, out); }
+inline bool checked_add(uint64_t a, uint64_t b, uint64_t* out) { return !__builtin_add_overflow(a, b, out); }
+
+struct Range {
+  int64_t begin = 0, end = 0;
+  int64_t size() const { return end - begin; }
+  bool empty() const { return end <= begin; }
+};
+
+// The part-th of `parts` nearly equal consecutive shares of [0, n), in units of `unit` (the last share takes the rest).
+inline Range share_of(int64_t n, int64_t part, int64_t parts, int64_t unit = 1) {
+  const int64_t units = div_up(n, unit);
+  return {std::min(n, units * part / parts * unit), std::min(n, units * (part + 1) / parts * unit)};
+}
+
+}  // namespace moebius

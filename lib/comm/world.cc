@@ -1,0 +1,222 @@
+#include "lib/comm/world.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <xmmintrin.h>
+
+#include <atomic>
+#include <chrono>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "lib/base/error.h"
+
+namespace moebius {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr uint32_t kDefaultMxcsr = 0x1f80;  // all exceptions masked, round to nearest, denormals kept
+
+// Sleeps are cut into slices so that an abort is seen soon without waking every sleeper for it.
+constexpr auto kSleepSlice = std::chrono::milliseconds(20);
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
+  const timespec slice{0, std::chrono::nanoseconds(kSleepSlice).count()};
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, &slice, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+// A word that threads wait on until it changes: spinning first (a step's barriers are microseconds apart), then asleep.
+struct alignas(64) WaitWord {
+  std::atomic<uint32_t> value{0};
+  std::atomic<uint32_t> sleepers{0};
+
+  void advance() {
+    value.fetch_add(1, std::memory_order_seq_cst);
+    if (sleepers.load(std::memory_order_seq_cst) > 0) futex_wake_all(value);
+  }
+
+  // Returns true once value != old; false when stop() says so (asked about every kSleepSlice, and while spinning).
+  template <class Stop>
+  bool wait(uint32_t old, int spins, Stop&& stop) {
+    for (int i = 0; i < spins; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return true;
+      if ((i & 255) == 255 && stop()) return false;
+      _mm_pause();
+    }
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    bool changed;
+    while (!(changed = value.load(std::memory_order_seq_cst) != old) && !stop()) futex_wait(value, old);
+    sleepers.fetch_sub(1, std::memory_order_relaxed);
+    return changed;
+  }
+};
+
+struct alignas(64) Barrier {
+  std::atomic<uint32_t> arrived{0};
+  WaitWord generation;
+};
+
+}  // namespace
+
+struct World::State {
+  State(int ranks, int threads, double deadline_ms)
+      : total(ranks * threads),
+        deadline(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double, std::milli>(deadline_ms))),
+        rank_barriers(ranks) {
+    // More threads than cores: whoever waits must give up its core at once.
+    const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+    spins = total <= cores ? 20000 : 50;  // 20,000 pauses are some 200–400 µs: longer than scheduling between two steps
+  }
+
+  int total;
+  Clock::duration deadline;
+  int spins;
+  std::vector<Barrier> rank_barriers;
+  Barrier world_barrier;
+
+  WaitWord epoch;        // advanced to start a region
+  WaitWord done;         // advanced by the last worker that leaves one
+  std::atomic<int> inside{0};
+  std::atomic<bool> aborted{false}, stopping{false}, dead{false};
+  const RegionFunction* job = nullptr;
+
+  std::mutex error_mutex;
+  std::exception_ptr error;  // the first of the region
+
+  std::mutex keep_mutex;
+  std::vector<std::shared_ptr<void>> kept;
+  std::vector<std::thread> workers;
+
+  void abort_region(std::exception_ptr e) {
+    {
+      std::lock_guard lock(error_mutex);
+      if (!error) error = e;
+    }
+    aborted.store(true, std::memory_order_release);
+  }
+
+  void execute(int rank, int thread) {
+    try {
+      (*job)(rank, thread);
+    } catch (...) {
+      abort_region(std::current_exception());
+    }
+  }
+
+  void wait_at(Barrier& barrier, uint32_t parties) {
+    if (aborted.load(std::memory_order_acquire)) throw Error(Code::kCancelled, "region aborted");
+    const uint32_t generation = barrier.generation.value.load(std::memory_order_acquire);
+    if (barrier.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == parties) {
+      barrier.arrived.store(0, std::memory_order_relaxed);
+      barrier.generation.advance();
+      return;
+    }
+    const auto until = Clock::now() + deadline;
+    const bool changed = barrier.generation.wait(generation, spins, [&] {
+      return aborted.load(std::memory_order_acquire) || Clock::now() > until;
+    });
+    if (changed) return;
+    if (aborted.load(std::memory_order_acquire)) throw Error(Code::kCancelled, "region aborted");
+    fail(Code::kTimeout, "a rank did not reach a barrier within {:.0f} ms",
+         std::chrono::duration<double, std::milli>(deadline).count());
+  }
+
+  void work(int rank, int thread) {
+    _mm_setcsr(kDefaultMxcsr);
+    uint32_t seen = 0;
+    for (;;) {
+      while (!epoch.wait(seen, spins, [] { return false; })) {}
+      ++seen;
+      if (stopping.load(std::memory_order_acquire)) return;
+      execute(rank, thread);
+      if (inside.fetch_sub(1, std::memory_order_acq_rel) == 1) done.advance();
+    }
+  }
+
+  bool wait_for_workers(uint32_t done_before, Clock::duration limit) {
+    const auto until = Clock::now() + limit;
+    return done.wait(done_before, spins, [&] { return Clock::now() > until; });
+  }
+};
+
+World::World(int ranks, int threads, double deadline_ms)
+    : ranks_(ranks), threads_(threads), state_(std::make_shared<State>(ranks, threads, deadline_ms)) {
+  for (int r = 0; r < ranks; ++r)
+    for (int t = 0; t < threads; ++t)
+      if (r + t > 0) {
+        state_->workers.emplace_back([state = state_, r, t] { state->work(r, t); });
+        const std::string name = fmt::format("moebius-{}.{}", r, t);
+        pthread_setname_np(state_->workers.back().native_handle(), name.substr(0, 15).c_str());
+      }
+}
+
+World::~World() {
+  state_->stopping.store(true, std::memory_order_release);
+  state_->epoch.advance();
+  for (std::thread& worker : state_->workers) {
+    if (state_->dead.load()) worker.detach();  // may be stuck; it holds the state and what keep_alive holds
+    else worker.join();
+  }
+}
+
+bool World::dead() const { return state_->dead.load(std::memory_order_acquire); }
+
+void World::run(RegionFunction f) {
+  State& s = *state_;
+  if (dead()) fail(Code::kRankFailed, "the world is dead: a rank stopped answering earlier");
+  s.job = &f;
+  s.error = nullptr;
+  s.aborted.store(false, std::memory_order_relaxed);
+  s.world_barrier.arrived.store(0, std::memory_order_relaxed);
+  for (Barrier& b : s.rank_barriers) b.arrived.store(0, std::memory_order_relaxed);
+  const uint32_t done_before = s.done.value.load(std::memory_order_relaxed);
+  s.inside.store(s.total - 1, std::memory_order_relaxed);
+  s.epoch.advance();  // orders all of the above before the workers' reads
+
+  s.execute(0, 0);
+  if (s.total > 1 && !s.wait_for_workers(done_before, s.deadline)) {
+    const double ms = std::chrono::duration<double, std::milli>(s.deadline).count();
+    s.abort_region(std::make_exception_ptr(
+        Error(Code::kTimeout, fmt::format("{} of {} threads did not finish within {:.0f} ms", s.inside.load(), s.total, ms))));
+    if (!s.wait_for_workers(done_before, s.deadline)) {
+      s.dead.store(true, std::memory_order_release);
+      fail(Code::kRankFailed, "{} of {} threads did not stop within {:.0f} ms after an abort; nothing can be undone safely",
+           s.inside.load(), s.total, ms);
+    }
+  }
+  if (s.error) {
+    const std::exception_ptr error = std::exchange(s.error, nullptr);
+    std::rethrow_exception(error);
+  }
+}
+
+void World::rank_barrier(int rank) {
+  if (threads_ > 1) state_->wait_at(state_->rank_barriers[rank], static_cast<uint32_t>(threads_));
+}
+
+void World::world_barrier() {
+  if (state_->total > 1) state_->wait_at(state_->world_barrier, static_cast<uint32_t>(state_->total));
+}
+
+void World::check_abort() const {
+  if (state_->aborted.load(std::memory_order_acquire)) throw Error(Code::kCancelled, "region aborted");
+}
+
+void World::keep_alive(std::shared_ptr<void> memory) {
+  std::lock_guard lock(state_->keep_mutex);
+  state_->kept.push_back(std::move(memory));
+}
+
+FloatingPointMode::FloatingPointMode() : saved_(_mm_getcsr()) { _mm_setcsr(kDefaultMxcsr); }
+FloatingPointMode::~FloatingPointMode() { _mm_setcsr(saved_); }
+
+}  // namespace moebius

@@ -1,0 +1,219 @@
+// The border to hardware: the table of kernels that a backend supplies, and their arguments as plain data.
+//
+// Every computing thread of a rank calls the same op with its own Lane; the op does that lane's share and returns. An op
+// never waits: the caller puts a barrier where one op reads what another lane wrote. No share of work ever splits the sum
+// of one output element, so results depend on neither the number of lanes nor the rows that happen to be in the batch.
+// Rows are rows of the whole step: buffers are indexed by the step's row number even where a rank works on a range of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "lib/base/numbers.h"
+#include "lib/tensor/dtype.h"
+
+namespace moebius {
+
+// One thread's share of an op: thread `thread` of `num_threads`, with scratch memory of its own (64-byte aligned,
+// at least Ops::scratch_bytes of the engine's limits).
+struct Lane {
+  int thread = 0;
+  int num_threads = 1;
+  std::byte* scratch = nullptr;
+};
+
+// Upper bounds that size scratch memory.
+struct OpLimits {
+  int64_t max_rows = 0;        // rows of a step
+  int64_t hidden = 0;
+  int64_t head_dim = 0;
+  int64_t heads_per_kv = 0;    // query heads that read one KV head
+  int64_t max_neurons = 0;     // padded neurons that one expert (or dense MLP) has on a rank
+  int64_t num_experts = 0;
+};
+
+// The one accumulator of sums that cross slices (design: exact sums). A contribution c (float) is added as the integer
+// nearest c·scale. Each is tested by itself: finite and |c·scale| < limit; a failure sets the row's flag, and whoever
+// converts the sum back makes that row NaN. Flags are only ever set here (relaxed atomic stores of 1), never cleared.
+struct ExactSum {
+  int64_t* sum = nullptr;    // [rows, hidden]; holds floats (unscaled) instead where `plain`
+  uint8_t* flags = nullptr;  // [rows]
+  float scale = 1;           // a power of two
+  float limit = 0;           // a power of two ≤ 2^63 ÷ number of addends
+  bool plain = false;        // benchmark only: ordinary float sums, [rows, hidden] floats in the same memory
+};
+
+// h[row] = embedding of tokens[row]. Shares: rows.
+struct EmbedArgs {
+  Range rows;
+  const int32_t* tokens = nullptr;  // [rows]
+  int64_t hidden = 0;
+  const bf16* table = nullptr;      // [vocab, hidden], or null when tied:
+  const bf16* packed = nullptr;     // packed matrix n = vocab, k = hidden
+  float* h = nullptr;               // [rows, hidden]
+};
+
+// h[row] += (Σ_p partials[p][row]) / scale (NaN where any flag is set), then x = bf16(rms_norm(h)·weight). Shares: rows.
+struct AddNormArgs {
+  Range rows;
+  int64_t hidden = 0;
+  float* h = nullptr;                          // [rows, hidden] in, out
+  int num_partials = 0;                        // 0: norm only
+  const int64_t* const* partials = nullptr;    // [num_partials] each [rows, hidden]
+  const uint8_t* const* flags = nullptr;       // [num_partials] each [rows]
+  float inv_scale = 1;
+  bool plain = false;
+  const float* weight = nullptr;               // [hidden]; null: add only
+  float eps = 0;
+  bf16* x = nullptr;                           // [rows, hidden]
+  float* x_float = nullptr;                    // [rows, hidden] the norm before rounding, or null
+};
+
+// y = x·Wᵀ in float, for several packed matrices over the same x. Shares: tiles of all parts, laid end to end.
+struct LinearPart {
+  const bf16* w = nullptr;  // packed matrix n, k
+  int64_t n = 0;
+  float* y = nullptr;       // row r at y + r·ldy
+  int64_t ldy = 0;
+};
+struct LinearArgs {
+  Range rows;
+  const bf16* x = nullptr;  // row r at x + r·ldx
+  int64_t ldx = 0;
+  int64_t k = 0;
+  int num_parts = 0;
+  const LinearPart* parts = nullptr;
+};
+
+// Where a row's KV lives: page `position / page_tokens` of its sequence's page table.
+struct RowPlace {
+  int32_t position = 0;
+  const int32_t* pages = nullptr;  // page table of the row's sequence in the layout at hand
+};
+
+// One layer's KV of one rank in one layout: page p of local KV head j at base + (p·num_kv_heads + j)·slice bytes (KvSlice).
+struct KvView {
+  std::byte* base = nullptr;
+  int32_t num_kv_heads = 0;  // local ones
+  int32_t page_tokens = 0;
+  int32_t head_dim = 0;
+};
+
+// Per-head RMS norm (if any) and rotary embedding (halves rotated, as Hugging Face's rotate_half) of q and k;
+// q is rounded to bf16, k and v are rounded and stored in their pages. Shares: (row, head) units.
+struct RopeStoreArgs {
+  Range rows;
+  const RowPlace* places = nullptr;  // [rows]
+  int32_t num_heads = 0;             // local query heads
+  const float* q = nullptr;          // [rows, num_heads·head_dim]
+  const float* k = nullptr;          // [rows, num_kv_heads·head_dim]
+  const float* v = nullptr;          // [rows, num_kv_heads·head_dim]
+  const float* q_norm = nullptr;     // [head_dim] or null
+  const float* k_norm = nullptr;     // [head_dim] or null
+  float eps = 0;
+  const float* rope = nullptr;       // [max_position][head_dim/2][cos, sin]
+  bf16* q_out = nullptr;             // [rows, num_heads·head_dim]
+  KvView kv;
+};
+
+// Causal attention over paged KV, prefill and decode alike: row r of a chunk sees positions 0 … first_position + r.
+// The order of operations is a function of the position alone: splits of kAttentionSplit tokens at absolute positions, each
+// with its own (max, sum, output), merged in order; slots past a row's position are not read into any sum.
+// Shares: (chunk rows, KV head) units.
+inline constexpr int kAttentionSplit = 256;  // tokens; a multiple of every page size we accept up to 256, and of the tile
+
+struct SequenceChunk {
+  int32_t row_begin = 0;
+  int32_t num_rows = 0;
+  int32_t first_position = 0;
+  const int32_t* pages = nullptr;
+};
+struct AttentionArgs {
+  int num_chunks = 0;
+  const SequenceChunk* chunks = nullptr;
+  int32_t num_heads = 0;                   // local query heads
+  const Range* heads_of_kv = nullptr;      // [kv.num_kv_heads] the local query heads that read each local KV head
+  float softmax_scale = 0;
+  const bf16* q = nullptr;                 // [rows, num_heads·head_dim]
+  bf16* out = nullptr;                     // [rows, num_heads·head_dim]
+  KvView kv;
+};
+
+// acc = Σ_groups fixed(O[group]·a[:, group]): overwrites the rows' sums. Shares: tiles of hidden.
+struct ExactLinearPart {
+  const bf16* w = nullptr;  // packed matrix n = hidden, k
+  int64_t k = 0;
+  int64_t column = 0;       // where the group's inputs start in a row of x
+};
+struct ExactLinearArgs {
+  Range rows;
+  const bf16* x = nullptr;  // row r at x + r·ldx
+  int64_t ldx = 0;
+  int64_t hidden = 0;
+  int num_parts = 0;
+  const ExactLinearPart* parts = nullptr;
+  ExactSum out;
+};
+
+// Router: softmax over all experts of x·Wᵀ in float, the top_k largest (ties and NaN: the lower index), their weights
+// renormalised to sum 1 where asked. ids are descending by probability. Shares: rows.
+struct RouteArgs {
+  Range rows;
+  const float* x = nullptr;  // [rows, hidden]
+  const bf16* w = nullptr;   // packed matrix n = num_experts, k = hidden
+  int64_t hidden = 0;
+  int32_t num_experts = 0;
+  int32_t top_k = 0;
+  bool renormalise = false;
+  int32_t* ids = nullptr;     // [rows, top_k]
+  float* weights = nullptr;   // [rows, top_k]
+};
+
+// One expert (or dense MLP) with the rows that chose it: pairs [pair_begin, pair_begin + num_pairs) of the batch.
+struct ExpertJob {
+  int32_t pair_begin = 0;
+  int32_t num_pairs = 0;
+  const bf16* const* cuts = nullptr;  // [num_cuts] this rank's cuts of it (MlpCut)
+};
+struct ExpertsArgs {
+  int64_t hidden = 0;
+  int64_t neurons_per_cut = 0;
+  int32_t num_cuts = 0;                 // per job, on this rank
+  int num_jobs = 0;
+  const ExpertJob* jobs = nullptr;      // in any order; empty ones allowed
+  const int32_t* pair_rows = nullptr;   // [pairs] the step's row of each pair
+  const float* pair_weights = nullptr;  // [pairs] router weights
+  const bf16* x = nullptr;              // row r at x + r·hidden
+  bf16* act = nullptr;                  // [pairs, num_cuts·padded neurons]
+  Range zero_rows;                      // experts_down: rows of the sum cleared before adding
+  ExactSum out;
+};
+
+// The kernels of one backend. One world uses one table: equality of bits holds among runs on the same table.
+struct Ops {
+  const char* name;
+  size_t (*scratch_bytes)(const OpLimits&);  // per lane
+
+  void (*embed)(const EmbedArgs&, const Lane&);
+  void (*add_norm)(const AddNormArgs&, const Lane&);
+  void (*linear)(const LinearArgs&, const Lane&);
+  void (*rope_store)(const RopeStoreArgs&, const Lane&);
+  void (*attention)(const AttentionArgs&, const Lane&);
+  void (*exact_linear)(const ExactLinearArgs&, const Lane&);
+  void (*route)(const RouteArgs&, const Lane&);
+  // act = bf16(silu(gate·x) · (up·x)) for every pair. Shares: (job, cut, tile) units of equal cost.
+  void (*experts_gate_up)(const ExpertsArgs&, const Lane&);
+  // out.sum[row] += fixed(weight · down·act), one contribution per (pair, cut). Shares: tiles of hidden.
+  void (*experts_down)(const ExpertsArgs&, const Lane&);
+
+  // Sampling helpers over one row of float logits; called by one thread, order fixed.
+  int64_t (*arg_max)(const float* x, int64_t n);                                        // lowest index wins; -1 when no element is a number
+  float (*exp_sum)(const float* x, int64_t n, float shift, float factor, float* out);   // out[i] = exp((x[i] − shift)·factor) (out may be null), returns the sum
+
+  // Benchmarks' floors: reads `bytes` once (returns a checksum), and runs `iterations` × a fixed block of bf16 dot products
+  // from registers; returns the operations done (a multiply-add counts as two).
+  uint64_t (*probe_read)(const void* data, size_t bytes);
+  double (*probe_dot)(int64_t iterations);
+};
+
+}  // namespace moebius

@@ -1,0 +1,402 @@
+#include "lib/kv/kv_manager.h"
+
+#include <algorithm>
+#include <bit>
+#include <numeric>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include "lib/base/error.h"
+
+namespace moebius {
+
+BlockKey extend_key(const BlockKey& prefix, std::span<const int32_t> tokens) {
+  // The prefix enters as the seed and as a final mix, so that equal blocks after different prefixes differ in all 128 bits.
+  const XXH128_hash_t h = XXH3_128bits_withSeed(tokens.data(), tokens.size_bytes(), prefix.low);
+  const uint64_t mix[4] = {h.low64, h.high64, prefix.low, prefix.high};
+  const XXH128_hash_t k = XXH3_128bits(mix, sizeof mix);
+  return {k.low64, k.high64};
+}
+
+KvManager::KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_tokens, bool prefix_cache, Phase phase)
+    : phase_(phase), page_tokens_(page_tokens), prefix_cache_(prefix_cache), tp_capacity_(tp_pages), ep_capacity_(std::move(ep_pages)) {
+  MOEBIUS_ASSERT(phase != Phase::kBoth);
+  const int64_t ep_total = std::accumulate(ep_capacity_.begin(), ep_capacity_.end(), int64_t{0});
+  // A block in phase kBoth has an EP page of its own; in phase kTp those that came together from EP may share TP pages.
+  const int64_t num_blocks = tp_pages + ep_total;
+  blocks_.resize(num_blocks);
+  live_slot_.assign(num_blocks, -1);
+  live_.reserve(num_blocks);
+  for (int64_t b = num_blocks - 1; b >= 0; --b) free_blocks_.push_back(static_cast<int32_t>(b));
+  for (int64_t p = tp_pages - 1; p >= 0; --p) tp_free_.push_back(static_cast<int32_t>(p));
+  for (int64_t pages : ep_capacity_) {
+    std::vector<int32_t>& pool = ep_free_.emplace_back();
+    for (int64_t p = pages - 1; p >= 0; --p) pool.push_back(static_cast<int32_t>(p));
+  }
+  tp_blocks_.assign(tp_pages, 0);
+  tp_leader_.assign(tp_pages, -1);
+  cached_.resize(ep_capacity_.size() + 1);
+  cached_count_.assign(ep_capacity_.size() + 1, 0);
+  index_.assign(std::bit_ceil(static_cast<uint64_t>(num_blocks) * 2 + 2), -1);
+  index_mask_ = index_.size() - 1;
+  root_homes_.reserve(num_blocks);
+}
+
+int64_t KvManager::available(int home) const {
+  const int64_t tp = static_cast<int64_t>(tp_free_.size());
+  if (phase_ == Phase::kTp) return tp + cached_count_[0];
+  const int64_t ep = static_cast<int64_t>(ep_free_[home].size()) + cached_count_[home + 1];
+  if (phase_ == Phase::kEp) return ep;
+  return std::min(ep, tp + std::accumulate(cached_count_.begin(), cached_count_.end(), int64_t{0}));
+}
+
+double KvManager::usage() const {
+  int64_t used = blocks_in_use(), capacity = tp_capacity_;
+  if (phase_ == Phase::kEp) capacity = std::accumulate(ep_capacity_.begin(), ep_capacity_.end(), int64_t{0});
+  return capacity > 0 ? static_cast<double>(used) / static_cast<double>(capacity) : 0;
+}
+
+int64_t KvManager::blocks_in_use() const {
+  return static_cast<int64_t>(live_.size()) - std::accumulate(cached_count_.begin(), cached_count_.end(), int64_t{0});
+}
+
+// ---- pages and blocks
+
+int32_t KvManager::new_block() {
+  MOEBIUS_ASSERT(!free_blocks_.empty());
+  const int32_t b = free_blocks_.back();
+  free_blocks_.pop_back();
+  blocks_[b] = Block{};
+  live_slot_[b] = static_cast<int32_t>(live_.size());
+  live_.push_back(b);
+  return b;
+}
+
+bool KvManager::take_tp_page(int32_t b) {
+  if (tp_free_.empty()) return false;
+  const int32_t page = tp_free_.back();
+  tp_free_.pop_back();
+  tp_blocks_[page] = 1;
+  tp_leader_[page] = b;
+  blocks_[b].tp_page = page;
+  return true;
+}
+
+bool KvManager::take_ep_page(int32_t b, int home) {
+  if (ep_free_[home].empty()) return false;
+  blocks_[b].ep_page = ep_free_[home].back();
+  blocks_[b].home = home;
+  ep_free_[home].pop_back();
+  return true;
+}
+
+void KvManager::drop_tp_page(int32_t b) {
+  const int32_t page = blocks_[b].tp_page;
+  if (page < 0) return;
+  if (tp_leader_[page] == b) tp_leader_[page] = -1;
+  if (--tp_blocks_[page] == 0) tp_free_.push_back(page);
+  blocks_[b].tp_page = -1;
+}
+
+void KvManager::drop_ep_page(int32_t b) {
+  Block& block = blocks_[b];
+  if (block.ep_page >= 0) ep_free_[block.home].push_back(block.ep_page);
+  block.ep_page = -1;
+  block.home = -1;
+}
+
+bool KvManager::leads_tp_page(int32_t b) {
+  int32_t& leader = tp_leader_[blocks_[b].tp_page];
+  if (leader < 0) leader = b;  // the former one is gone
+  return leader == b;
+}
+
+void KvManager::free_block(int32_t b) {
+  if (blocks_[b].registered) index_erase(b);
+  drop_tp_page(b);
+  drop_ep_page(b);
+  const int32_t last = live_.back();
+  live_[live_slot_[b]] = last;
+  live_slot_[last] = live_slot_[b];
+  live_.pop_back();
+  live_slot_[b] = -1;
+  free_blocks_.push_back(b);
+}
+
+int32_t KvManager::allocate(int home) {
+  while (free_blocks_.empty() || (wants_tp() && tp_free_.empty()) || (wants_ep() && ep_free_[home].empty())) {
+    const bool need_ep = wants_ep() && ep_free_[home].empty();
+    if (!evict_one(!need_ep, need_ep, home)) return -1;
+  }
+  const int32_t b = new_block();
+  blocks_[b].users = 1;
+  if (wants_tp()) take_tp_page(b);
+  if (wants_ep()) take_ep_page(b, home);
+  return b;
+}
+
+bool KvManager::evict_one(bool need_tp, bool need_ep, int home) {
+  int32_t list = -1;
+  if (need_ep || (phase_ == Phase::kEp)) {
+    if (cached_list(home).head >= 0) list = home;
+  } else if (need_tp) {
+    int64_t most = 0;
+    for (int h = -1; h < num_homes(); ++h)
+      if (cached_count_[h + 1] > most) most = cached_count_[h + 1], list = h;
+    if (most == 0) return false;
+  }
+  if (list < 0 && !(phase_ == Phase::kTp && cached_count_[0] > 0)) return false;
+  const int32_t b = cached_list(list).head;
+  cache_remove(b);
+  free_block(b);
+  return true;
+}
+
+void KvManager::release(int32_t b) {
+  Block& block = blocks_[b];
+  MOEBIUS_ASSERT(block.users > 0);
+  if (--block.users > 0) return;
+  if (block.registered) cache_push(b);
+  else free_block(b);
+}
+
+// ---- cached lists, oldest first
+
+void KvManager::cache_push(int32_t b) {
+  Block& block = blocks_[b];
+  List& list = cached_list(block.home);
+  block.prev = list.tail;
+  block.next = -1;
+  (list.tail >= 0 ? blocks_[list.tail].next : list.head) = b;
+  list.tail = b;
+  ++cached_count_[block.home + 1];
+}
+
+void KvManager::cache_remove(int32_t b) {
+  Block& block = blocks_[b];
+  List& list = cached_list(block.home);
+  (block.prev >= 0 ? blocks_[block.prev].next : list.head) = block.next;
+  (block.next >= 0 ? blocks_[block.next].prev : list.tail) = block.prev;
+  block.prev = block.next = -1;
+  --cached_count_[block.home + 1];
+}
+
+void KvManager::drop_cached() {
+  for (int h = -1; h < num_homes(); ++h)
+    while (cached_list(h).head >= 0) {
+      const int32_t b = cached_list(h).head;
+      cache_remove(b);
+      free_block(b);
+    }
+}
+
+// ---- the index: open addressing, linear probing, keyed by (key, home)
+
+size_t KvManager::slot_of(const BlockKey& key, int32_t home) const {
+  return (key.low ^ (static_cast<uint64_t>(home + 1) * 0x9e3779b97f4a7c15ull)) & index_mask_;
+}
+
+int32_t KvManager::lookup(const BlockKey& key, int32_t home) const {
+  for (size_t s = slot_of(key, home); index_[s] >= 0; s = (s + 1) & index_mask_)
+    if (const Block& b = blocks_[index_[s]]; b.key == key && home_key(b.home) == home) return index_[s];
+  return -1;
+}
+
+void KvManager::index_insert(int32_t block) {
+  size_t s = slot_of(blocks_[block].key, home_key(blocks_[block].home));
+  while (index_[s] >= 0) s = (s + 1) & index_mask_;
+  index_[s] = block;
+}
+
+void KvManager::index_erase(int32_t block) {
+  size_t s = slot_of(blocks_[block].key, home_key(blocks_[block].home));
+  while (index_[s] != block) s = (s + 1) & index_mask_;
+  for (size_t hole = s;;) {  // close the hole: move up whoever may lie there
+    index_[hole] = -1;
+    size_t next = hole;
+    for (;;) {
+      next = (next + 1) & index_mask_;
+      if (index_[next] < 0) return;
+      const Block& b = blocks_[index_[next]];
+      const size_t wanted = slot_of(b.key, home_key(b.home));
+      if (((next - wanted) & index_mask_) >= ((next - hole) & index_mask_)) break;
+    }
+    index_[hole] = index_[next];
+    hole = next;
+  }
+}
+
+void KvManager::rebuild_index() {
+  std::fill(index_.begin(), index_.end(), -1);
+  for (size_t i = 0; i < live_.size();) {
+    const int32_t b = live_[i];
+    Block& block = blocks_[b];
+    if (block.registered && lookup(block.key, home_key(block.home)) >= 0) {  // equal prefixes that have met again
+      block.registered = false;
+      if (block.users == 0) {
+        cache_remove(b);
+        free_block(b);
+        continue;  // another block has taken this place
+      }
+    }
+    if (block.registered) index_insert(b);
+    ++i;
+  }
+}
+
+int32_t KvManager::find(const BlockKey& key, int home) {
+  const int32_t b = prefix_cache_ ? lookup(key, home_key(home)) : -1;
+  if (b < 0) return -1;
+  if (blocks_[b].users++ == 0) cache_remove(b);
+  return b;
+}
+
+void KvManager::register_block(int32_t b, const BlockKey& key, uint64_t root) {
+  Block& block = blocks_[b];
+  if (!prefix_cache_ || block.registered || lookup(key, home_key(block.home)) >= 0) return;
+  block.key = key;
+  block.root = root;
+  block.registered = true;
+  index_insert(b);
+}
+
+void KvManager::forget_copied() {
+  for (int32_t b : live_) blocks_[b].copied_item = -1;
+}
+
+std::span<const int32_t> KvManager::live_blocks() const { return live_; }
+
+// ---- switching
+
+// The block that stands for `block` among sequences of `home`; made (from the same TP page) when there is none yet.
+int32_t KvManager::block_for_home(int32_t block, int home) {
+  if (blocks_[block].ep_page < 0) {
+    MOEBIUS_ASSERT(take_ep_page(block, home));
+    return block;
+  }
+  int32_t last = block;
+  for (int32_t b = block; b >= 0; b = blocks_[b].split) {
+    if (blocks_[b].home == home) return b;
+    last = b;
+  }
+  const int32_t made = new_block();
+  MOEBIUS_ASSERT(take_ep_page(made, home));
+  blocks_[last].split = made;
+  blocks_[made].tp_page = blocks_[block].tp_page;
+  ++tp_blocks_[blocks_[made].tp_page];
+  blocks_[made].key = blocks_[block].key;
+  blocks_[made].root = blocks_[block].root;
+  blocks_[made].registered = blocks_[block].registered;
+  blocks_[made].full = blocks_[block].full;
+  return made;
+}
+
+void KvManager::open_ep(std::span<const SequenceBlocks> sequences) {
+  MOEBIUS_ASSERT(phase_ == Phase::kTp);
+  root_homes_.clear();
+  for (int32_t b : live_) blocks_[b].split = -1;
+  // Cached blocks wait outside their list until they have a home; blocks in use come first.
+  int32_t cached = cached_[0].head;
+  cached_[0] = {};
+  cached_count_[0] = 0;
+  for (const SequenceBlocks& sequence : sequences)
+    for (int32_t& held : sequence.blocks) {
+      const int32_t b = block_for_home(held, sequence.home);
+      if (b != held) {
+        --blocks_[held].users;
+        ++blocks_[b].users;
+        held = b;
+      }
+      if (blocks_[b].registered) root_homes_.emplace_back(blocks_[b].root, sequence.home);
+    }
+  std::sort(root_homes_.begin(), root_homes_.end());
+  root_homes_.erase(std::unique(root_homes_.begin(), root_homes_.end()), root_homes_.end());
+  phase_ = Phase::kBoth;
+  while (cached >= 0) {
+    const int32_t b = cached;
+    cached = blocks_[b].next;
+    blocks_[b].prev = blocks_[b].next = -1;
+    const auto known = std::lower_bound(root_homes_.begin(), root_homes_.end(), std::pair<uint64_t, int32_t>(blocks_[b].root, -1));
+    const bool in_use = known != root_homes_.end() && known->first == blocks_[b].root;
+    const int home = in_use ? known->second : static_cast<int>(blocks_[b].root % ep_capacity_.size());
+    if (take_ep_page(b, home)) {
+      cache_push(b);
+    } else {
+      blocks_[b].registered = false;  // it is in no index that survives
+      free_block(b);
+    }
+  }
+  rebuild_index();
+}
+
+void KvManager::open_tp() {
+  MOEBIUS_ASSERT(phase_ == Phase::kEp);
+  // Blocks with equal keys share one TP page: the index, emptied, serves to find the first of each.
+  std::fill(index_.begin(), index_.end(), -1);
+  const auto first_with = [&](const BlockKey& key) -> int32_t {
+    size_t s = slot_of(key, -1);
+    for (; index_[s] >= 0; s = (s + 1) & index_mask_)
+      if (blocks_[index_[s]].key == key) return index_[s];
+    return -1;
+  };
+  const auto take = [&](int32_t b) {
+    Block& block = blocks_[b];
+    const int32_t first = block.registered ? first_with(block.key) : -1;
+    if (first >= 0) {
+      block.tp_page = blocks_[first].tp_page;
+      ++tp_blocks_[block.tp_page];
+      return true;
+    }
+    if (!take_tp_page(b)) return false;
+    if (block.registered) {
+      size_t s = slot_of(block.key, -1);
+      while (index_[s] >= 0) s = (s + 1) & index_mask_;
+      index_[s] = b;
+    }
+    return true;
+  };
+  for (int32_t b : live_)
+    if (blocks_[b].users > 0) MOEBIUS_ASSERT(take(b));
+  for (int h = 0; h < num_homes(); ++h)
+    for (int32_t b = cached_list(h).head; b >= 0;) {
+      const int32_t next = blocks_[b].next;
+      if (!take(b)) {
+        cache_remove(b);
+        blocks_[b].registered = false;
+        free_block(b);
+      }
+      b = next;
+    }
+  phase_ = Phase::kBoth;
+  rebuild_index();
+}
+
+void KvManager::close(Layout arrived) {
+  MOEBIUS_ASSERT(phase_ == Phase::kBoth);
+  for (int32_t b : live_) {
+    blocks_[b].copied_item = -1;
+    if (arrived == Layout::kEp) drop_tp_page(b);
+  }
+  if (arrived == Layout::kTp) {
+    List all;  // the homes' cached lists become one
+    int64_t count = 0;
+    for (int h = 0; h < num_homes(); ++h) {
+      List& list = cached_list(h);
+      if (list.head >= 0) {
+        blocks_[list.head].prev = all.tail;
+        (all.tail >= 0 ? blocks_[all.tail].next : all.head) = list.head;
+        all.tail = list.tail;
+      }
+      count += std::exchange(cached_count_[h + 1], 0);
+      list = {};
+    }
+    cached_[0] = all;
+    cached_count_[0] = count;
+    for (int32_t b : live_) drop_ep_page(b);
+  }
+  phase_ = arrived == Layout::kTp ? Phase::kTp : Phase::kEp;
+  rebuild_index();
+}
+
+}  // namespace moebius

@@ -1,0 +1,139 @@
+// Pages of the KV cache in both layouts: who holds which, which are shared, and which TP page is which EP page.
+//
+// The unit is a block: page_tokens tokens of one sequence (or of several with the same prefix). A block has a page in the
+// TP pool, a page in the pool of one home, or both while the seam is inside. The pools are:
+//   TP: one page table for all ranks (each holds its own heads of the page);   EP: one pool per home, whole pages.
+// Invariants:
+//   1. A block in use has a page in every pool that the phase asks for (Phase), and so has every cached one.
+//   2. An EP page belongs to one block; a TP page to one or more (equal prefixes whose requests have different homes).
+//   3. Registered blocks are full and hold committed KV; their tokens never change. A block nobody uses is cached if it is
+//      registered, otherwise its pages are free at once. Cached blocks are given up oldest first when a page is wanted.
+//   4. While the seam is inside, a prefix hit is a block of the request's own home: valid in both page tables.
+// Nothing here allocates after construction. One thread.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "lib/layout/types.h"
+
+namespace moebius {
+
+// Which page tables are alive: one in a pure layout, both while the seam is inside.
+enum class Phase { kTp, kEp, kBoth };
+
+// Identity of a full block: a hash of all tokens up to its end.
+struct BlockKey {
+  uint64_t low = 0, high = 0;
+  friend bool operator==(const BlockKey&, const BlockKey&) = default;
+};
+BlockKey extend_key(const BlockKey& prefix, std::span<const int32_t> tokens);
+
+struct Block {
+  int32_t tp_page = -1, ep_page = -1;
+  int32_t home = -1;              // −1 in phase kTp
+  int32_t users = 0;              // sequences that hold it
+  bool full = false;              // every slot holds committed KV: never written again
+  bool registered = false;
+  BlockKey key;
+  uint64_t root = 0;              // key of the chain's first block (low word): chains stay together on one home
+  int32_t split = -1;             // open_ep: the next block made from the same TP page for another home
+  int32_t copied_item = -1;       // the item whose KV of this block has been copied ahead (switcher's)
+  int32_t prev = -1, next = -1;   // cached list of its home
+};
+
+class KvManager {
+ public:
+  KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_tokens, bool prefix_cache, Phase phase);
+
+  Phase phase() const { return phase_; }
+  int page_tokens() const { return page_tokens_; }
+  int num_homes() const { return static_cast<int>(ep_capacity_.size()); }
+  int64_t tp_capacity() const { return tp_capacity_; }
+  int64_t ep_capacity(int home) const { return ep_capacity_[home]; }
+
+  // Blocks that could be had now for this home (free pages and cached ones); home is ignored in phase kTp.
+  int64_t available(int home) const;
+  // Pages in use by sequences, of those the present phase counts first (TP in kTp and kBoth).
+  double usage() const;
+
+  // A block with one user, or −1 when there is no room.
+  int32_t allocate(int home);
+  void release(int32_t block);
+  // The cached or used block with this key for this home, one user added; −1 when there is none.
+  int32_t find(const BlockKey& key, int home);
+  bool contains(const BlockKey& key, int home) const { return lookup(key, home_key(home)) >= 0; }
+  void set_full(int32_t block) { blocks_[block].full = true; }
+  // Makes a full block findable. A second block with the same key stays unregistered.
+  void register_block(int32_t block, const BlockKey& key, uint64_t root);
+  void drop_cached();  // gives up every cached block (weights replaced, or tests)
+
+  const Block& block(int32_t b) const { return blocks_[b]; }
+  void set_copied_item(int32_t b, int32_t item) { blocks_[b].copied_item = item; }
+  void forget_copied();                                    // a turn or a fault: nothing counts as copied ahead
+  std::span<const int32_t> live_blocks() const;            // in use or cached; valid until the next call of any other member
+
+  // The block whose KV fills its TP page when a layer moves to TP: one of those that share the page.
+  bool leads_tp_page(int32_t b);
+
+  // ---- Switching
+  // Starts a switch out of a pure layout: every block gets its page in the other one too. The caller has checked that the
+  // blocks in use fit; cached blocks that do not are given up. TP→EP divides a block whose users have different homes: the
+  // sequences' block lists are rewritten in place.
+  struct SequenceBlocks {
+    std::span<int32_t> blocks;
+    int32_t home = -1;
+  };
+  void open_ep(std::span<const SequenceBlocks> sequences);  // kTp → kBoth
+  void open_tp();                                           // kEp → kBoth
+  // Ends it: the seam has arrived, the other layout's pages are free.
+  void close(Layout arrived);
+
+  // TP pages that the blocks in use take at most: what EP→TP needs (equal prefixes of several homes may take fewer).
+  int64_t blocks_in_use() const;
+
+ private:
+  struct List {
+    int32_t head = -1, tail = -1;
+  };
+  int32_t home_key(int home) const { return phase_ == Phase::kTp ? -1 : home; }
+  bool wants_tp() const { return phase_ != Phase::kEp; }
+  bool wants_ep() const { return phase_ != Phase::kTp; }
+  int32_t lookup(const BlockKey& key, int32_t home) const;
+  void index_insert(int32_t block);
+  void index_erase(int32_t block);
+  void rebuild_index();
+  size_t slot_of(const BlockKey& key, int32_t home) const;
+  List& cached_list(int32_t home) { return cached_[home + 1]; }
+  void cache_push(int32_t block);
+  void cache_remove(int32_t block);
+  bool evict_one(bool need_tp, bool need_ep, int home);
+  void free_block(int32_t block);
+  bool take_tp_page(int32_t block);
+  bool take_ep_page(int32_t block, int home);
+  void drop_tp_page(int32_t block);
+  void drop_ep_page(int32_t block);
+  int32_t new_block();
+  int32_t block_for_home(int32_t block, int home);
+
+  Phase phase_;
+  int page_tokens_;
+  bool prefix_cache_;
+  int64_t tp_capacity_;
+  std::vector<int64_t> ep_capacity_;
+  std::vector<Block> blocks_;
+  std::vector<int32_t> free_blocks_, tp_free_;
+  std::vector<std::vector<int32_t>> ep_free_;      // [home]
+  std::vector<int32_t> tp_blocks_;                 // [tp page] blocks on it
+  std::vector<int32_t> tp_leader_;                 // [tp page] see leads_tp_page
+  std::vector<std::pair<uint64_t, int32_t>> root_homes_;
+  std::vector<int32_t> live_, live_slot_;          // blocks that exist, and each one's place there
+  std::vector<List> cached_;                       // [home + 1], oldest first
+  std::vector<int64_t> cached_count_;              // [home + 1]
+  std::vector<int32_t> index_;                     // open addressing: block or −1
+  size_t index_mask_ = 0;
+};
+
+}  // namespace moebius

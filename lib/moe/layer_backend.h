@@ -1,0 +1,64 @@
+// The two ways to run a layer over the same kernels. Which one a layer uses is the seam's choice, step by step.
+//
+// A backend says which rows of the step its rank works on, how the two sums of a layer become complete, and where the
+// experts' inputs come from. Everything else is common (runtime/rank_executor.cc). All threads of a rank call each function.
+#pragma once
+
+#include "lib/comm/communicator.h"
+#include "lib/moe/expert_batch.h"
+#include "lib/moe/layer_weights.h"
+
+namespace moebius {
+
+// One rank's buffers for a step, [max_rows, …] each, indexed by the step's row.
+struct RankBuffers {
+  int64_t max_rows = 0;
+  float* h = nullptr;             // [max_rows, hidden] the residual stream
+  bf16* x = nullptr;              // [max_rows, hidden] normed input of attention or MLP
+  float* x_float = nullptr;       // [max_rows, hidden] the same before rounding (router)
+  float* qkv = nullptr;           // q [max_rows, heads·head_dim], then k and v [max_rows, kv_heads·head_dim]
+  bf16* q = nullptr;              // [max_rows, heads·head_dim]
+  bf16* attention = nullptr;      // [max_rows, heads·head_dim]
+  int32_t* expert_ids = nullptr;  // [max_rows, top_k]
+  float* expert_weights = nullptr;
+  bf16* act = nullptr;            // [max_rows·top_k, local padded neurons]
+  bf16* head_x = nullptr;         // [max_logit_rows, hidden]
+  ExactSum sums[kNumAccumulators];               // by Accumulator; scale and limit are set per layer
+};
+
+struct MlpDims {
+  int64_t hidden = 0;
+  int32_t num_experts = 0, top_k = 0;
+  bool renormalise = false;
+};
+
+// What a backend needs of its rank.
+struct RankContext {
+  const Ops* ops = nullptr;
+  Communicator* comm = nullptr;
+  RankBuffers* buffers = nullptr;
+  ExpertBatch* batch = nullptr;
+  MlpDims dims;
+  int64_t experts_reached = 0;  // local experts with rows, summed over layers since the executor cleared it (thread 0)
+};
+
+class LayerBackend {
+ public:
+  virtual ~LayerBackend() = default;
+  // homes: [ranks] rows of each home; the step has num_rows rows.
+  virtual Range rows(const RankContext& rank, const Range* homes, int64_t num_rows) const = 0;
+  virtual PartialSums finish_attention(RankContext& rank) const = 0;
+  // Router and experts (or dense MLP) for `rows`; x and x_float are ready. homes as above.
+  virtual PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range* homes, int64_t num_rows,
+                              const Lane& lane) const = 0;
+};
+
+const LayerBackend& tp_backend();
+const LayerBackend& ep_backend();
+
+// Pieces both use.
+void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
+// Groups `rows` by expert (or as one dense MLP) and adds their MLP outputs into the sum, cleared over `rows` first.
+void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accumulator sum, const Lane& lane);
+
+}  // namespace moebius

@@ -1,0 +1,38 @@
+// Where one rank finds its slices of one layer in one layout: the offset tables that kernels reach weights through.
+// Made once at start-up for both layouts; a switch changes none of them.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "lib/device/ops.h"
+
+namespace moebius {
+
+struct LayerWeights {
+  // Attention: this rank's head groups, in order; local query heads are numbered group by group.
+  int32_t num_heads = 0;                    // local query heads
+  std::vector<const bf16*> q;               // [local groups] packed, n = heads_per_group·head_dim, k = hidden
+  std::vector<ExactLinearPart> o;           // [local groups]
+  std::vector<const bf16*> k, v;            // [local KV heads] packed, n = head_dim, k = hidden
+  std::vector<Range> heads_of_kv;           // [local KV heads] local query heads
+  KvView kv;
+  // MLP: num_cuts cuts of each local expert (a dense MLP is one expert that every row chose).
+  int64_t neurons_per_cut = 0;
+  int32_t num_cuts = 0;
+  int32_t num_local_experts = 0;
+  std::vector<const bf16*> cuts;            // [num_local_experts · num_cuts]
+  std::vector<int32_t> local_of_expert;     // [num_experts] local number or −1; empty: dense
+  // Replicated (shared read-only by ranks of one process).
+  const float* input_norm = nullptr;        // [hidden]
+  const float* post_attention_norm = nullptr;
+  const float* q_norm = nullptr;            // [head_dim] or null
+  const float* k_norm = nullptr;
+  const bf16* router = nullptr;             // packed n = num_experts, k = hidden
+  // Fixed-point scales of the two exact sums; a property of the layer.
+  float attention_scale = 1, mlp_scale = 1;
+
+  bool dense() const { return local_of_expert.empty(); }
+};
+
+}  // namespace moebius

@@ -1,0 +1,31 @@
+// Tensor parallelism: every rank works on all rows with its cut of every expert and its heads; both sums are all-reduced.
+#include "lib/moe/layer_backend.h"
+
+namespace moebius {
+namespace {
+
+class TpBackend final : public LayerBackend {
+ public:
+  Range rows(const RankContext&, const Range*, int64_t num_rows) const override { return {0, num_rows}; }
+
+  PartialSums finish_attention(RankContext& rank) const override { return rank.comm->all_reduce(Accumulator::kAttention); }
+
+  PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range*, int64_t,
+                      const Lane& lane) const override {
+    if (!layer.dense()) {
+      route_rows(rank, layer, rows, lane);
+      rank.comm->rank_barrier();
+    }
+    run_experts(rank, layer, rows, Accumulator::kMlp, lane);
+    return rank.comm->all_reduce(Accumulator::kMlp);
+  }
+};
+
+}  // namespace
+
+const LayerBackend& tp_backend() {
+  static const TpBackend backend;
+  return backend;
+}
+
+}  // namespace moebius

@@ -1,0 +1,137 @@
+// The Engine: a model served on several ranks, whose parallel layout can be switched between any two steps.
+//
+// Threads: submit, cancel, request_switch, set_policy, poll, stats and metrics_text may be called from any thread.
+// step is called by one thread at a time (the host's), or by the engine's own thread after start(). The thread that calls
+// step computes as rank 0's first thread; its floating-point mode is set on entry and restored on exit.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "lib/layout/types.h"
+#include "lib/runtime/event.h"
+#include "lib/runtime/policy.h"
+#include "lib/runtime/sampling_params.h"
+
+namespace moebius {
+
+struct EngineConfig {
+  int ranks = 1;
+  int threads = 0;                 // computing threads per rank; 0: cores ÷ ranks, at least 1
+  Layout layout = Layout::kTp;     // to start in
+  int64_t memory_bytes = 0;        // per rank, weights + KV + workspace; 0: see default_memory_bytes in engine.cc
+  std::string isa;                 // empty: the best this machine has
+  int slices_per_expert = 0;       // 0: the default rule
+  int page_tokens = 16;
+  int chunk_tokens = 512;          // prompt tokens a step takes over all requests
+  int max_batch = 64;              // running requests over all ranks
+  int max_queue = 65536;           // waiting requests; submit beyond it is refused
+  int64_t max_context = 0;         // 0: the model's; tokens of a request, prompt included
+  bool prefix_cache = true;
+  uint64_t seed = 0;
+  double stall_budget_ms = 0;      // 0: a switch moves all at once; else the time each step may lend to it
+  bool preempt_to_fit = false;     // a switch that does not fit preempts requests instead of being refused
+  double wait_deadline_ms = 30000; // every wait of one rank for another
+  PolicyConfig policy;
+  bool dummy_weights = false;      // seeded random weights, config.json only (benchmarks)
+  bool plain_sums = false;         // benchmarks only: ordinary float sums, without the promise of equal bits
+  // bytes done, bytes in all; false cancels the load.
+  std::function<bool(int64_t, int64_t)> progress;
+  std::function<void(const std::string&)> warning;
+};
+
+struct RequestSpec {
+  std::string id;                   // seeds the request; empty: its number in decimal
+  std::vector<int32_t> prompt_ids;
+  SamplingParams sampling;
+  int32_t priority = 0;             // lower runs first, then arrival
+  double deadline_ms = 0;           // 0: none; from submit, then finished as abort
+  bool keep_logits = false;         // every position's logits, to be fetched with take_logits
+};
+
+struct ModelInfo {
+  std::string family;
+  int32_t num_layers = 0, vocab_size = 0, hidden = 0, num_experts = 0, top_k = 0;
+  int64_t max_context = 0;
+  int slices_per_expert = 0, head_groups = 0;
+  std::vector<int32_t> eos_token_ids;
+};
+
+struct MemoryReport {
+  int64_t arena_bytes = 0, kept_bytes = 0, lead_bytes = 0, workspace_bytes = 0, shared_bytes = 0;  // per rank (largest); shared: once
+  int64_t layer_bytes = 0;          // the largest layer's moving bytes
+  int64_t tp_tokens = 0;            // KV tokens that TP holds in all
+  std::vector<int64_t> ep_tokens;   // [rank]
+};
+
+struct EngineStats {
+  uint64_t step = 0;                // steps run, idle ones included
+  int32_t running = 0, waiting = 0;
+  int32_t seam = 0, num_layers = 0;
+  bool switching = false;
+  uint64_t switches = 0, rollbacks = 0, refusals = 0, preemptions = 0;
+  double switch_seconds = 0;
+  int64_t bytes_moved = 0;
+  uint64_t prompt_tokens = 0, generation_tokens = 0;
+  uint64_t prefix_queries = 0, prefix_hits = 0;   // tokens
+  double kv_usage = 0;              // 0–1 of the present layout's pages
+};
+
+// What a step did; for drivers and benchmarks.
+struct StepResult {
+  bool worked = false;              // false: nothing was running or due
+  int32_t decode_rows = 0, prefill_rows = 0;
+  double seconds = 0, compute_seconds = 0, switch_seconds = 0;
+};
+
+struct SwitchEstimate {
+  bool fits = false;
+  std::string reason;               // why not
+  int64_t bytes = 0, bytes_changed = 0;
+  double seconds = 0;               // predicted from the last switches, or from a copy probe
+};
+
+class Engine {
+ public:
+  Engine(const std::filesystem::path& model_dir, const EngineConfig& config);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Throws Error: kInvalidArgument (empty prompt, id outside the vocabulary, sampling), kContextTooLong, kDoesNotFit, kQueueFull.
+  uint64_t submit(const RequestSpec& spec);
+  bool cancel(uint64_t request);  // false: unknown or already finished
+
+  StepResult step();
+  void start();  // the engine's own thread steps whenever there is work
+  void stop();
+
+  // Up to `out.size()` events, waiting at most timeout_ms for the first.
+  size_t poll(std::span<Event> out, double timeout_ms);
+
+  void request_switch(Layout to);      // taken up before the next step; the outcome is an event
+  void hold_seam(int32_t seam);        // move the seam to this layer and hold it there
+  void set_stall_budget(double ms);
+  void set_policy(const PolicyConfig& policy);
+  SwitchEstimate estimate_switch(Layout to) const;
+
+  EngineStats stats() const;
+  std::string metrics_text() const;
+  ModelInfo model() const;
+  MemoryReport memory() const;
+  // Logits [positions, vocab] of a keep_logits request so far; empties them.
+  std::vector<float> take_logits(uint64_t request, int32_t sample = 0);
+
+  class Impl;
+
+ private:
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace moebius

@@ -1,0 +1,170 @@
+#include "lib/runtime/rank_executor.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "lib/base/error.h"
+#include "lib/tensor/packed.h"
+
+namespace moebius {
+
+RankExecutor::RankExecutor(const ForwardModel& model, const std::vector<LayerWeights> (&layers)[2], const RankContext& context)
+    : model_(model), layers_(layers), context_(context) {}
+
+void RankExecutor::add_norm(Range rows, const Sums& sums, const float* weight, bool keep_float, const Lane& lane) {
+  const RankBuffers& b = *context_.buffers;
+  AddNormArgs args;
+  args.rows = rows;
+  args.hidden = model_.hidden;
+  args.h = b.h;
+  args.num_partials = sums.partials.num;
+  args.partials = sums.partials.sums;
+  args.flags = sums.partials.flags;
+  args.inv_scale = 1.0f / sums.scale;
+  args.plain = b.sums[0].plain;
+  args.weight = weight;
+  args.eps = model_.eps;
+  args.x = b.x;
+  args.x_float = keep_float ? b.x_float : nullptr;
+  context_.ops->add_norm(args, lane);
+}
+
+// Projections, rotary embedding, KV write, attention and O projection: fills the attention sum of `rows`.
+void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane) {
+  const RankBuffers& b = *context_.buffers;
+  const Ops& ops = *context_.ops;
+  const int64_t q_width = layer.num_heads * model_.head_dim, kv_width = layer.kv.num_kv_heads * model_.head_dim;
+  float* const q = b.qkv;
+  float* const k = q + b.max_rows * q_width;
+  float* const v = k + b.max_rows * kv_width;
+
+  LinearPart parts[kMaxLinearParts];
+  int num_parts = 0;
+  const int64_t group_width = q_width / static_cast<int64_t>(layer.q.size());
+  for (size_t g = 0; g < layer.q.size(); ++g)
+    parts[num_parts++] = {layer.q[g], group_width, q + static_cast<int64_t>(g) * group_width, q_width};
+  for (size_t h = 0; h < layer.k.size(); ++h) {
+    const int64_t at = static_cast<int64_t>(h) * model_.head_dim;
+    parts[num_parts++] = {layer.k[h], model_.head_dim, k + at, kv_width};
+    parts[num_parts++] = {layer.v[h], model_.head_dim, v + at, kv_width};
+  }
+  LinearArgs linear;
+  linear.rows = rows;
+  linear.x = b.x;
+  linear.ldx = linear.k = model_.hidden;
+  linear.num_parts = num_parts;
+  linear.parts = parts;
+  ops.linear(linear, lane);
+  context_.comm->rank_barrier();
+
+  const int which = static_cast<int>(layout);
+  RopeStoreArgs rope;
+  rope.rows = rows;
+  rope.places = plan.places[which].data();
+  rope.num_heads = layer.num_heads;
+  rope.q = q;
+  rope.k = k;
+  rope.v = v;
+  rope.q_norm = layer.q_norm;
+  rope.k_norm = layer.k_norm;
+  rope.eps = model_.eps;
+  rope.rope = model_.rope;
+  rope.q_out = b.q;
+  rope.kv = layer.kv;
+  ops.rope_store(rope, lane);
+  context_.comm->rank_barrier();  // the step's own K and V are read back as stored
+
+  const Range chunks = layout == Layout::kTp ? Range{0, static_cast<int64_t>(plan.chunks.size())}
+                                             : plan.chunks_of_home[context_.comm->rank()];
+  AttentionArgs attention;
+  attention.num_chunks = static_cast<int>(chunks.size());
+  attention.chunks = plan.attention[which].data() + chunks.begin;
+  attention.num_heads = layer.num_heads;
+  attention.heads_of_kv = layer.heads_of_kv.data();
+  attention.softmax_scale = model_.softmax_scale;
+  attention.q = b.q;
+  attention.out = b.attention;
+  attention.kv = layer.kv;
+  ops.attention(attention, lane);
+  context_.comm->rank_barrier();
+
+  ExactLinearArgs out;
+  out.rows = rows;
+  out.x = b.attention;
+  out.ldx = q_width;
+  out.hidden = model_.hidden;
+  out.num_parts = static_cast<int>(layer.o.size());
+  out.parts = layer.o.data();
+  out.out = b.sums[static_cast<int>(Accumulator::kAttention)];
+  out.out.scale = layer.attention_scale;
+  ops.exact_linear(out, lane);
+}
+
+void RankExecutor::forward(const StepPlan& plan, const Lane& lane) {
+  const RankBuffers& b = *context_.buffers;
+  const int64_t num_rows = plan.num_rows();
+  const auto backend_of = [&](int32_t layer) -> const LayerBackend& {
+    return layer < plan.seam ? tp_backend() : ep_backend();
+  };
+
+  // Flags are sticky within a step: a row that has become NaN stays NaN.
+  if (lane.thread == 0)
+    for (const ExactSum& sum : b.sums) std::memset(sum.flags, 0, static_cast<size_t>(num_rows));
+
+  Range rows = backend_of(0).rows(context_, plan.homes.data(), num_rows);
+  EmbedArgs embed;
+  embed.rows = rows;
+  embed.tokens = plan.tokens.data();
+  embed.hidden = model_.hidden;
+  embed.table = model_.embedding;
+  embed.packed = model_.lm_head;
+  embed.h = b.h;
+  context_.ops->embed(embed, lane);
+  context_.comm->rank_barrier();
+
+  Sums pending;
+  for (int32_t l = 0; l < model_.num_layers; ++l) {
+    const LayerBackend& backend = backend_of(l);
+    const Layout layout = l < plan.seam ? Layout::kTp : Layout::kEp;
+    const LayerWeights& layer = layers_[static_cast<int>(layout)][l];
+    rows = backend.rows(context_, plan.homes.data(), num_rows);
+
+    add_norm(rows, pending, layer.input_norm, false, lane);
+    context_.comm->rank_barrier();
+    attend(plan, layer, layout, rows, lane);
+    const PartialSums attention = backend.finish_attention(context_);
+
+    add_norm(rows, {attention, layer.attention_scale}, layer.post_attention_norm, !layer.dense(), lane);
+    context_.comm->rank_barrier();
+    pending = {backend.run_mlp(context_, layer, rows, plan.homes.data(), num_rows, lane), layer.mlp_scale};
+  }
+  add_norm(rows, pending, model_.final_norm, false, lane);
+  // The LM head is divided by vocabulary, so every rank needs every row.
+  if (plan.seam < model_.num_layers) context_.comm->gather_rows(plan.homes.data(), lane);
+  else context_.comm->rank_barrier();
+}
+
+void RankExecutor::logits(const StepPlan& plan, Range group, float* logits, const Lane& lane) {
+  const RankBuffers& b = *context_.buffers;
+  const Range mine = share_of(group.size(), lane.thread, lane.num_threads);
+  for (int64_t i = mine.begin; i < mine.end; ++i)
+    std::memcpy(b.head_x + i * model_.hidden, b.x + plan.logit_rows[group.begin + i].row * model_.hidden,
+                static_cast<size_t>(model_.hidden) * sizeof(bf16));
+  context_.comm->rank_barrier();
+
+  const PackedMatrix head{model_.vocab, model_.hidden};
+  const Range tiles = share_of(head.tiles(), context_.comm->rank(), context_.comm->size());
+  if (tiles.empty()) return;
+  const int64_t first = tiles.begin * kTile;
+  const LinearPart part{model_.lm_head + tiles.begin * head.tile_elements(), std::min(model_.vocab, tiles.end * kTile) - first,
+                        logits + first, model_.vocab};
+  LinearArgs args;
+  args.rows = {0, group.size()};
+  args.x = b.head_x;
+  args.ldx = args.k = model_.hidden;
+  args.num_parts = 1;
+  args.parts = &part;
+  context_.ops->linear(args, lane);
+}
+
+}  // namespace moebius

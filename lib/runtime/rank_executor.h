@@ -1,0 +1,53 @@
+// One rank's part of a step: the forward pass, written once for both layouts and any seam.
+#pragma once
+
+#include <vector>
+
+#include "lib/moe/layer_backend.h"
+#include "lib/runtime/step_plan.h"
+
+namespace moebius {
+
+// Weights and dimensions that a forward pass reads; made once.
+struct ForwardModel {
+  int32_t num_layers = 0;
+  int64_t hidden = 0, vocab = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
+  float eps = 0;
+  float softmax_scale = 0;
+  const bf16* embedding = nullptr;     // [vocab, hidden], or null when tied to lm_head
+  const bf16* lm_head = nullptr;       // packed n = vocab, k = hidden
+  const float* final_norm = nullptr;   // [hidden]
+  const float* rope = nullptr;         // [max_context][head_dim/2][cos, sin]
+};
+
+// Most packed matrices that one projection step reads: Q groups and K and V of each KV head of a layer.
+inline constexpr int kMaxLinearParts = 512;
+
+class RankExecutor {
+ public:
+  // layers: [Layout][num_layers], this rank's tables. All borrowed.
+  RankExecutor(const ForwardModel& model, const std::vector<LayerWeights> (&layers)[2], const RankContext& context);
+
+  // Called by every thread of the rank. Leaves the final normed rows of the whole step in the buffers.
+  void forward(const StepPlan& plan, const Lane& lane);
+  // This rank's share of the vocabulary for logit rows [group.begin, group.end) of the plan: row i of the group is row i of
+  // logits [group.size(), vocab].
+  void logits(const StepPlan& plan, Range group, float* logits, const Lane& lane);
+
+  RankContext& context() { return context_; }
+
+ private:
+  // A layer's sum that has not been added to the residual stream yet.
+  struct Sums {
+    PartialSums partials;
+    float scale = 1;
+  };
+  void add_norm(Range rows, const Sums& sums, const float* weight, bool keep_float, const Lane& lane);
+  void attend(const StepPlan& plan, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane);
+
+  const ForwardModel& model_;
+  const std::vector<LayerWeights> (&layers_)[2];
+  RankContext context_;
+};
+
+}  // namespace moebius

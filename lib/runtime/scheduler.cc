@@ -1,0 +1,260 @@
+#include "lib/runtime/scheduler.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "lib/base/error.h"
+
+namespace moebius {
+namespace {
+
+void insert_in_order(std::vector<Sequence*>& list, Sequence& sequence) {
+  const auto before = [](const Sequence* a, const Sequence* b) { return runs_before(*a, *b); };
+  list.insert(std::upper_bound(list.begin(), list.end(), &sequence, before), &sequence);
+}
+
+void erase_from(std::vector<Sequence*>& list, const Sequence& sequence) {
+  const auto it = std::find(list.begin(), list.end(), &sequence);
+  MOEBIUS_ASSERT(it != list.end());
+  list.erase(it);
+}
+
+// A later sample waits while the first one computes the prompt they share.
+bool waits_for_sibling(const Sequence& s) {
+  if (s.sample == 0 || s.request->spec.keep_logits) return false;
+  const Sequence& first = s.request->samples[0];
+  return first.state != SequenceState::kFinished && first.computed + 1 < first.prompt_tokens();
+}
+
+}  // namespace
+
+Scheduler::Scheduler(KvManager& kv, const SchedulerLimits& limits)
+    : kv_(kv), limits_(limits), homes_(kv.num_homes()) {
+  running_.reserve(limits.max_batch);
+  picked_.reserve(limits.max_batch);
+  preempted_.reserve(limits.max_batch);
+}
+
+void Scheduler::add(Sequence& sequence) {
+  sequence.state = SequenceState::kWaiting;
+  insert_in_order(waiting_, sequence);
+}
+
+static void give_back(KvManager& kv, Sequence& sequence) {
+  // Last block first, so that of a cached prefix the end is given up before its beginning.
+  for (size_t i = sequence.blocks.size(); i-- > 0;) kv.release(sequence.blocks[i]);
+  sequence.blocks.clear();
+  sequence.tp_pages.clear();
+  sequence.ep_pages.clear();
+  sequence.computed = 0;
+  sequence.chain = {};
+  sequence.chained_blocks = 0;
+  sequence.home = -1;
+}
+
+void Scheduler::remove(Sequence& sequence) {
+  erase_from(sequence.state == SequenceState::kRunning ? running_ : waiting_, sequence);
+  give_back(kv_, sequence);
+  sequence.state = SequenceState::kFinished;
+}
+
+void Scheduler::preempt(Sequence& sequence) {
+  erase_from(running_, sequence);
+  give_back(kv_, sequence);
+  ++sequence.preemptions;
+  sequence.state = SequenceState::kWaiting;
+  insert_in_order(waiting_, sequence);
+}
+
+void Scheduler::remake_tables(Sequence& sequence) const {
+  sequence.tp_pages.clear();
+  sequence.ep_pages.clear();
+  for (int32_t b : sequence.blocks) {
+    sequence.tp_pages.push_back(kv_.block(b).tp_page);
+    sequence.ep_pages.push_back(kv_.block(b).ep_page);
+  }
+}
+
+static void append_block(KvManager& kv, Sequence& sequence, int32_t b) {
+  sequence.blocks.push_back(b);
+  sequence.tp_pages.push_back(kv.block(b).tp_page);
+  sequence.ep_pages.push_back(kv.block(b).ep_page);
+}
+
+// Pages for the first num_tokens tokens; preempts later sequences to get them. False: the sequence itself had to go.
+bool Scheduler::grow(Sequence& sequence, int64_t num_tokens) {
+  const int64_t wanted = div_up(num_tokens, kv_.page_tokens());
+  while (static_cast<int64_t>(sequence.blocks.size()) < wanted) {
+    const int32_t b = kv_.allocate(sequence.home);
+    if (b >= 0) {
+      append_block(kv_, sequence, b);
+      continue;
+    }
+    Sequence* victim = victim_for(sequence);
+    preempted_.push_back(victim);
+    preempt(*victim);
+    if (victim == &sequence) return false;
+  }
+  return true;
+}
+
+// The last running sequence whose pages would help; the sequence itself is one.
+Sequence* Scheduler::victim_for(const Sequence& sequence) const {
+  const bool any_home = kv_.phase() == Phase::kTp;
+  Sequence* same_home = nullptr;
+  for (size_t i = running_.size(); i-- > 0;) {
+    if (any_home || running_[i]->home == sequence.home) {
+      same_home = running_[i];
+      break;
+    }
+  }
+  MOEBIUS_ASSERT(same_home != nullptr);
+  // While both tables are alive the shortage may be of TP pages: then the last of all, if it is later still.
+  if (kv_.phase() == Phase::kBoth && same_home == &sequence && running_.back() != &sequence) return running_.back();
+  return same_home;
+}
+
+int choose_home(const std::vector<HomeCandidate>& homes) {
+  const auto load = [](const HomeCandidate& h) { return std::tuple(h.requests, h.tokens, -h.shared); };
+  int best = -1;
+  for (int h = 0; h < static_cast<int>(homes.size()); ++h)
+    if (homes[h].room >= homes[h].pages && (best < 0 || load(homes[h]) < load(homes[best]))) best = h;
+  return best;
+}
+
+int Scheduler::home_for(int64_t pages) {
+  for (int h = 0; h < kv_.num_homes(); ++h) homes_[h] = {0, 0, kv_.available(h), pages, 0};
+  for (const Sequence* s : running_) {
+    ++homes_[s->home].requests;
+    homes_[s->home].tokens += static_cast<int64_t>(s->tokens.size());
+  }
+  return choose_home(homes_);
+}
+
+// Holds the cached blocks that the sequence's tokens begin with; at least one token is left to compute.
+int64_t Scheduler::take_prefix(Sequence& sequence) {
+  if (!limits_.prefix_cache || sequence.request->spec.keep_logits) return 0;
+  const int64_t page = kv_.page_tokens();
+  const int64_t usable = (static_cast<int64_t>(sequence.tokens.size()) - 1) / page;
+  BlockKey key;
+  int64_t hits = 0;
+  for (; hits < usable; ++hits) {
+    const BlockKey next = extend_key(key, {sequence.tokens.data() + hits * page, static_cast<size_t>(page)});
+    const int32_t b = kv_.find(next, sequence.home);
+    if (b < 0) break;
+    key = next;
+    if (hits == 0) sequence.root = key.low;
+    append_block(kv_, sequence, b);
+  }
+  sequence.chain = key;
+  sequence.chained_blocks = static_cast<int32_t>(hits);
+  sequence.computed = hits * page;
+  return hits * page;
+}
+
+// Waiting → running, if the whole of it (one token more than it has) finds room now.
+bool Scheduler::admit(Sequence& sequence) {
+  const int64_t tokens = static_cast<int64_t>(sequence.tokens.size());
+  const int64_t pages = div_up(tokens + 1, kv_.page_tokens());
+  if (kv_.phase() != Phase::kTp) {
+    sequence.home = home_for(pages);
+    if (sequence.home < 0) return false;
+  } else if (kv_.available(-1) < pages) {
+    return false;
+  }
+  const int64_t hits = take_prefix(sequence);
+  prefix_queries += static_cast<uint64_t>(tokens);
+  prefix_hits += static_cast<uint64_t>(hits);
+  erase_from(waiting_, sequence);
+  sequence.state = SequenceState::kRunning;
+  insert_in_order(running_, sequence);
+  return true;
+}
+
+void Scheduler::fill(StepPlan& out) {
+  picked_.clear();
+  int64_t budget = limits_.chunk_tokens;
+  const auto rows_for = [&](const Sequence& s) {
+    return s.remaining_rows() == 1 ? int64_t{1} : std::min(s.remaining_rows(), budget);
+  };
+  const auto pick = [&](Sequence& s, int64_t rows) {
+    if (s.remaining_rows() > 1) budget -= rows;
+    picked_.push_back({&s, static_cast<int32_t>(rows)});
+  };
+  for (size_t i = 0; i < running_.size(); ++i) {
+    Sequence& s = *running_[i];
+    const int64_t rows = rows_for(s);
+    if (rows == 0) continue;
+    if (grow(s, s.computed + rows)) pick(s, rows);
+    else --i;  // it left the list itself
+  }
+  // Nobody is admitted in a step that had to preempt: the pages would only be taken away again.
+  for (size_t i = 0; i < waiting_.size() && preempted_.empty() && budget > 0;) {
+    if (static_cast<int>(running_.size()) >= limits_.max_batch) break;
+    Sequence& s = *waiting_[i];
+    if (waits_for_sibling(s)) {
+      ++i;
+      continue;
+    }
+    if (!admit(s)) break;  // the line waits: order is kept
+    const int64_t rows = rows_for(s);
+    if (grow(s, s.computed + rows)) pick(s, rows);
+    else break;
+  }
+  order_by_home(out);
+}
+
+void Scheduler::order_by_home(StepPlan& out) {
+  out.tokens.clear();
+  out.chunks.clear();
+  out.logit_rows.clear();
+  out.decode_rows = out.prefill_rows = 0;
+  for (int layout : {0, 1}) {
+    out.places[layout].clear();
+    out.attention[layout].clear();
+  }
+  const bool by_home = kv_.phase() != Phase::kTp;
+  for (int h = 0; h < kv_.num_homes(); ++h) {
+    out.homes[h].begin = out.num_rows();
+    out.chunks_of_home[h].begin = static_cast<int64_t>(out.chunks.size());
+    for (const Picked& p : picked_) {
+      Sequence& s = *p.sequence;
+      if (s.state != SequenceState::kRunning || (by_home ? s.home : 0) != h) continue;
+      const int32_t row = static_cast<int32_t>(out.num_rows());
+      const int32_t first = static_cast<int32_t>(s.computed);
+      const int32_t* pages[2] = {s.tp_pages.data(), s.ep_pages.data()};
+      const bool samples = p.num_rows == s.remaining_rows();
+      for (int layout : {0, 1}) {
+        out.attention[layout].push_back({row, p.num_rows, first, pages[layout]});
+        for (int32_t i = 0; i < p.num_rows; ++i) out.places[layout].push_back({first + i, pages[layout]});
+      }
+      for (int32_t i = 0; i < p.num_rows; ++i) {
+        out.tokens.push_back(s.tokens[first + i]);
+        const bool last = samples && i + 1 == p.num_rows;
+        if (last || (s.request->spec.keep_logits && first + i >= s.logits_kept))
+          out.logit_rows.push_back({row + i, static_cast<int32_t>(out.chunks.size()), first + i, last});
+      }
+      (s.computed + p.num_rows > s.prompt_tokens() && p.num_rows == 1 ? out.decode_rows : out.prefill_rows) += p.num_rows;
+      out.chunks.push_back({&s, row, p.num_rows, samples});
+    }
+    out.homes[h].end = out.num_rows();
+    out.chunks_of_home[h].end = static_cast<int64_t>(out.chunks.size());
+  }
+}
+
+void Scheduler::commit(const StepPlan& plan) {
+  const int64_t page = kv_.page_tokens();
+  for (const ScheduledChunk& chunk : plan.chunks) {
+    Sequence& s = *chunk.sequence;
+    s.computed += chunk.num_rows;
+    while ((s.chained_blocks + 1) * page <= s.computed) {
+      const int64_t i = s.chained_blocks++;
+      s.chain = extend_key(s.chain, {s.tokens.data() + i * page, static_cast<size_t>(page)});
+      if (i == 0) s.root = s.chain.low;
+      kv_.set_full(s.blocks[i]);
+      kv_.register_block(s.blocks[i], s.chain, s.root);
+    }
+  }
+}
+
+}  // namespace moebius

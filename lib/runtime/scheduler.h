@@ -1,0 +1,80 @@
+// Which tokens of which sequences the next step computes: continuous batching with chunked prefill.
+//
+// Order is (priority, arrival) everywhere. Running sequences come first; prompt tokens share a budget of chunk_tokens a
+// step, decode tokens are outside it. When KV pages run out, the last running sequence in that order gives up its pages and
+// waits again, with its tokens kept (recomputed later, to the same bits).
+// Row limits hold by construction: a step has at most chunk_tokens + max_batch rows in all, which is both the TP limit and,
+// homes being parts of it, the EP limit of every home.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "lib/kv/kv_manager.h"
+#include "lib/runtime/sequence.h"
+#include "lib/runtime/step_plan.h"
+
+namespace moebius {
+
+// What a home would look like to one more sequence.
+struct HomeCandidate {
+  int64_t requests = 0, tokens = 0;  // it has
+  int64_t room = 0;                  // pages that could be had
+  int64_t pages = 0;                 // the sequence would take
+  int64_t shared = 0;                // of the sequence's blocks, already there
+};
+// Fewest requests among those with room, then fewest tokens, then most shared, then the lowest. −1: none has room.
+int choose_home(const std::vector<HomeCandidate>& homes);
+
+struct SchedulerLimits {
+  int chunk_tokens = 512;
+  int max_batch = 64;
+  bool prefix_cache = true;
+};
+
+class Scheduler {
+ public:
+  Scheduler(KvManager& kv, const SchedulerLimits& limits);
+
+  void add(Sequence& sequence);         // arrived: joins the waiting ones
+  void remove(Sequence& sequence);      // finished or cancelled: its pages are given back
+  void preempt(Sequence& sequence);     // running → waiting, its pages are given back
+
+  // Fills the plan for a step. `on_preempt(sequence)` is told of each preemption.
+  template <class F>
+  void plan(StepPlan& out, F&& on_preempt) {
+    preempted_.clear();
+    fill(out);
+    for (Sequence* s : preempted_) on_preempt(*s);
+  }
+  // The step has been computed: KV of its rows counts, full blocks become findable.
+  void commit(const StepPlan& plan);
+
+  const std::vector<Sequence*>& running() const { return running_; }
+  const std::vector<Sequence*>& waiting() const { return waiting_; }
+  // Remakes the page tables of a running sequence from its blocks (a switch has begun or ended).
+  void remake_tables(Sequence& sequence) const;
+
+  uint64_t prefix_queries = 0, prefix_hits = 0;  // tokens
+
+ private:
+  void fill(StepPlan& out);
+  bool grow(Sequence& sequence, int64_t num_tokens);
+  Sequence* victim_for(const Sequence& sequence) const;
+  bool admit(Sequence& sequence);
+  int64_t take_prefix(Sequence& sequence);
+  void order_by_home(StepPlan& out);
+  int home_for(int64_t pages);
+
+  KvManager& kv_;
+  SchedulerLimits limits_;
+  std::vector<Sequence*> running_, waiting_, preempted_;
+  struct Picked {
+    Sequence* sequence;
+    int32_t num_rows;
+  };
+  std::vector<Picked> picked_;
+  std::vector<HomeCandidate> homes_;  // [homes]
+};
+
+}  // namespace moebius

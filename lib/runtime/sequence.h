@@ -1,0 +1,65 @@
+// A request as the engine keeps it, and its sequences: one for each of its n samples.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lib/kv/kv_manager.h"
+#include "lib/runtime/engine.h"
+#include "lib/runtime/sampler.h"
+
+namespace moebius {
+
+using Clock = std::chrono::steady_clock;
+
+enum class SequenceState : uint8_t { kWaiting, kRunning, kFinished };
+
+struct Request;
+
+// Invariants: 0 ≤ computed < tokens.size() between steps; the KV of tokens [0, computed) is written and committed;
+// blocks cover at least [0, computed); the last sampled token has no KV yet.
+struct Sequence {
+  Request* request = nullptr;
+  int32_t sample = 0;
+  uint64_t arrival = 0;                // order of arrival, over all sequences
+  SequenceState state = SequenceState::kWaiting;
+  std::vector<int32_t> tokens;         // prompt, then generated; capacity reserved for both
+  int64_t computed = 0;
+  int32_t home = -1;                   // −1 while only TP is alive
+  std::vector<int32_t> blocks;         // KvManager blocks, in order of position
+  std::vector<int32_t> tp_pages, ep_pages;  // page tables made from them: what kernels read
+  BlockKey chain;                      // key of the last full block
+  uint64_t root = 0;                   // low word of the first block's key
+  int32_t chained_blocks = 0;          // full blocks that `chain` covers
+  SamplerState sampler;
+  std::vector<float> logits;           // keep_logits: [logits_kept, vocab] since the last take_logits
+  int64_t logits_kept = 0;             // positions recorded so far, each once
+  Clock::time_point first_scheduled{}, first_token{}, last_token{};
+  int32_t preemptions = 0;
+
+  int64_t prompt_tokens() const;
+  int64_t generated() const { return static_cast<int64_t>(tokens.size()) - prompt_tokens(); }
+  int64_t remaining_rows() const { return static_cast<int64_t>(tokens.size()) - computed; }
+};
+
+struct Request {
+  uint64_t number = 0;
+  RequestSpec spec;
+  Clock::time_point submitted{}, deadline{};  // deadline: epoch when none
+  std::vector<Sequence> samples;              // never resized
+  int32_t unfinished = 0;
+  bool arrived = false;                       // taken over from the inbox by a step
+};
+
+inline int64_t Sequence::prompt_tokens() const { return static_cast<int64_t>(request->spec.prompt_ids.size()); }
+
+// Lower priority value first, then arrival.
+inline bool runs_before(const Sequence& a, const Sequence& b) {
+  if (a.request->spec.priority != b.request->spec.priority) return a.request->spec.priority < b.request->spec.priority;
+  return a.arrival < b.arrival;
+}
+
+}  // namespace moebius

@@ -1,0 +1,378 @@
+#include "lib/runtime/switcher.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "lib/base/error.h"
+#include "lib/cpu/stream_copy.h"
+
+namespace moebius {
+namespace {
+
+// Bytes that one rank copies between two looks at the clock: some 100–200 µs at the rates of one core, so a stall budget is
+// overrun by no more than that. Fewer would spend the time on starting regions (a few µs each).
+constexpr int64_t kPieceBytes = 1 << 20;
+
+double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
+
+}  // namespace
+
+Switcher::Switcher(Parts parts, Layout start)
+    : parts_(std::move(parts)), num_layers_(static_cast<int>(parts_.to_tp.items.size())) {
+  seam_ = target_ = origin_ = start == Layout::kTp ? num_layers_ : 0;
+  for (Layout to : {Layout::kTp, Layout::kEp})
+    for (const ItemTransfer& item : plan_to(to).items) {
+      auto& of_item = ends_[static_cast<int>(to)].emplace_back();
+      for (const std::vector<BlockCopy>& copies : item.to) {
+        std::vector<int64_t>& ends = of_item.emplace_back();
+        for (const BlockCopy& c : copies) ends.push_back((ends.empty() ? 0 : ends.back()) + c.bytes);
+      }
+    }
+  const int64_t ep_pages = [&] {
+    int64_t sum = 0;
+    for (int h = 0; h < parts_.kv.num_homes(); ++h) sum += parts_.kv.ep_capacity(h);
+    return sum;
+  }();
+  list_.reserve(parts_.kv.tp_capacity() + ep_pages);
+  pairs_.reserve(parts_.kv.tp_capacity() + ep_pages);
+  copied_.resize(static_cast<size_t>(parts_.world.ranks()) * parts_.world.threads());
+  homes_of_block_.assign(parts_.kv.tp_capacity() + ep_pages, 0);
+}
+
+// ---- starting
+
+// Homes for all running sequences, longest first; the reason when one finds no room.
+bool Switcher::choose_homes(std::string* reason, std::vector<int32_t>& homes) const {
+  const std::vector<Sequence*>& running = parts_.scheduler.running();
+  const KvManager& kv = parts_.kv;
+  std::vector<int> order(running.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int a, int b) { return running[a]->tokens.size() > running[b]->tokens.size(); });
+  homes.assign(running.size(), -1);
+  std::vector<HomeCandidate> candidates(kv.num_homes());
+  for (int h = 0; h < kv.num_homes(); ++h) candidates[h].room = kv.ep_capacity(h);
+
+  for (int i : order) {
+    const Sequence& s = *running[i];
+    const int64_t pages = div_up(static_cast<int64_t>(s.tokens.size()) + 1, kv.page_tokens());
+    for (int h = 0; h < kv.num_homes(); ++h) {
+      candidates[h].pages = std::max<int64_t>(pages, s.blocks.size());
+      candidates[h].shared = 0;
+      for (int32_t b : s.blocks)
+        if (kv.block(b).users > 1 && (homes_of_block_[b] >> h & 1)) ++candidates[h].shared;
+      candidates[h].pages -= candidates[h].shared;
+    }
+    const int home = choose_home(candidates);
+    if (home < 0) {
+      int64_t most = 0;
+      for (const HomeCandidate& c : candidates) most = std::max(most, c.room);
+      *reason = fmt::format("a request of {} tokens needs {} KV pages in EP, no rank has more than {} left of {} ({} tokens short)",
+                            s.tokens.size(), pages, most, kv.ep_capacity(0), (pages - most) * kv.page_tokens());
+    } else {
+      homes[i] = home;
+      candidates[home].room -= candidates[home].pages;
+      ++candidates[home].requests;
+      candidates[home].tokens += static_cast<int64_t>(s.tokens.size());
+      for (int32_t b : s.blocks)
+        if (kv.block(b).users > 1) homes_of_block_[b] |= uint64_t{1} << home;
+    }
+    if (home < 0) break;
+  }
+  for (const Sequence* s : running)
+    for (int32_t b : s->blocks) homes_of_block_[b] = 0;
+  return std::find(homes.begin(), homes.end(), -1) == homes.end();
+}
+
+bool Switcher::fits(int target, std::string* reason) const {
+  if (parts_.kv.phase() == Phase::kBoth || target == seam_) return true;  // both page tables are alive already
+  if (seam_ == num_layers_) {
+    std::vector<int32_t> homes;
+    return choose_homes(reason, homes);
+  }
+  int64_t grow = 0;  // sequences whose next token opens a page
+  for (const Sequence* s : parts_.scheduler.running())
+    grow += static_cast<int64_t>(s->tokens.size()) + 1 > static_cast<int64_t>(s->blocks.size()) * parts_.kv.page_tokens();
+  const int64_t needed = parts_.kv.blocks_in_use() + grow;
+  if (needed <= parts_.kv.tp_capacity()) return true;
+  *reason = fmt::format("the running requests need {} KV pages, TP holds {} ({} tokens short)", needed, parts_.kv.tp_capacity(),
+                        (needed - parts_.kv.tp_capacity()) * parts_.kv.page_tokens());
+  return false;
+}
+
+bool Switcher::begin(int target, bool preempt_to_fit) {
+  MOEBIUS_ASSERT(target >= 0 && target <= num_layers_);
+  Event event;
+  event.from = from_ = seam_ == 0 ? Layout::kEp : Layout::kTp;
+  event.to = target > seam_ || (target == seam_ && seam_ == num_layers_) ? Layout::kTp : Layout::kEp;
+  event.seam = seam_;
+  if (moving()) {  // a turn: what was copied ahead of the seam lies where the other direction will write
+    const Layout before = direction();
+    target_ = target;
+    if (!moving() || direction() != before) forget_ahead();
+    origin_ = seam_;
+    event.type = EventType::kSwitchStarted;
+    event.reason = "turned";
+    parts_.emit(std::move(event));
+    if (!moving()) arrive();
+    return true;
+  }
+  const auto start = Clock::now();
+  std::string reason;
+  while (!fits(target, &reason)) {
+    if (!preempt_to_fit || parts_.scheduler.running().empty()) {
+      event.type = EventType::kSwitchRefused;
+      event.reason = reason;
+      parts_.emit(std::move(event));
+      return false;
+    }
+    Sequence& last = *parts_.scheduler.running().back();
+    parts_.scheduler.preempt(last);
+    parts_.on_preempt(last);
+  }
+  started_ = start;
+  bytes_ = bytes_changed_ = 0;
+  seconds_ = 0;
+  origin_ = seam_;
+  target_ = target;
+  if (moving() && parts_.kv.phase() != Phase::kBoth) {
+    std::vector<int32_t> homes;
+    if (seam_ == num_layers_) choose_homes(&reason, homes);
+    open(direction(), homes);
+  }
+  plan_seconds_ = seconds_since(start);
+  seconds_ = plan_seconds_;
+  event.type = EventType::kSwitchStarted;
+  parts_.emit(std::move(event));
+  if (!moving()) arrive();
+  return true;
+}
+
+void Switcher::open(Layout to, const std::vector<int32_t>& homes) {
+  const std::vector<Sequence*>& running = parts_.scheduler.running();
+  if (to == Layout::kTp) {
+    parts_.kv.open_tp();
+  } else {
+    std::vector<KvManager::SequenceBlocks> sequences(running.size());
+    for (size_t i = 0; i < running.size(); ++i) {
+      running[i]->home = homes[i];
+      sequences[i] = {running[i]->blocks, homes[i]};
+    }
+    parts_.kv.open_ep(sequences);
+  }
+  for (Sequence* s : running) parts_.scheduler.remake_tables(*s);
+  verify_tables();
+  forget_ahead();
+}
+
+// Page lists are checked before anything is copied by them: no two blocks may write one page.
+void Switcher::verify_tables() {
+  pairs_.clear();
+  for (int32_t b : parts_.kv.live_blocks())
+    if (parts_.kv.leads_tp_page(b)) pairs_.push_back(pair_of(b));
+  verify_pages(pairs_, Layout::kTp, parts_.arena.tp_pages(), parts_.arena.ep_pages());
+  pairs_.clear();
+  for (int32_t b : parts_.kv.live_blocks()) pairs_.push_back(pair_of(b));
+  verify_pages(pairs_, Layout::kEp, parts_.arena.tp_pages(), parts_.arena.ep_pages());
+}
+
+void Switcher::arrive() {
+  const auto start = Clock::now();
+  if (parts_.kv.phase() == Phase::kBoth && (seam_ == 0 || seam_ == num_layers_)) {
+    parts_.kv.close(seam_ == 0 ? Layout::kEp : Layout::kTp);
+    for (Sequence* s : parts_.scheduler.running()) {
+      if (seam_ == num_layers_) s->home = -1;
+      parts_.scheduler.remake_tables(*s);
+    }
+  }
+  forget_ahead();
+  seconds_ += seconds_since(start);
+  Event event;
+  event.type = undoing_ ? EventType::kRolledBack : EventType::kSwitchFinished;
+  event.from = from_;
+  event.to = seam_ == 0 ? Layout::kEp : seam_ == num_layers_ ? Layout::kTp : other(from_);
+  event.seam = seam_;
+  event.bytes = bytes_;
+  event.bytes_changed = bytes_changed_;
+  event.seconds = seconds_;
+  event.reason = undoing_ ? fault_ : fmt::format("plan {:.3f} ms, move {:.3f} ms, since start {:.3f} ms", plan_seconds_ * 1e3,
+                                                 (seconds_ - plan_seconds_) * 1e3, seconds_since(started_) * 1e3);
+  undoing_ = false;
+  origin_ = seam_;
+  parts_.emit(std::move(event));
+}
+
+// ---- moving
+
+void Switcher::advance(double budget_ms) {
+  if (!moving()) return;
+  try {
+    move_towards(budget_ms);
+  } catch (const Error& e) {
+    if (parts_.world.dead()) throw;
+    roll_back(e.what());
+  }
+}
+
+// Everyone has stopped (World::run says so): the item under way was not needed by anybody yet, the earlier ones go back.
+void Switcher::roll_back(const std::string& why) {
+  fault_ = why;
+  undoing_ = true;
+  target_ = origin_;
+  forget_ahead();
+  move_towards(0);
+  if (!moving() && undoing_) arrive();
+}
+
+void Switcher::move_towards(double budget_ms) {
+  const auto start = Clock::now();
+  const auto left_ms = [&] { return budget_ms - seconds_since(start) * 1e3; };
+  while (moving()) {
+    if (budget_ms > 0) {
+      bool moved = false;  // at least one piece a step, however small the budget
+      while (copy_ahead()) {
+        moved = true;
+        if (left_ms() <= 0) return;
+      }
+      // Only what is newer than the copies remains: it belongs to this step unless the budget is spent already.
+      if (moved && left_ms() <= 0) return;
+    }
+    finish_item();
+    if (budget_ms > 0 && moving() && left_ms() <= 0) return;
+  }
+}
+
+int64_t Switcher::num_pieces() const {
+  int64_t most = 0;
+  for (const std::vector<int64_t>& ends : ends_[static_cast<int>(direction())][next_item()])
+    if (!ends.empty()) most = std::max(most, ends.back());
+  return div_up(most, kPieceBytes);
+}
+
+// Copies one piece of the next item while its layer still runs in the old layout. False: nothing is left to copy ahead.
+bool Switcher::copy_ahead() {
+  const int64_t pieces = num_pieces();
+  if (pieces_done_ < pieces) {
+    list_.clear();
+    run_copies({pieces_done_, pieces_done_ + 1}, pieces);
+    ++pieces_done_;
+    return true;
+  }
+  const Layout to = direction();
+  const int64_t per_block = std::max<int64_t>(1, parts_.arena.kv_page_bytes(0, Layout::kEp));
+  const size_t most = static_cast<size_t>(std::max<int64_t>(1, kPieceBytes * parts_.world.ranks() / per_block));
+  list_.clear();
+  for (int32_t b : parts_.kv.live_blocks()) {
+    if (list_.size() == most) break;
+    const Block& block = parts_.kv.block(b);
+    if (block.full && block.copied_item != next_item() && (to == Layout::kEp || parts_.kv.leads_tp_page(b))) list_.push_back(b);
+  }
+  if (list_.empty()) return false;
+  const int item = next_item();
+  run_copies({}, pieces);
+  for (int32_t b : list_) parts_.kv.set_copied_item(b, item);
+  return true;
+}
+
+// Copies what is left of the next item, fences, and moves the seam over it.
+void Switcher::finish_item() {
+  const Layout to = direction();
+  const int item = next_item();
+  const int64_t pieces = num_pieces();
+  list_.clear();
+  for (int32_t b : parts_.kv.live_blocks())
+    if (parts_.kv.block(b).copied_item != item && (to == Layout::kEp || parts_.kv.leads_tp_page(b))) list_.push_back(b);
+  run_copies({pieces_done_, pieces}, pieces);
+  seam_ += to == Layout::kTp ? 1 : -1;
+  pieces_done_ = 0;
+  if (moving() || undoing_) {
+    Event event;
+    event.type = EventType::kSeam;
+    event.from = from_;
+    event.to = to;
+    event.seam = seam_;
+    parts_.emit(std::move(event));
+  }
+  if (!moving()) arrive();
+}
+
+void Switcher::forget_ahead() {
+  pieces_done_ = 0;
+  parts_.kv.forget_copied();
+}
+
+PagePair Switcher::pair_of(int32_t b) const {
+  const Block& block = parts_.kv.block(b);
+  return {block.tp_page, block.home, block.ep_page};
+}
+
+// ---- copying: one region, its return is the fence
+
+void Switcher::run_copies(Range pieces, int64_t num_pieces) {
+  const auto start = Clock::now();
+  const Layout to = direction();
+  const int item = next_item();
+  copied_.assign(copied_.size(), {});
+  parts_.world.run([&](int rank, int thread) {
+    if (thread == 0 && hook) hook(item, rank, to, undoing_);
+    Copied done;
+    if (!pieces.empty()) copy_weights(item, to, rank, thread, pieces, num_pieces, done);
+    copy_blocks(item, to, rank, thread, done);
+    copied_[rank * parts_.world.threads() + thread] = done;
+  });
+  int64_t bytes = 0, changed = 0;
+  for (const Copied& c : copied_) bytes += c.bytes, changed += c.changed;
+  const double seconds = seconds_since(start);
+  bytes_ += bytes;
+  bytes_changed_ += changed;
+  seconds_ += seconds;
+  if (bytes > (4 << 20)) copy_rate_ = 0.5 * copy_rate_ + 0.5 * static_cast<double>(bytes) / seconds;
+}
+
+// This thread's share of weight pieces [pieces.begin, pieces.end) of num_pieces: a range of the rank's bytes of the item.
+void Switcher::copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Copied& done) const {
+  const std::vector<BlockCopy>& copies = plan_to(to).items[item].to[rank];
+  if (copies.empty()) return;
+  const std::vector<int64_t>& ends = ends_[static_cast<int>(to)][item][rank];
+  const int64_t begin = share_of(ends.back(), pieces.begin, num_pieces, 64).begin;
+  const int64_t end = share_of(ends.back(), pieces.end - 1, num_pieces, 64).end;
+  const Range share = share_of(end - begin, thread, parts_.world.threads(), 64);
+  int64_t at = begin + share.begin;
+  size_t i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
+  for (; at < begin + share.end; ++i) {
+    const BlockCopy& c = copies[i];
+    const int64_t into = at - (ends[i] - c.bytes);
+    const int64_t bytes = std::min(c.bytes - into, begin + share.end - at);
+    parts_.world.check_abort();
+    stream_copy(parts_.arenas[rank] + c.dst_offset + into, parts_.arenas[c.src_rank] + c.src_offset + into, bytes);
+    at += bytes;
+  }
+  done.bytes += share.size();
+  done.changed += share.size();
+}
+
+void Switcher::copy_blocks(int item, Layout to, int rank, int thread, Copied& done) const {
+  for (size_t i = static_cast<size_t>(thread); i < list_.size(); i += static_cast<size_t>(parts_.world.threads())) {
+    if ((i & 63) == 0) parts_.world.check_abort();
+    for_each_kv_block(parts_.arena, to, item, rank, pair_of(list_[i]), [&](const BlockCopy& c, bool local) {
+      stream_copy(parts_.arenas[rank] + c.dst_offset, parts_.arenas[c.src_rank] + c.src_offset, c.bytes);
+      done.bytes += c.bytes;
+      if (!local) done.changed += c.bytes;
+    });
+  }
+}
+
+std::pair<int64_t, int64_t> Switcher::bytes_to(Layout to) const {
+  int64_t bytes = plan_to(to).bytes + plan_to(to).local_bytes, changed = plan_to(to).bytes;
+  const int64_t slice = parts_.arena.kv_slice_bytes() * num_layers_;
+  int64_t heads = 0;  // KV head copies a block takes
+  if (to == Layout::kTp)
+    for (int r = 0; r < parts_.world.ranks(); ++r) heads += static_cast<int64_t>(parts_.arena.local_kv_heads(r, Layout::kTp).size());
+  else
+    heads = static_cast<int64_t>(parts_.arena.local_kv_heads(0, Layout::kEp).size());
+  const int64_t kv = parts_.kv.blocks_in_use() * heads * slice;
+  // A rank's own part of KV stays with it: about 1/P.
+  return {bytes + kv, changed + kv - kv / parts_.world.ranks()};
+}
+
+}  // namespace moebius

@@ -1,0 +1,114 @@
+// Moves the seam: the whole of a switch between layouts, at once or a little in every step.
+//
+// The seam k says that layers [0, k) run in TP and [k, N) in EP; it is a valid, runnable state at every k. Moving it by one
+// layer copies that layer's moving weights and KV (one item) and ends with a fence: the return of World::run, one outcome for
+// all ranks. EP→TP moves it forward, TP→EP backward.
+//
+//            begin(target)                 arrival at 0 or N
+//   pure ──────────────────▶ both tables ────────────────────▶ pure          hold: the seam rests inside, both tables alive
+//            refused: nothing changed        a fault: back to where the move began
+//
+// Invariants:
+//   1. Between calls the seam's layers are intact in their layouts, and every live block has a page in each living table.
+//   2. An item's old place is untouched until the first write of the next item or of its copying ahead; so a failed item
+//      needs no undoing, and earlier ones are undone by moving the seam back.
+//   3. Copied ahead are: a prefix of the item's weights, and full blocks (their KV never changes). What counts belongs to the
+//      block, is set only after the copying region has ended well, and is forgotten by a turn, a fault or an arrival.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "lib/comm/world.h"
+#include "lib/kv/kv_manager.h"
+#include "lib/layout/arena.h"
+#include "lib/layout/transfer.h"
+#include "lib/layout/verify.h"
+#include "lib/runtime/event.h"
+#include "lib/runtime/scheduler.h"
+
+namespace moebius {
+
+// For tests: called by thread 0 of each rank before it copies for an item; may throw (a fault) or sleep (a slow rank).
+using CopyHook = std::function<void(int item, int rank, Layout to, bool undoing)>;
+
+class Switcher {
+ public:
+  struct Parts {
+    World& world;
+    const ArenaPlan& arena;
+    const TransferPlan& to_tp;
+    const TransferPlan& to_ep;
+    std::vector<std::byte*> arenas;  // [rank]
+    KvManager& kv;
+    Scheduler& scheduler;
+    std::function<void(Event&&)> emit;
+    std::function<void(Sequence&)> on_preempt;
+  };
+  Switcher(Parts parts, Layout start);
+
+  int seam() const { return seam_; }
+  int num_layers() const { return num_layers_; }
+  bool moving() const { return seam_ != target_; }
+  int target() const { return target_; }
+
+  // Aims the seam at `target` (0 = EP, N = TP, between: hold). Under way already: turns where it stands. False: refused, an
+  // event says why, nothing was changed.
+  bool begin(int target, bool preempt_to_fit);
+  // Moves towards the target: all the way when budget_ms is 0, else for about so long and by at least one piece. A fault
+  // rolls back; throws only when the world is dead or the way back failed too.
+  void advance(double budget_ms);
+
+  // Whether a switch would fit now; the reason with its numbers when not.
+  bool fits(int target, std::string* reason) const;
+  // Bytes that a switch of everything would write now, and those to a new owner.
+  std::pair<int64_t, int64_t> bytes_to(Layout to) const;
+  double copy_rate() const { return copy_rate_; }  // bytes per second of the copies so far
+
+  CopyHook hook;
+
+ private:
+  Layout direction() const { return target_ > seam_ ? Layout::kTp : Layout::kEp; }
+  int next_item() const { return direction() == Layout::kTp ? seam_ : seam_ - 1; }
+  const TransferPlan& plan_to(Layout to) const { return to == Layout::kTp ? parts_.to_tp : parts_.to_ep; }
+
+  struct alignas(64) Copied {
+    int64_t bytes = 0, changed = 0;
+  };
+  bool choose_homes(std::string* reason, std::vector<int32_t>& homes) const;
+  void open(Layout to, const std::vector<int32_t>& homes);
+  void verify_tables();
+  void arrive();
+  void move_towards(double budget_ms);
+  void roll_back(const std::string& why);
+  bool copy_ahead();
+  void finish_item();
+  void forget_ahead();
+  int64_t num_pieces() const;
+  PagePair pair_of(int32_t block) const;
+  void run_copies(Range pieces, int64_t num_pieces);
+  void copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Copied& done) const;
+  void copy_blocks(int item, Layout to, int rank, int thread, Copied& done) const;
+
+  Parts parts_;
+  int num_layers_;
+  int seam_, target_, origin_;
+  bool undoing_ = false;
+  std::string fault_;
+  int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
+  std::vector<int32_t> list_;                           // blocks that the next region copies
+  std::vector<PagePair> pairs_;                         // for verify_tables
+  std::vector<Copied> copied_;                          // [ranks · threads] what the last region copied
+  std::vector<std::vector<std::vector<int64_t>>> ends_[2];  // [to][item][rank] running byte totals of the weight copies
+  // Figures of the switch under way.
+  Clock::time_point started_{};
+  int64_t bytes_ = 0, bytes_changed_ = 0;
+  double seconds_ = 0, plan_seconds_ = 0;
+  double copy_rate_ = 5e9;                              // until measured
+  Layout from_ = Layout::kTp;
+  mutable std::vector<uint64_t> homes_of_block_;        // choose_homes: the homes that a shared block is on so far
+};
+
+}  // namespace moebius
