@@ -26,6 +26,7 @@ struct EngineConfig {
   int threads = 0;                 // computing threads per rank; 0: cores ÷ ranks, at least 1
   Layout layout = Layout::kTp;     // to start in
   int64_t memory_bytes = 0;        // per rank, weights + KV + workspace; 0: see default_memory_bytes in engine.cc
+  int64_t kv_tokens = 0;           // KV tokens at most, over all ranks; 0: as many as the memory holds
   std::string isa;                 // empty: the best this machine has
   int slices_per_expert = 0;       // 0: the default rule
   int page_tokens = 16;
@@ -88,6 +89,7 @@ struct StepResult {
   bool worked = false;              // false: nothing was running or due
   int32_t decode_rows = 0, prefill_rows = 0;
   double seconds = 0, compute_seconds = 0, switch_seconds = 0;
+  int64_t experts_reached = 0;      // distinct experts with rows, summed over layers (and over ranks: in TP each has its cut)
 };
 
 struct SwitchEstimate {
@@ -129,6 +131,7 @@ class Engine {
   std::vector<float> take_logits(uint64_t request, int32_t sample = 0);
 
   class Impl;
+  Impl& impl() { return *impl_; }   // for tests and benchmarks: lib/runtime/engine_impl.h
 
  private:
   std::unique_ptr<Impl> impl_;

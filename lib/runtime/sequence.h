@@ -35,8 +35,10 @@ struct Sequence {
   uint64_t root = 0;                   // low word of the first block's key
   int32_t chained_blocks = 0;          // full blocks that `chain` covers
   SamplerState sampler;
-  std::vector<float> logits;           // keep_logits: [logits_kept, vocab] since the last take_logits
+  std::vector<float> logits;           // keep_logits: positions [logits_taken, logits_kept) × vocab
   int64_t logits_kept = 0;             // positions recorded so far, each once
+  int64_t logits_taken = 0;            // of these, handed out
+  bool logits_collected = false;       // all of them, the sequence being finished
   Clock::time_point first_scheduled{}, first_token{}, last_token{};
   int32_t preemptions = 0;
 

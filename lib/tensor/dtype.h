@@ -3,16 +3,17 @@
 
 #include <bit>
 #include <cstdint>
-#include <cstring>
+
+#include "lib/base/numbers.h"
 
 namespace moebius {
 
 using bf16 = uint16_t;  // bits of a bfloat16: the upper half of a float
 
-inline float to_float(bf16 v) { return std::bit_cast<float>(static_cast<uint32_t>(v) << 16); }
+MOEBIUS_INLINE float to_float(bf16 v) { return __builtin_bit_cast(float, static_cast<uint32_t>(v) << 16); }
 
-inline bf16 to_bf16(float v) {
-  const uint32_t u = std::bit_cast<uint32_t>(v);
+MOEBIUS_INLINE bf16 to_bf16(float v) {
+  const uint32_t u = __builtin_bit_cast(uint32_t, v);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((u >> 16) | 0x40);  // NaN stays NaN
   return static_cast<bf16>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }

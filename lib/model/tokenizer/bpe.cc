@@ -30,7 +30,8 @@ size_t MergeTable::slot_of(int32_t left, int32_t right) const {
   hash = (hash ^ hash >> 32) * 0x9E3779B97F4A7C15u;  // 2⁶⁴ / golden ratio: spreads consecutive ids over the high bits
   const size_t mask = entries_.size() - 1;
   size_t slot = (hash >> 32) & mask;
-  while (entries_[slot].left >= 0 && (entries_[slot].left != left || entries_[slot].right != right)) slot = (slot + 1) & mask;
+  while (entries_[slot].left >= 0 && (entries_[slot].left != left || entries_[slot].right != right))
+    slot = (slot + 1) & mask;
   return slot;
 }
 
@@ -61,7 +62,8 @@ void Bpe::make_symbols(std::string_view bytes, Scratch& scratch) const {
   const auto size = static_cast<int32_t>(bytes.size());
   for (int32_t i = 0; i < size; ++i) {
     const auto byte = static_cast<uint8_t>(bytes[i]);
-    if (id_of_byte_[byte] < 0) fail(Code::kUnsupported, "the tokenizer's vocabulary has no token for byte 0x{:02X}", byte);
+    if (id_of_byte_[byte] < 0)
+      fail(Code::kUnsupported, "the tokenizer's vocabulary has no token for byte 0x{:02X}", byte);
     scratch.symbols.push_back({id_of_byte_[byte], i - 1, i + 1 < size ? i + 1 : -1});
   }
 }

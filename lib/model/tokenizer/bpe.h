@@ -57,7 +57,8 @@ class Bpe {
     std::vector<Candidate> heap;
   };
 
-  // `vocabulary` is spelled in the byte-level alphabet. With `ignore_merges`, a pre-token that is itself a token is taken whole.
+  // `vocabulary` is spelled in the byte-level alphabet. With `ignore_merges`, a pre-token that is itself a token is
+  // taken whole.
   Bpe(const Vocabulary& vocabulary, const std::vector<Merge>& merges, bool ignore_merges);
 
   // Appends the ids of `bytes` (fewer than 2³¹).

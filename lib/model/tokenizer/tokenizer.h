@@ -3,6 +3,10 @@
 //
 // encode: ill-formed UTF-8 → U+FFFD · cut at added tokens · normalize (NFC or nothing) · cut by the pre-tokenizer's
 // patterns · merge bytes by rank · wrap with the template's ids. decode: the bytes of each token, read as UTF-8.
+//
+// Known differences, none of which an ordinary file or text meets: classes and compositions of characters that are
+// newer than the Unicode version of the installed PCRE2, utf8proc or the other side; special tokens whose contents the
+// normalizer changes are left out by skip_special_tokens here, not there; a byte without a token is an error here.
 #pragma once
 
 #include <cstdint>

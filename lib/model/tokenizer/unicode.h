@@ -10,8 +10,8 @@ namespace moebius::tokenizer {
 
 inline constexpr std::string_view kReplacementCharacter = "\xEF\xBF\xBD";  // U+FFFD
 
-// Appends `bytes` to `out` with each maximal ill-formed part (Unicode 3.9, "substitution of maximal subparts") replaced by
-// U+FFFD. A tail that more bytes could complete is not appended: returns its length, 0…3.
+// Appends `bytes` to `out` with each maximal ill-formed part (Unicode 3.9, "substitution of maximal subparts") replaced
+// by U+FFFD. A tail that more bytes could complete is not appended: returns its length, 0…3.
 size_t append_well_formed(std::string_view bytes, std::string& out);
 
 // The same for a text that has ended: an unfinished tail is ill-formed, too.

@@ -1,0 +1,20 @@
+// The CPU backend's kernel tables, one for each instruction-set path, and which of them this machine can run.
+#pragma once
+
+#include <optional>
+#include <string_view>
+
+#include "lib/device/ops.h"
+
+namespace moebius {
+
+// From fastest to slowest.
+enum class Isa { kAvx512Bf16, kAvx512, kAvx2, kPortable };
+
+const char* isa_name(Isa isa);  // avx512bf16, avx512, avx2, portable
+std::optional<Isa> parse_isa(std::string_view name);
+bool isa_available(Isa isa);  // the processor and the operating system have it
+Isa best_isa();
+const Ops& cpu_ops(Isa isa);  // isa must be available
+
+}  // namespace moebius

@@ -1,0 +1,138 @@
+// 16 float lanes in two AVX2 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include "lib/cpu/isa_common.h"
+
+namespace MOEBIUS_ISA {
+
+struct Vec {
+  struct F {
+    __m256 a, b;
+  };
+  static constexpr int kRows = 2;     // 2 rows × 2 tiles × 2 registers, and as many for the widened weights of one tile
+  static constexpr int kRowsOut = 1;
+
+  MOEBIUS_INLINE static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  MOEBIUS_INLINE static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  MOEBIUS_INLINE static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  MOEBIUS_INLINE static F load_n(const float* p, int n, float rest) {
+    alignas(32) float t[16];
+    for (int i = 0; i < 16; ++i) t[i] = i < n ? p[i] : rest;
+    return load(t);
+  }
+  MOEBIUS_INLINE static void store(float* p, F v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+  }
+  MOEBIUS_INLINE static void store_n(float* p, F v, int n) {
+    alignas(32) float t[16];
+    store(t, v);
+    for (int i = 0; i < n; ++i) p[i] = t[i];
+  }
+  MOEBIUS_INLINE static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  MOEBIUS_INLINE static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  MOEBIUS_INLINE static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  MOEBIUS_INLINE static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  MOEBIUS_INLINE static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  MOEBIUS_INLINE static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  MOEBIUS_INLINE static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  MOEBIUS_INLINE static F round(F x) {
+    return {_mm256_round_ps(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  // In two steps, so that 2^n itself may leave the range of a float.
+  MOEBIUS_INLINE static __m256 scale_half(__m256 x, __m256 n) {
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), rest = _mm256_sub_epi32(whole, half);
+    const __m256i bias = _mm256_set1_epi32(127);
+    const __m256 p = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+    const __m256 q = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23));
+    return _mm256_mul_ps(_mm256_mul_ps(x, p), q);
+  }
+  MOEBIUS_INLINE static F scale_by_power(F x, F n) { return {scale_half(x.a, n.a), scale_half(x.b, n.b)}; }
+  MOEBIUS_INLINE static F select_first(int n, F x, F y) {
+    alignas(32) float t[16], u[16];
+    store(t, x);
+    store(u, y);
+    for (int i = n; i < 16; ++i) t[i] = u[i];
+    return load(t);
+  }
+
+  MOEBIUS_INLINE static __m256 widen8(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  MOEBIUS_INLINE static F load_bf16(const bf16* p) { return {widen8(p), widen8(p + 8)}; }
+  MOEBIUS_INLINE static F load_bf16_n(const bf16* p, int n) {
+    alignas(32) bf16 t[16] = {};
+    for (int i = 0; i < n; ++i) t[i] = p[i];
+    return load_bf16(t);
+  }
+  MOEBIUS_INLINE static void store_bf16(bf16* p, F v) {
+    alignas(32) float t[16];
+    store(t, v);
+    for (int i = 0; i < 16; ++i) p[i] = to_bf16(t[i]);
+  }
+
+  MOEBIUS_INLINE static float sum(F v) {
+    const __m256 h = _mm256_add_ps(v.a, v.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+  }
+  MOEBIUS_INLINE static float max_of(F v) {
+    const __m256 h = _mm256_max_ps(v.a, v.b);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+  MOEBIUS_INLINE static uint32_t less(F x, F y) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ))) |
+           static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))) << 8;
+  }
+  MOEBIUS_INLINE static uint32_t equal(F x, F y) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ))) |
+           static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ))) << 8;
+  }
+  MOEBIUS_INLINE static F abs(F x) {
+    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
+  }
+  MOEBIUS_INLINE static void add_fixed(int64_t* dst, F v, uint32_t good) {
+    alignas(32) float t[16];
+    store(t, v);
+    for (int i = 0; i < 16; ++i)  // cvtss2si: to nearest even, any value below 2^63
+      if (good >> i & 1) dst[i] = static_cast<int64_t>(static_cast<uint64_t>(dst[i]) + static_cast<uint64_t>(_mm_cvtss_si64(_mm_set_ss(t[i]))));
+  }
+
+  struct W {
+    F even, odd;
+  };
+  struct A {
+    __m256 even, odd;
+  };
+  MOEBIUS_INLINE static __m256 even_of(__m256i p) { return _mm256_castsi256_ps(_mm256_slli_epi32(p, 16)); }
+  MOEBIUS_INLINE static __m256 odd_of(__m256i p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(p, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
+  }
+  MOEBIUS_INLINE static W load_w(const bf16* p) {
+    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+    return {{even_of(a), even_of(b)}, {odd_of(a), odd_of(b)}};
+  }
+  MOEBIUS_INLINE static A load_a(const uint32_t* p) {
+    const __m256i pair = _mm256_set1_epi32(static_cast<int>(*p));
+    return {even_of(pair), odd_of(pair)};
+  }
+  MOEBIUS_INLINE static F dot(F acc, const W& w, const A& a) {
+    return {_mm256_fmadd_ps(w.odd.a, a.odd, _mm256_fmadd_ps(w.even.a, a.even, acc.a)),
+            _mm256_fmadd_ps(w.odd.b, a.odd, _mm256_fmadd_ps(w.even.b, a.even, acc.b))};
+  }
+  MOEBIUS_INLINE static void widen(const bf16* p, F& even, F& odd) {
+    const W w = load_w(p);
+    even = w.even;
+    odd = w.odd;
+  }
+};
+
+}  // namespace MOEBIUS_ISA

@@ -1,0 +1,70 @@
+// The table of one kernel path. Included last by the path's translation unit.
+#pragma once
+
+#include "lib/cpu/attention.h"
+#include "lib/cpu/products.h"
+#include "lib/cpu/rows.h"
+
+namespace MOEBIUS_ISA {
+
+size_t scratch_bytes(const OpLimits& l) {
+  int64_t width = l.hidden;
+  for (const int64_t k : {l.max_neurons, l.head_dim * l.heads_per_kv}) width = k > width ? k : width;
+  int64_t bytes = l.max_rows * round_up(width, 2) * 2;  // gathered rows
+  for (const int64_t other : {attention_scratch_bytes(l.head_dim), round_up(l.num_experts, kTile) * 4, l.head_dim * 4})
+    bytes = other > bytes ? other : bytes;
+  return static_cast<size_t>(bytes);
+}
+
+uint64_t probe_read(const void* data, size_t bytes) {
+  // Four streams, as a product reads its tiles; loads kept alive by a sum.
+  const float* p = static_cast<const float*>(data);
+  const size_t quarter = bytes / 16 / 16 * 16;  // floats, a multiple of 16
+  F a = Vec::zero(), b = a, c = a, d = a;
+  for (size_t i = 0; i + 16 <= quarter; i += 16) {
+    a = Vec::max(Vec::load(p + i), a);
+    b = Vec::max(Vec::load(p + quarter + i), b);
+    c = Vec::max(Vec::load(p + 2 * quarter + i), c);
+    d = Vec::max(Vec::load(p + 3 * quarter + i), d);
+    __builtin_prefetch(p + i + kPrefetchBytes / 4);
+    __builtin_prefetch(p + quarter + i + kPrefetchBytes / 4);
+    __builtin_prefetch(p + 2 * quarter + i + kPrefetchBytes / 4);
+    __builtin_prefetch(p + 3 * quarter + i + kPrefetchBytes / 4);
+  }
+  const float most = Vec::max_of(Vec::max(Vec::max(a, b), Vec::max(c, d)));
+  return __builtin_bit_cast(uint32_t, most);
+}
+
+double probe_dot(int64_t iterations) {
+  alignas(64) bf16 w[2][2 * kTile];
+  Pair a[Vec::kRows];
+  for (int i = 0; i < 2 * kTile; ++i) w[0][i] = w[1][i] = static_cast<bf16>(0x3c00 + i);
+  for (int r = 0; r < Vec::kRows; ++r) a[r] = 0x3c003c00u + static_cast<uint32_t>(r);
+  constexpr int64_t kPairs = 512;
+  float keep = 0;
+  for (int64_t i = 0; i < iterations; ++i) {
+    F acc[Vec::kRows][2];
+    for (int r = 0; r < Vec::kRows; ++r) acc[r][0] = acc[r][1] = Vec::zero();
+    for (int64_t p = 0; p < kPairs; ++p) {
+      Vec::W tile[2] = {Vec::load_w(w[0]), Vec::load_w(w[1])};
+#pragma GCC unroll 16
+      for (int r = 0; r < Vec::kRows; ++r) {
+        const Vec::A x = Vec::load_a(reinterpret_cast<const uint32_t*>(a + r));
+        acc[r][0] = Vec::dot(acc[r][0], tile[0], x);
+        acc[r][1] = Vec::dot(acc[r][1], tile[1], x);
+      }
+      asm volatile("" ::: "memory");
+    }
+    for (int r = 0; r < Vec::kRows; ++r) keep += Vec::sum(acc[r][0]) + Vec::sum(acc[r][1]);
+  }
+  asm volatile("" ::"r"(&keep) : "memory");
+  return static_cast<double>(iterations) * kPairs * Vec::kRows * 2 * kTile * 2 * 2;
+}
+
+const Ops& ops() {
+  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes, embed,           add_norm,     linear,  rope_store, attention, exact_linear,
+                             route,            experts_gate_up, experts_down, arg_max, exp_sum,    probe_read, probe_dot};
+  return table;
+}
+
+}  // namespace MOEBIUS_ISA

@@ -1,0 +1,5 @@
+#define MOEBIUS_ISA moebius::portable
+#define MOEBIUS_ISA_NAME "portable"
+#include "lib/cpu/isa_portable.h"
+//
+#include "lib/cpu/kernels.h"

@@ -1,0 +1,205 @@
+// Work on single rows: embedding, norms with the residual sum, rotary embedding and KV store, router, sampling helpers.
+#pragma once
+
+#include "lib/cpu/math.h"
+
+namespace MOEBIUS_ISA {
+
+void embed(const EmbedArgs& args, const Lane& lane) {
+  const Range share = share_of(args.rows.size(), lane.thread, lane.num_threads);
+  const int64_t tile_elements = PackedMatrix{kTile, args.hidden}.tile_elements();
+  for (int64_t row = args.rows.begin + share.begin; row < args.rows.begin + share.end; ++row) {
+    const int64_t token = args.tokens[row];
+    float* h = args.h + row * args.hidden;
+    if (args.table != nullptr) {
+      const bf16* e = args.table + token * args.hidden;
+      for (int64_t i = 0; i < args.hidden; ++i) h[i] = to_float(e[i]);
+    } else {
+      const bf16* e = args.packed + token / kTile * tile_elements + token % kTile * 2;
+      for (int64_t i = 0; i < args.hidden; ++i) h[i] = to_float(e[i / 2 * 2 * kTile + i % 2]);
+    }
+  }
+}
+
+// The sums of all partials as floats: one rounding from integer to double, an exact scaling, one rounding to float.
+MOEBIUS_INLINE void add_partials(const AddNormArgs& args, int64_t row, float* h) {
+  bool bad = false;
+  for (int p = 0; p < args.num_partials; ++p) bad |= __atomic_load_n(args.flags[p] + row, __ATOMIC_RELAXED) != 0;
+  const double inv_scale = args.inv_scale;
+  const int64_t at = row * args.hidden;
+  if (bad) {
+    for (int64_t i = 0; i < args.hidden; ++i) h[i] = __builtin_nanf("");
+  } else if (args.plain) {
+    for (int p = 0; p < args.num_partials; ++p) {
+      const float* sum = reinterpret_cast<const float*>(args.partials[p]) + at;
+      for (int64_t i = 0; i < args.hidden; ++i) h[i] += sum[i];
+    }
+  } else if (args.num_partials == 1) {
+    const int64_t* sum = args.partials[0] + at;
+    for (int64_t i = 0; i < args.hidden; ++i) h[i] += static_cast<float>(static_cast<double>(sum[i]) * inv_scale);
+  } else {
+    constexpr int64_t kBlock = 64;
+    for (int64_t b = 0; b < args.hidden; b += kBlock) {
+      const int64_t n = args.hidden - b < kBlock ? args.hidden - b : kBlock;
+      uint64_t sum[kBlock] = {};  // wraps freely: only whole contributions are tested
+      for (int p = 0; p < args.num_partials; ++p)
+        for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<uint64_t>(args.partials[p][at + b + i]);
+      for (int64_t i = 0; i < n; ++i) h[b + i] += static_cast<float>(static_cast<double>(static_cast<int64_t>(sum[i])) * inv_scale);
+    }
+  }
+}
+
+void add_norm(const AddNormArgs& args, const Lane& lane) {
+  const Range share = share_of(args.rows.size(), lane.thread, lane.num_threads);
+  for (int64_t row = args.rows.begin + share.begin; row < args.rows.begin + share.end; ++row) {
+    float* h = args.h + row * args.hidden;
+    if (args.num_partials > 0) add_partials(args, row, h);
+    if (args.weight == nullptr) continue;
+    const float mean = sum_of_squares(h, args.hidden) / static_cast<float>(args.hidden);
+    const float factor = 1.0f / __builtin_sqrtf(mean + args.eps);
+    bf16* x = args.x + row * args.hidden;
+    float* x_float = args.x_float != nullptr ? args.x_float + row * args.hidden : nullptr;
+    for (int64_t i = 0; i < args.hidden; ++i) {
+      const float v = h[i] * factor * args.weight[i];
+      x[i] = to_bf16(v);
+      if (x_float != nullptr) x_float[i] = v;
+    }
+  }
+}
+
+// One head: RMS norm (if any), then halves rotated: (a, b) → (a·cos − b·sin, b·cos + a·sin).
+MOEBIUS_INLINE void norm_and_rotate(const float* in, int64_t dim, const float* norm, float eps, const float* rope, float* out) {
+  float factor = 1;
+  if (norm != nullptr) factor = 1.0f / __builtin_sqrtf(sum_of_squares(in, dim) / static_cast<float>(dim) + eps);
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    float a = in[i], b = in[i + half];
+    if (norm != nullptr) a = a * factor * norm[i], b = b * factor * norm[i + half];
+    const float c = rope[2 * i], s = rope[2 * i + 1];
+    out[i] = a * c - b * s;
+    out[i + half] = b * c + a * s;
+  }
+}
+
+void rope_store(const RopeStoreArgs& args, const Lane& lane) {
+  const int64_t dim = args.kv.head_dim, kv_heads = args.kv.num_kv_heads, heads = args.num_heads + kv_heads;
+  const KvSlice slice{args.kv.page_tokens, dim};
+  const Range units = share_of(args.rows.size() * heads, lane.thread, lane.num_threads);
+  float* rotated = reinterpret_cast<float*>(lane.scratch);
+  for (int64_t u = units.begin; u < units.end; ++u) {
+    const int64_t row = args.rows.begin + u / heads, head = u % heads;
+    const RowPlace& place = args.places[row];
+    const float* rope = args.rope + static_cast<int64_t>(place.position) * dim;
+    if (head < args.num_heads) {
+      norm_and_rotate(args.q + (row * args.num_heads + head) * dim, dim, args.q_norm, args.eps, rope, rotated);
+      bf16* q = args.q_out + (row * args.num_heads + head) * dim;
+      for (int64_t i = 0; i < dim; ++i) q[i] = to_bf16(rotated[i]);
+      continue;
+    }
+    const int64_t j = head - args.num_heads, slot = place.position % args.kv.page_tokens;
+    const int64_t page = place.pages[place.position / args.kv.page_tokens];
+    bf16* kv = reinterpret_cast<bf16*>(args.kv.base + (page * kv_heads + j) * slice.bytes());
+    norm_and_rotate(args.k + (row * kv_heads + j) * dim, dim, args.k_norm, args.eps, rope, rotated);
+    for (int64_t i = 0; i < dim; ++i) kv[slice.k_index(slot, i)] = to_bf16(rotated[i]);
+    const float* v = args.v + (row * kv_heads + j) * dim;
+    for (int64_t i = 0; i < dim; ++i) kv[slice.v_index(slot, i)] = to_bf16(v[i]);
+  }
+}
+
+// ---- router
+
+constexpr int kRouterTiles = 4;  // independent chains: a chain alone waits for each fused multiply-add
+
+template <int C>
+MOEBIUS_INLINE void router_tiles(const float* x, const bf16* w, int64_t tile_elements, int64_t hidden, float* logits) {
+  F acc[C];
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) acc[c] = Vec::zero();
+  for (int64_t p = 0; p < hidden / 2; ++p) {
+    const F even = Vec::set1(x[2 * p]), odd = Vec::set1(x[2 * p + 1]);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      F a, b;
+      Vec::widen(w + c * tile_elements + p * 2 * kTile, a, b);
+      acc[c] = Vec::fma(b, odd, Vec::fma(a, even, acc[c]));
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) Vec::store(logits + c * kTile, acc[c]);
+}
+
+MOEBIUS_INLINE void route_row(const RouteArgs& args, const float* x, float* p, int32_t* ids, float* weights) {
+  const PackedMatrix m{args.num_experts, args.hidden};
+  const int64_t tiles = m.tiles();
+  int64_t t = 0;
+  for (; t + kRouterTiles <= tiles; t += kRouterTiles)
+    router_tiles<kRouterTiles>(x, args.w + t * m.tile_elements(), m.tile_elements(), args.hidden, p + t * kTile);
+  for (; t < tiles; ++t) router_tiles<1>(x, args.w + t * m.tile_elements(), m.tile_elements(), args.hidden, p + t * kTile);
+
+  float most = -kInfinity;
+  for (int e = 0; e < args.num_experts; ++e) most = p[e] > most ? p[e] : most;  // NaN never wins
+  F sums = Vec::zero();
+  for (int e = 0; e < args.num_experts; e += kTile) {
+    const int n = args.num_experts - e < kTile ? args.num_experts - e : kTile;
+    const F v = Vec::select_first(n, exp_of(Vec::sub(Vec::load_n(p + e, n, -kInfinity), Vec::set1(most))), Vec::zero());
+    Vec::store(p + e, v);
+    sums = Vec::add(sums, v);
+  }
+  const float sum = Vec::sum(sums);
+  float chosen = 0;
+  for (int i = 0; i < args.top_k; ++i) {
+    int best = -1;
+    for (int e = 0; e < args.num_experts; ++e)
+      if (p[e] >= 0 && (best < 0 || p[e] > p[best])) best = e;  // the lower index wins a tie; NaN and taken ones are not ≥ 0
+    if (best < 0) {  // only NaN is left: the lowest that has not been taken
+      best = 0;
+      for (int j = 0; j < i; ++j)
+        if (ids[j] == best) ++best, j = -1;
+    }
+    ids[i] = best;
+    weights[i] = p[best] / sum;
+    chosen += p[best];
+    p[best] = -1;
+  }
+  if (args.renormalise)
+    for (int i = 0; i < args.top_k; ++i) weights[i] = weights[i] * sum / chosen;
+}
+
+void route(const RouteArgs& args, const Lane& lane) {
+  const Range share = share_of(args.rows.size(), lane.thread, lane.num_threads);
+  float* p = reinterpret_cast<float*>(lane.scratch);
+  for (int64_t row = args.rows.begin + share.begin; row < args.rows.begin + share.end; ++row)
+    route_row(args, args.x + row * args.hidden, p, args.ids + row * args.top_k, args.weights + row * args.top_k);
+}
+
+// ---- sampling helpers
+
+int64_t arg_max(const float* x, int64_t n) {
+  F best = Vec::set1(-kInfinity);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) best = Vec::max(Vec::load(x + i), best);  // `best` wins where the new one is NaN
+  if (i < n) best = Vec::max(Vec::load_n(x + i, static_cast<int>(n - i), -kInfinity), best);
+  const F most = Vec::set1(Vec::max_of(best));
+  for (i = 0; i < n; i += 16) {
+    const int count = n - i < 16 ? static_cast<int>(n - i) : 16;
+    uint32_t hit = Vec::equal(count == 16 ? Vec::load(x + i) : Vec::load_n(x + i, count, -kInfinity), most);
+    if (count < 16) hit &= (1u << count) - 1;
+    if (hit != 0) return i + __builtin_ctz(hit);
+  }
+  return -1;
+}
+
+float exp_sum(const float* x, int64_t n, float shift, float factor, float* out) {
+  F sums = Vec::zero();
+  for (int64_t i = 0; i < n; i += 16) {
+    const int count = n - i < 16 ? static_cast<int>(n - i) : 16;
+    const F v = count == 16 ? Vec::load(x + i) : Vec::load_n(x + i, count, -kInfinity);
+    F e = exp_of(Vec::mul(Vec::sub(v, Vec::set1(shift)), Vec::set1(factor)));
+    if (count < 16) e = Vec::select_first(count, e, Vec::zero());
+    if (out != nullptr) Vec::store_n(out + i, e, count);
+    sums = Vec::add(sums, e);
+  }
+  return Vec::sum(sums);
+}
+
+}  // namespace MOEBIUS_ISA

@@ -1,0 +1,27 @@
+// A layout is a function from slices to owners. Here are the two; a new layout is another function.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "lib/layout/slices.h"
+
+namespace moebius {
+
+using RankSet = uint64_t;  // bit r: rank r
+
+struct Owners {
+  int ranks = 1;
+  Layout layout = Layout::kTp;
+  std::vector<std::vector<RankSet>> slices;  // [layer][slice]
+  std::vector<RankSet> kv_heads;             // [KV heads] who may hold a head's KV; EP: every rank, for its own requests
+};
+
+// Expert and dense cut s: rank ⌊s·P/S⌋. Head groups: contiguous runs, dealt so that the largest number of KV heads on a rank
+// is smallest (⌊a·P/A⌋ where that is as good). K/V of a head: every rank whose groups read it.
+Owners tp_owners(const SliceTable& table, int ranks);
+
+// placement: [layer][expert] → rank, empty for ⌊e·P/E⌋ everywhere. Attention and dense cuts: every rank.
+Owners ep_owners(const SliceTable& table, int ranks, const std::vector<std::vector<int>>& placement = {});
+
+}  // namespace moebius

@@ -1,0 +1,74 @@
+#include "lib/layout/slices.h"
+
+#include <algorithm>
+
+#include "lib/base/error.h"
+#include "lib/tensor/packed.h"
+
+namespace moebius {
+namespace {
+
+// Below this a cut's down product is too short for the conversion of its sums (docs/numerics.md).
+constexpr int kMinNeuronsOfEight = 96;
+
+bool divides_all(const ModelShape& model, int cuts) {
+  return std::all_of(model.mlps.begin(), model.mlps.end(), [&](const MlpShape& m) { return m.intermediate % cuts == 0; });
+}
+
+int default_cuts(const ModelShape& model) {
+  const bool wide = std::all_of(model.mlps.begin(), model.mlps.end(),
+                                [](const MlpShape& m) { return m.intermediate / 8 >= kMinNeuronsOfEight; });
+  for (int cuts = wide ? 8 : 4; cuts > 1; cuts /= 2)
+    if (divides_all(model, cuts)) return cuts;
+  return 1;
+}
+
+int head_groups(const ModelShape& model, int cuts) {
+  const int least = std::min(cuts, model.num_heads);
+  for (int a = model.num_kv_heads; a < model.num_heads; a += model.num_kv_heads)
+    if (a >= least && model.num_heads % a == 0) return a;
+  return model.num_heads;
+}
+
+}  // namespace
+
+SliceCounts slice_counts(const ModelShape& model, int slices_per_expert) {
+  if (model.num_kv_heads < 1 || model.num_heads % model.num_kv_heads != 0)
+    fail(Code::kInvalidArgument, "{} query heads cannot share {} KV heads evenly", model.num_heads, model.num_kv_heads);
+  const int cuts = slices_per_expert > 0 ? slices_per_expert : default_cuts(model);
+  for (size_t l = 0; l < model.mlps.size(); ++l)
+    if (model.mlps[l].intermediate % cuts != 0)
+      fail(Code::kInvalidArgument, "slices_per_expert {} does not divide the {} neurons of layer {}", cuts,
+           model.mlps[l].intermediate, l);
+  return {cuts, head_groups(model, cuts)};
+}
+
+void check_ranks(const ModelShape& model, SliceCounts counts, int ranks) {
+  int experts = 64;
+  for (const MlpShape& m : model.mlps)
+    if (m.num_experts > 0) experts = std::min(experts, m.num_experts);
+  const int most = std::min({counts.cuts, counts.head_groups, experts, 64});
+  if (ranks >= 1 && ranks <= most) return;
+  fail(Code::kInvalidArgument,
+       "{} ranks are too many: a model with {} slices per expert, {} head groups and {} experts can be divided over at most {}; "
+       "a larger slices_per_expert allows more, up to the query heads ({}) and experts",
+       ranks, counts.cuts, counts.head_groups, experts, most, model.num_heads);
+}
+
+SliceTable::SliceTable(const ModelShape& model, SliceCounts counts) : model_(model), counts_(counts) {
+  const int64_t attention = AttentionGroup{model.num_heads / counts.head_groups, model.head_dim, model.hidden}.bytes();
+  const int64_t projection = KvProjection{model.head_dim, model.hidden}.bytes();
+  for (int l = 0; l < model.num_layers(); ++l) {
+    const MlpShape& mlp = model.mlps[static_cast<size_t>(l)];
+    std::vector<Slice>& slices = layers_.emplace_back();
+    for (int a = 0; a < counts.head_groups; ++a) slices.push_back({SliceKind::kAttentionGroup, l, a, 0, attention});
+    for (int h = 0; h < model.num_kv_heads; ++h) slices.push_back({SliceKind::kKvProjection, l, h, 0, projection});
+    const int64_t cut = MlpCut{mlp.intermediate / counts.cuts, model.hidden}.bytes();
+    const SliceKind kind = mlp.num_experts > 0 ? SliceKind::kExpertCut : SliceKind::kDenseCut;
+    for (int e = 0; e < std::max(1, mlp.num_experts); ++e)
+      for (int s = 0; s < counts.cuts; ++s) slices.push_back({kind, l, e, s, cut});
+    for (const Slice& s : slices) MOEBIUS_ASSERT(s.bytes % 64 == 0);
+  }
+}
+
+}  // namespace moebius

@@ -1,0 +1,26 @@
+// The interval verifier: proves of a finished plan, by its intervals and nothing else, that no write of a switch lands on
+// bytes somebody still needs. It runs on every plan ever made and trusts no formula.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "lib/layout/arena.h"
+#include "lib/layout/transfer.h"
+
+namespace moebius {
+
+// At every seam: kept zone, TP regions of items before it and EP regions from it on are disjoint and inside the arena, also
+// while the next item's new region (either direction) is being filled ahead; every owned slice and KV pool lies in its
+// item's region, or in the kept zone at one place for both layouts, and none overlaps another. Throws Error(kInternal)
+// naming rank, item and intervals.
+void verify_arena(const ArenaPlan& arena);
+
+// Every copy of the plan reads bytes that its source owns in the old layout, writes inside the destination's new region of
+// the same item, writes nothing twice, touches no source of the same item, and together they bring each gained slice once.
+void verify_transfer(const ArenaPlan& arena, const TransferPlan& plan);
+
+// Pages in range, and no destination page of a move to `to` written twice (a bitmap).
+void verify_pages(std::span<const PagePair> pairs, Layout to, int64_t tp_pages, const std::vector<int64_t>& ep_pages);
+
+}  // namespace moebius

@@ -1,0 +1,686 @@
+#include "lib/runtime/engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "lib/base/error.h"
+#include "lib/cpu/cpu_ops.h"
+#include "lib/runtime/engine_impl.h"
+
+namespace moebius {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr size_t kEventRing = 4096;
+
+double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
+
+int threads_per_rank(const EngineConfig& config) {
+  if (config.threads > 0) return config.threads;
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / config.ranks);
+}
+
+const Ops& choose_ops(const std::string& name) {
+  if (name.empty()) return cpu_ops(best_isa());
+  const std::optional<Isa> isa = parse_isa(name);
+  if (!isa) fail(Code::kInvalidArgument, "isa '{}' is not known; known are avx512bf16, avx512, avx2, portable", name);
+  if (!isa_available(*isa)) fail(Code::kUnsupported, "this machine does not have what isa '{}' needs", name);
+  return cpu_ops(*isa);
+}
+
+void check_config(const EngineConfig& c) {
+  const auto at_least = [](const char* key, double value, double least) {
+    if (!(value >= least)) fail(Code::kInvalidArgument, "{} is {}, must be at least {}", key, value, least);
+  };
+  at_least("ranks", c.ranks, 1);
+  at_least("threads", c.threads, 0);
+  at_least("chunk_tokens", c.chunk_tokens, 1);
+  at_least("max_batch", c.max_batch, 1);
+  at_least("max_queue", c.max_queue, 1);
+  at_least("max_context", static_cast<double>(c.max_context), 0);
+  at_least("memory_bytes", static_cast<double>(c.memory_bytes), 0);
+  at_least("stall_budget_ms", c.stall_budget_ms, 0);
+  at_least("slices_per_expert", c.slices_per_expert, 0);
+  if (!(c.wait_deadline_ms > 0)) fail(Code::kInvalidArgument, "wait_deadline_ms is {}, must be above 0", c.wait_deadline_ms);
+  if (c.page_tokens < kTile || c.page_tokens % kTile != 0)
+    fail(Code::kInvalidArgument, "page_tokens is {}, must be a multiple of {}", c.page_tokens, kTile);
+}
+
+EngineConfig complete(EngineConfig config, const ModelConfig& model) {
+  check_config(config);
+  if (config.max_context == 0) config.max_context = model.max_position_embeddings;
+  if (config.max_context > model.max_position_embeddings)
+    fail(Code::kInvalidArgument, "max_context is {}, the model was made for {}", config.max_context, model.max_position_embeddings);
+  return config;
+}
+
+WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, const Ops& ops) {
+  const SliceCounts counts = slice_counts(model.shape, config.slices_per_expert);
+  WorkspaceShape s;
+  s.max_rows = config.chunk_tokens + config.max_batch;
+  s.max_logit_rows = std::min(config.max_batch, 64);
+  s.hidden = model.shape.hidden;
+  s.num_heads = model.shape.num_heads;
+  s.num_kv_heads = model.shape.num_kv_heads;
+  s.head_dim = model.shape.head_dim;
+  s.top_k = std::max(1, model.top_k);
+  OpLimits limits{s.max_rows, s.hidden, s.head_dim, s.num_heads / s.num_kv_heads, 0, 1};
+  for (const MlpShape& mlp : model.shape.mlps) {
+    const int64_t width = MlpCut{mlp.intermediate / counts.cuts, s.hidden}.padded() * counts.cuts;
+    const int64_t pairs = s.max_rows * (mlp.num_experts > 0 ? s.top_k : 1);
+    s.max_act_elements = std::max(s.max_act_elements, pairs * width);
+    s.max_pairs = std::max(s.max_pairs, pairs);
+    s.num_experts = std::max<int64_t>(s.num_experts, mlp.num_experts);
+    limits.max_neurons = std::max(limits.max_neurons, width);
+  }
+  limits.num_experts = std::max<int64_t>(1, s.num_experts);
+  s.mlp_addends = s.top_k * counts.cuts;
+  s.attention_addends = counts.head_groups;
+  s.threads = threads;
+  s.scratch_bytes = ops.scratch_bytes(limits);
+  s.plain_sums = config.plain_sums;
+  return s;
+}
+
+std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages(); }
+
+}  // namespace
+
+// ---- construction
+
+Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& config)
+    : config_(complete(config, read_config(model_dir))),
+      model_(read_config(model_dir)),
+      threads_(threads_per_rank(config_)),
+      ops_(choose_ops(config_.isa)),
+      world_(config_.ranks, threads_, config_.wait_deadline_ms),
+      shape_(workspace_shape(model_, config_, threads_, ops_)),
+      store_(model_dir, model_, config_, world_, Workspace::bytes(shape_)),
+      kv_(store_.arena().tp_pages(), ep_pages_of(store_.arena()), config_.page_tokens, config_.prefix_cache,
+          config_.layout == Layout::kTp ? Phase::kTp : Phase::kEp),
+      scheduler_(kv_, {config_.chunk_tokens, config_.max_batch, config_.prefix_cache}),
+      switcher_({world_, store_.arena(), store_.to_tp(), store_.to_ep(), store_.arenas(), kv_, scheduler_,
+                 [this](Event&& e) { emit(std::move(e)); },
+                 [this](Sequence& s) { emit_request(EventType::kPreempted, s); }},
+                config_.layout),
+      plan_(shape_.max_rows, config_.max_batch, config_.ranks),
+      logits_(shape_.max_logit_rows * model_.vocab_size * static_cast<int64_t>(sizeof(float))),
+      sampled_(static_cast<size_t>(config_.max_batch)),
+      events_(kEventRing),
+      stall_budget_ms_(config_.stall_budget_ms),
+      label_seam_(switcher_.seam()) {
+  for (int r = 0; r < config_.ranks; ++r) {
+    workspaces_.push_back(std::make_shared<Workspace>(shape_));
+    world_.keep_alive(workspaces_.back());
+    exchange_.push_back(workspaces_.back()->exchange());
+  }
+  for (int r = 0; r < config_.ranks; ++r) {
+    comms_.push_back(std::make_unique<LocalCommunicator>(world_, r, exchange_, shape_.hidden, shape_.top_k));
+    RankContext context;
+    context.ops = &ops_;
+    context.comm = comms_.back().get();
+    context.buffers = &workspaces_[r]->buffers;
+    context.batch = &workspaces_[r]->batch();
+    context.dims = {shape_.hidden, static_cast<int32_t>(shape_.num_experts), model_.top_k, model_.norm_topk_prob};
+    executors_.push_back(std::make_unique<RankExecutor>(store_.forward(), store_.tables(r), context));
+  }
+  for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
+  policy_ = make_policy(config_.policy, config_.ranks);
+  stats_.num_layers = model_.shape.num_layers();
+  publish_stats();
+}
+
+Engine::Impl::~Impl() { stop(); }
+
+// ---- what other threads hand in
+
+void Engine::Impl::check_request(const RequestSpec& spec) const {
+  if (spec.prompt_ids.empty()) fail(Code::kInvalidArgument, "the prompt is empty");
+  for (size_t i = 0; i < spec.prompt_ids.size(); ++i)
+    if (spec.prompt_ids[i] < 0 || spec.prompt_ids[i] >= model_.vocab_size)
+      fail(Code::kInvalidArgument, "prompt token {} is {}, the vocabulary has {}", i, spec.prompt_ids[i], model_.vocab_size);
+  check(spec.sampling, model_.vocab_size);
+  const int64_t total = static_cast<int64_t>(spec.prompt_ids.size()) + spec.sampling.max_tokens;
+  if (total > config_.max_context)
+    fail(Code::kContextTooLong, "prompt of {} + max_tokens {} = {} tokens, the context is {}", spec.prompt_ids.size(),
+         spec.sampling.max_tokens, total, config_.max_context);
+  // The last token is never fed, so total − 1 tokens have KV; one page more is asked for before a token is chosen.
+  const int64_t pages = div_up(total, config_.page_tokens);
+  int64_t ep_pages = 0;
+  for (int h = 0; h < kv_.num_homes(); ++h) ep_pages = std::max(ep_pages, kv_.ep_capacity(h));
+  for (const auto& [name, capacity] : {std::pair<const char*, int64_t>{"tp", kv_.tp_capacity()}, {"ep", ep_pages}})
+    if (pages > capacity)
+      fail(Code::kDoesNotFit, "the request needs {} KV pages of {} tokens, layout {} holds {}: raise memory_bytes or shorten it",
+           pages, config_.page_tokens, name, capacity);
+}
+
+uint64_t Engine::Impl::submit(const RequestSpec& spec) {
+  check_request(spec);
+  auto request = std::make_unique<Request>();
+  request->spec = spec;
+  request->submitted = Clock::now();
+  if (spec.deadline_ms > 0)
+    request->deadline = request->submitted + std::chrono::duration_cast<Clock::duration>(
+                                                 std::chrono::duration<double, std::milli>(spec.deadline_ms));
+  const size_t total = spec.prompt_ids.size() + static_cast<size_t>(spec.sampling.max_tokens);
+  const size_t pages = static_cast<size_t>(div_up(static_cast<int64_t>(total) + 1, config_.page_tokens)) + 1;
+  request->samples.resize(static_cast<size_t>(spec.sampling.n));
+  request->unfinished = spec.sampling.n;
+  std::unique_lock lock(inbox_mutex_);
+  if (!failure_.empty()) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_);
+  if (waiting_hint_ + spec.sampling.n > config_.max_queue)
+    fail(Code::kQueueFull, "{} requests are waiting, max_queue is {}", waiting_hint_, config_.max_queue);
+  request->number = next_number_++;
+  if (request->spec.id.empty()) request->spec.id = std::to_string(request->number);
+  for (int i = 0; i < spec.sampling.n; ++i) {
+    Sequence& s = request->samples[static_cast<size_t>(i)];
+    s.request = request.get();
+    s.sample = i;
+    s.tokens.reserve(total);
+    s.tokens = spec.prompt_ids;
+    s.tokens.reserve(total);
+    s.blocks.reserve(pages);
+    s.tp_pages.reserve(pages);
+    s.ep_pages.reserve(pages);
+    const uint64_t seed = spec.sampling.seed && spec.sampling.n == 1
+                              ? *spec.sampling.seed
+                              : request_seed(spec.sampling.seed.value_or(config_.seed), request->spec.id, i);
+    s.sampler.start(request->spec.sampling, seed, spec.prompt_ids, model_.vocab_size);
+  }
+  waiting_hint_ += spec.sampling.n;
+  const uint64_t number = request->number;
+  inbox_.push_back(request.get());
+  requests_.emplace(number, std::move(request));
+  lock.unlock();
+  inbox_filled_.notify_one();
+  return number;
+}
+
+bool Engine::Impl::cancel(uint64_t request) {
+  {
+    std::lock_guard lock(inbox_mutex_);
+    const auto it = requests_.find(request);
+    if (it == requests_.end() || it->second->unfinished == 0) return false;
+    cancels_.push_back(request);
+  }
+  inbox_filled_.notify_one();
+  return true;
+}
+
+void Engine::Impl::aim(int32_t seam) {
+  if (seam < 0 || seam > model_.shape.num_layers())
+    fail(Code::kInvalidArgument, "seam {} is outside 0 … {}", seam, model_.shape.num_layers());
+  {
+    std::lock_guard lock(inbox_mutex_);
+    wished_seam_ = seam;
+  }
+  inbox_filled_.notify_one();
+}
+
+void Engine::Impl::set_stall_budget(double ms) {
+  if (!(ms >= 0)) fail(Code::kInvalidArgument, "stall_budget_ms is {}, must be at least 0", ms);
+  std::lock_guard lock(inbox_mutex_);
+  wished_budget_ = ms;
+}
+
+void Engine::Impl::set_policy(const PolicyConfig& policy) {
+  make_policy(policy, config_.ranks);  // refuses a bad one here
+  std::lock_guard lock(inbox_mutex_);
+  wished_policy_ = policy;
+}
+
+// ---- events
+
+void Engine::Impl::emit(Event&& event) {
+  event.step = step_;
+  switch (event.type) {
+    case EventType::kSwitchFinished:
+      metrics_.on_switch(event.from, event.to, event.seconds, event.bytes);
+      policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
+      ++stats_.switches;
+      stats_.switch_seconds += event.seconds;
+      stats_.bytes_moved += event.bytes;
+      break;
+    case EventType::kSwitchRefused:
+      metrics_.on_refusal();
+      policy_->on_refused();
+      ++stats_.refusals;
+      break;
+    case EventType::kRolledBack:
+      metrics_.on_rollback();
+      ++stats_.rollbacks;
+      break;
+    case EventType::kPreempted:
+      metrics_.on_preemption();
+      ++stats_.preemptions;
+      break;
+    default:
+      break;
+  }
+  events_.push(std::move(event));
+}
+
+void Engine::Impl::emit_request(EventType type, const Sequence& sequence) {
+  Event event;
+  event.type = type;
+  event.request = sequence.request->number;
+  event.sample = sequence.sample;
+  emit(std::move(event));
+}
+
+// ---- a step
+
+void Engine::Impl::take_inbox() {
+  arriving_.clear();
+  cancelling_.clear();
+  {
+    std::lock_guard lock(inbox_mutex_);
+    arriving_.swap(inbox_);
+    cancelling_.swap(cancels_);
+  }
+  for (Request* request : arriving_) {
+    request->arrived = true;
+    for (Sequence& s : request->samples) {
+      s.arrival = arrivals_++;
+      scheduler_.add(s);
+    }
+    emit_request(EventType::kArrived, request->samples[0]);
+  }
+  for (uint64_t number : cancelling_) {
+    Request* request = nullptr;
+    {
+      std::lock_guard lock(inbox_mutex_);
+      if (const auto it = requests_.find(number); it != requests_.end()) request = it->second.get();
+    }
+    if (request == nullptr || request->unfinished == 0) continue;
+    emit_request(EventType::kCancelled, request->samples[0]);
+    for (int32_t i = 0, n = static_cast<int32_t>(request->samples.size()); i < n; ++i)
+      if (request->samples[i].state != SequenceState::kFinished) finish(request->samples[i], FinishReason::kAbort, "cancelled");
+    forget_if_done(*request);
+  }
+}
+
+void Engine::Impl::take_wishes() {
+  std::optional<int32_t> seam;
+  {
+    std::lock_guard lock(inbox_mutex_);
+    seam = std::exchange(wished_seam_, std::nullopt);
+    if (wished_budget_) stall_budget_ms_ = *std::exchange(wished_budget_, std::nullopt);
+    if (wished_policy_) policy_ = make_policy(*std::exchange(wished_policy_, std::nullopt), config_.ranks);
+  }
+  if (!seam) return;
+  if (config_.ranks > 1) switcher_.begin(*seam, config_.preempt_to_fit);
+  else report_seam(*seam);
+}
+
+// With one rank every slice has one owner in both layouts: a switch succeeds and moves nothing.
+void Engine::Impl::report_seam(int32_t target) {
+  Event event;
+  event.type = EventType::kSwitchStarted;
+  event.from = label_seam_ == 0 ? Layout::kEp : Layout::kTp;
+  event.to = target == 0 ? Layout::kEp : Layout::kTp;
+  event.seam = label_seam_;
+  emit(Event(event));
+  event.type = EventType::kSwitchFinished;
+  event.seam = label_seam_ = target;
+  emit(std::move(event));
+}
+
+void Engine::Impl::observe_load() {
+  LoadSample load;
+  load.step = step_;
+  load.time_s = seconds_between(Clock::time_point{}, Clock::now());
+  load.running = static_cast<int32_t>(scheduler_.running().size());
+  load.waiting = static_cast<int32_t>(scheduler_.waiting().size());
+  load.decode_rows = plan_.decode_rows;
+  load.prefill_tokens = plan_.prefill_rows;
+  const int32_t seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
+  load.layout = seam == 0 ? Layout::kEp : Layout::kTp;
+  load.switching = switcher_.moving();
+  const std::optional<Decision> decision = policy_->observe(load);
+  if (!decision) return;
+  Event event;
+  event.type = EventType::kDecision;
+  event.from = load.layout;
+  event.to = decision->to;
+  event.seam = seam;
+  event.reason = decision->record;
+  emit(std::move(event));
+  if (decision->shadow) return;
+  if (config_.ranks > 1) switcher_.begin(decision->to == Layout::kTp ? switcher_.num_layers() : 0, config_.preempt_to_fit);
+  else report_seam(decision->to == Layout::kTp ? switcher_.num_layers() : 0);
+}
+
+void Engine::Impl::expire(Clock::time_point now) {
+  const auto due = [&](const Sequence* s) { return s->request->deadline != Clock::time_point{} && now >= s->request->deadline; };
+  for (const std::vector<Sequence*>* list : {&scheduler_.running(), &scheduler_.waiting()})
+    for (size_t i = list->size(); i-- > 0;)
+      if (Sequence& s = *(*list)[i]; due(&s)) {
+        Request& request = *s.request;
+        finish(s, FinishReason::kAbort, "deadline passed");
+        forget_if_done(request);
+      }
+}
+
+StepResult Engine::Impl::step() {
+  std::lock_guard step_lock(step_mutex_);
+  const FloatingPointMode mode;
+  if (!failure_.empty()) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_);
+  StepResult result;
+  const auto begin = Clock::now();
+  try {
+    take_inbox();
+    expire(begin);
+    take_wishes();
+    observe_load();
+    const auto before_switch = Clock::now();
+    switcher_.advance(stall_budget_ms_);
+    result.switch_seconds = seconds_between(before_switch, Clock::now());
+    scheduler_.plan(plan_, [&](Sequence& s) { emit_request(EventType::kPreempted, s); });
+    if (plan_.num_rows() > 0) run_plan(result);
+    result.worked = plan_.num_rows() > 0 || switcher_.moving() || !scheduler_.waiting().empty();
+  } catch (const std::exception& e) {
+    fail_everything(e.what());
+    throw;
+  }
+  result.decode_rows = plan_.decode_rows;
+  result.prefill_rows = plan_.prefill_rows;
+  result.seconds = seconds_between(begin, Clock::now());
+  ++step_;
+  publish_stats();
+  return result;
+}
+
+void Engine::Impl::run_plan(StepResult& result) {
+  const auto begin = Clock::now();
+  plan_.seam = switcher_.seam();
+  for (const ScheduledChunk& chunk : plan_.chunks) {
+    Sequence& s = *chunk.sequence;
+    if (s.first_scheduled == Clock::time_point{}) s.first_scheduled = begin;
+    if (s.request->spec.keep_logits) {
+      const int64_t positions = s.computed + chunk.num_rows - s.logits_taken;
+      s.logits.resize(static_cast<size_t>(std::max<int64_t>(positions, s.logits_kept - s.logits_taken) * model_.vocab_size));
+    }
+  }
+  for (const auto& executor : executors_) executor->context().experts_reached = 0;
+  world_.run([this](int rank, int thread) { compute(rank, thread); });
+  for (const auto& executor : executors_) result.experts_reached += executor->context().experts_reached;
+  result.compute_seconds = seconds_between(begin, Clock::now());
+  scheduler_.commit(plan_);
+  accept_tokens();
+  metrics_.on_step(plan_.num_rows());
+}
+
+// One thread's part: the forward pass, then LM head and sampling for groups of rows.
+void Engine::Impl::compute(int rank, int thread) {
+  if (step_hook) step_hook(rank, thread);
+  const Lane lane{thread, threads_, workspaces_[rank]->scratch(thread)};
+  RankExecutor& executor = *executors_[rank];
+  executor.forward(plan_, lane);
+  float* const logits = logits_.as<float>();
+  const int64_t total = static_cast<int64_t>(plan_.logit_rows.size());
+  const int lane_of_world = rank * threads_ + thread, lanes = config_.ranks * threads_;
+  for (int64_t first = 0; first < total; first += shape_.max_logit_rows) {
+    const Range group{first, std::min(total, first + shape_.max_logit_rows)};
+    executor.logits(plan_, group, logits, lane);
+    world_.world_barrier();  // every rank's share of the vocabulary before a row is read
+    for (int64_t i = lane_of_world; i < group.size(); i += lanes)
+      sample_row(plan_.logit_rows[group.begin + i], logits + i * model_.vocab_size, lane_of_world);
+    if (group.end < total) world_.world_barrier();  // rows are read before the next group overwrites them
+  }
+}
+
+void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int lane) {
+  Sequence& s = *plan_.chunks[row.chunk].sequence;
+  if (s.request->spec.keep_logits && row.position >= s.logits_kept)
+    std::memcpy(s.logits.data() + (row.position - s.logits_taken) * model_.vocab_size, logits,
+                static_cast<size_t>(model_.vocab_size) * sizeof(float));
+  if (row.sample)
+    sampled_[row.chunk] = sample(logits, model_.vocab_size, s.request->spec.sampling, s.sampler, ops_, sampler_scratch_[lane],
+                                 model_.eos_token_ids);
+}
+
+void Engine::Impl::accept_tokens() {
+  for (size_t i = 0; i < plan_.chunks.size(); ++i) {
+    Sequence& s = *plan_.chunks[i].sequence;
+    if (s.request->spec.keep_logits) s.logits_kept = std::max(s.logits_kept, s.computed);
+    if (plan_.chunks[i].samples) accept(s, sampled_[i]);
+  }
+}
+
+void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
+  Request& request = *s.request;
+  if (result.failed) {
+    finish(s, FinishReason::kError, "the logits are not numbers (NaN): a sum overflowed or the weights hold NaN");
+    forget_if_done(request);
+    return;
+  }
+  const auto now = Clock::now();
+  if (s.first_token == Clock::time_point{}) {
+    s.first_token = now;
+    metrics_.on_first_token(seconds_between(request.submitted, now));
+  } else {
+    metrics_.on_inter_token(seconds_between(s.last_token, now));
+  }
+  s.last_token = now;
+  s.tokens.push_back(result.token);
+  ++stats_.generation_tokens;
+  Event event;
+  event.type = EventType::kToken;
+  event.request = request.number;
+  event.sample = s.sample;
+  event.token = result.token;
+  event.logprob = result.logprob;
+  event.num_top = result.num_top;
+  std::copy_n(result.top.begin(), result.num_top, event.top.begin());
+  emit(std::move(event));
+
+  const SamplingParams& p = request.spec.sampling;
+  const auto holds = [&](const std::vector<int32_t>& ids) { return std::find(ids.begin(), ids.end(), result.token) != ids.end(); };
+  FinishReason reason = FinishReason::kNone;
+  if (s.generated() >= p.min_tokens && ((!p.ignore_eos && holds(model_.eos_token_ids)) || holds(p.stop_token_ids)))
+    reason = FinishReason::kStop;
+  else if (s.generated() >= p.max_tokens)
+    reason = FinishReason::kLength;
+  if (reason == FinishReason::kNone) return;
+  finish(s, reason);
+  forget_if_done(request);
+}
+
+void Engine::Impl::finish(Sequence& s, FinishReason reason, const std::string& why) {
+  scheduler_.remove(s);
+  Event event;
+  event.type = EventType::kFinished;
+  event.request = s.request->number;
+  event.sample = s.sample;
+  event.finish_reason = reason;
+  event.reason = why;
+  emit(std::move(event));
+  RequestTimes times;
+  times.submitted = s.request->submitted;
+  times.first_scheduled = s.first_scheduled;
+  times.first_token = s.first_token;
+  times.finished = Clock::now();
+  metrics_.on_request_finished(times, s.prompt_tokens(), s.generated(), s.request->spec.sampling.max_tokens, reason);
+  std::lock_guard lock(inbox_mutex_);
+  --s.request->unfinished;
+}
+
+// Kept logits outlive the request until they are taken.
+void Engine::Impl::forget_if_done(Request& request) {
+  std::lock_guard lock(inbox_mutex_);
+  if (request.unfinished == 0 && !request.spec.keep_logits) requests_.erase(request.number);
+}
+
+void Engine::Impl::fail_everything(const std::string& why) {
+  std::lock_guard lock(inbox_mutex_);
+  failure_ = why;
+  for (auto& [number, request] : requests_)
+    for (Sequence& s : request->samples) {
+      if (s.state == SequenceState::kFinished) continue;
+      s.state = SequenceState::kFinished;
+      --request->unfinished;
+      Event event;
+      event.type = EventType::kFinished;
+      event.request = number;
+      event.sample = s.sample;
+      event.finish_reason = FinishReason::kError;
+      event.reason = why;
+      event.step = step_;
+      events_.push(std::move(event));
+    }
+  inbox_.clear();
+}
+
+// ---- reports
+
+void Engine::Impl::publish_stats() {
+  std::lock_guard lock(inbox_mutex_);
+  stats_.step = step_;
+  stats_.running = static_cast<int32_t>(scheduler_.running().size());
+  stats_.waiting = static_cast<int32_t>(scheduler_.waiting().size());
+  waiting_hint_ = stats_.waiting;
+  for (const Request* r : inbox_) waiting_hint_ += static_cast<int64_t>(r->samples.size());
+  stats_.seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
+  stats_.switching = switcher_.moving();
+  stats_.prompt_tokens += static_cast<uint64_t>(plan_.prefill_rows);
+  stats_.prefix_queries = scheduler_.prefix_queries;
+  stats_.prefix_hits = scheduler_.prefix_hits;
+  stats_.kv_usage = kv_.usage();
+  metrics_.set_gauges(stats_);
+}
+
+EngineStats Engine::Impl::stats() const {
+  std::lock_guard lock(inbox_mutex_);
+  EngineStats s = stats_;
+  s.waiting = static_cast<int32_t>(waiting_hint_);
+  return s;
+}
+
+std::string Engine::Impl::metrics_text() const { return metrics_.text(model_.family); }
+
+ModelInfo Engine::Impl::model() const {
+  ModelInfo info;
+  info.family = model_.family;
+  info.num_layers = model_.shape.num_layers();
+  info.vocab_size = model_.vocab_size;
+  info.hidden = model_.shape.hidden;
+  info.num_experts = static_cast<int32_t>(shape_.num_experts);
+  info.top_k = model_.top_k;
+  info.max_context = config_.max_context;
+  const SliceCounts counts = slice_counts(model_.shape, config_.slices_per_expert);
+  info.slices_per_expert = counts.cuts;
+  info.head_groups = counts.head_groups;
+  info.eos_token_ids = model_.eos_token_ids;
+  return info;
+}
+
+MemoryReport Engine::Impl::memory() const {
+  const ArenaPlan& arena = store_.arena();
+  MemoryReport m;
+  for (int r = 0; r < config_.ranks; ++r) {
+    m.arena_bytes = std::max(m.arena_bytes, arena.arena_bytes(r));
+    m.kept_bytes = std::max(m.kept_bytes, arena.kept_bytes(r));
+    m.lead_bytes = std::max(m.lead_bytes, arena.lead(r));
+    for (int l = 0; l < model_.shape.num_layers(); ++l)
+      for (Layout layout : {Layout::kTp, Layout::kEp})
+        m.layer_bytes = std::max(m.layer_bytes, arena.item_range(r, layout, l).size());
+    m.ep_tokens.push_back(kv_.ep_capacity(r) * config_.page_tokens);
+  }
+  m.workspace_bytes = Workspace::bytes(shape_);
+  m.shared_bytes = store_.shared_bytes();
+  m.tp_tokens = kv_.tp_capacity() * config_.page_tokens;
+  return m;
+}
+
+SwitchEstimate Engine::Impl::estimate_switch(Layout to) {
+  std::lock_guard step_lock(step_mutex_);
+  SwitchEstimate e;
+  const int target = to == Layout::kTp ? switcher_.num_layers() : 0;
+  e.fits = true;
+  if (config_.ranks == 1 || switcher_.seam() == target) return e;
+  e.fits = switcher_.fits(target, &e.reason);
+  std::tie(e.bytes, e.bytes_changed) = switcher_.bytes_to(to);
+  e.seconds = static_cast<double>(e.bytes) / switcher_.copy_rate();
+  return e;
+}
+
+std::vector<float> Engine::Impl::take_logits(uint64_t number, int32_t sample) {
+  std::lock_guard step_lock(step_mutex_);
+  std::lock_guard lock(inbox_mutex_);
+  const auto it = requests_.find(number);
+  if (it == requests_.end()) fail(Code::kNotFound, "request {} is not known, or its logits have been taken", number);
+  Request& request = *it->second;
+  if (!request.spec.keep_logits) fail(Code::kInvalidState, "request {} was submitted without keep_logits", number);
+  if (sample < 0 || sample >= static_cast<int32_t>(request.samples.size()))
+    fail(Code::kInvalidArgument, "sample {} of request {}: it has {}", sample, number, request.samples.size());
+  Sequence& s = request.samples[static_cast<size_t>(sample)];
+  std::vector<float> out = std::move(s.logits);
+  out.resize(static_cast<size_t>((s.logits_kept - s.logits_taken) * model_.vocab_size));
+  s.logits = {};
+  s.logits_taken = s.logits_kept;
+  s.logits_collected = s.state == SequenceState::kFinished;
+  if (request.unfinished == 0 &&
+      std::all_of(request.samples.begin(), request.samples.end(), [](const Sequence& x) { return x.logits_collected; }))
+    requests_.erase(it);
+  return out;
+}
+
+// ---- the engine's own thread
+
+bool Engine::Impl::has_work() {
+  std::lock_guard lock(inbox_mutex_);
+  return !inbox_.empty() || !cancels_.empty() || wished_seam_ || stats_.running > 0 || stats_.waiting > 0 || stats_.switching;
+}
+
+void Engine::Impl::start() {
+  if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread runs already");
+  own_thread_stops_ = false;
+  own_thread_ = std::thread([this] {
+    while (!own_thread_stops_) {
+      if (has_work()) {
+        try {
+          step();
+        } catch (const std::exception&) {
+          return;  // every request has its final event, and submit says why
+        }
+        continue;
+      }
+      std::unique_lock lock(inbox_mutex_);
+      inbox_filled_.wait_for(lock, 50ms, [&] { return !inbox_.empty() || !cancels_.empty() || wished_seam_ || own_thread_stops_; });
+    }
+  });
+}
+
+void Engine::Impl::stop() {
+  if (!own_thread_.joinable()) return;
+  own_thread_stops_ = true;
+  inbox_filled_.notify_all();
+  own_thread_.join();
+}
+
+// ---- the public face
+
+Engine::Engine(const std::filesystem::path& model_dir, const EngineConfig& config)
+    : impl_(std::make_unique<Impl>(model_dir, config)) {}
+Engine::~Engine() = default;
+
+uint64_t Engine::submit(const RequestSpec& spec) { return impl_->submit(spec); }
+bool Engine::cancel(uint64_t request) { return impl_->cancel(request); }
+StepResult Engine::step() { return impl_->step(); }
+void Engine::start() { impl_->start(); }
+void Engine::stop() { impl_->stop(); }
+size_t Engine::poll(std::span<Event> out, double timeout_ms) { return impl_->poll(out, timeout_ms); }
+void Engine::request_switch(Layout to) { impl_->aim(to == Layout::kTp ? impl_->model().num_layers : 0); }
+void Engine::hold_seam(int32_t seam) { impl_->aim(seam); }
+void Engine::set_stall_budget(double ms) { impl_->set_stall_budget(ms); }
+void Engine::set_policy(const PolicyConfig& policy) { impl_->set_policy(policy); }
+SwitchEstimate Engine::estimate_switch(Layout to) const { return impl_->estimate_switch(to); }
+EngineStats Engine::stats() const { return impl_->stats(); }
+std::string Engine::metrics_text() const { return impl_->metrics_text(); }
+ModelInfo Engine::model() const { return impl_->model(); }
+MemoryReport Engine::memory() const { return impl_->memory(); }
+std::vector<float> Engine::take_logits(uint64_t request, int32_t sample) { return impl_->take_logits(request, sample); }
+
+}  // namespace moebius

@@ -1,0 +1,128 @@
+// The engine's inside: how requests, the scheduler, the switcher and the ranks make a step. Tests and benchmarks look in here.
+//
+// Two locks. `inbox_mutex_` guards what other threads hand in (submissions, cancels, wishes) and the table of requests;
+// `step_mutex_` is held for a whole step by whoever steps. They are taken in the order step, inbox.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <unordered_map>
+
+#include "lib/comm/local.h"
+#include "lib/comm/world.h"
+#include "lib/device/buffer.h"
+#include "lib/kv/kv_manager.h"
+#include "lib/runtime/engine.h"
+#include "lib/runtime/event_queue.h"
+#include "lib/runtime/metrics.h"
+#include "lib/runtime/model_store.h"
+#include "lib/runtime/rank_executor.h"
+#include "lib/runtime/sampler.h"
+#include "lib/runtime/scheduler.h"
+#include "lib/runtime/switcher.h"
+#include "lib/runtime/workspace.h"
+
+namespace moebius {
+
+class Engine::Impl {
+ public:
+  Impl(const std::filesystem::path& model_dir, const EngineConfig& config);
+  ~Impl();
+
+  uint64_t submit(const RequestSpec& spec);
+  bool cancel(uint64_t request);
+  StepResult step();
+  void start();
+  void stop();
+  size_t poll(std::span<Event> out, double timeout_ms) { return events_.poll(out, timeout_ms); }
+  void aim(int32_t seam);  // request_switch, hold_seam
+  void set_stall_budget(double ms);
+  void set_policy(const PolicyConfig& policy);
+  SwitchEstimate estimate_switch(Layout to);
+  EngineStats stats() const;
+  std::string metrics_text() const;
+  ModelInfo model() const;
+  MemoryReport memory() const;
+  std::vector<float> take_logits(uint64_t request, int32_t sample);
+
+  // For tests and benchmarks, between steps only.
+  World& world() { return world_; }
+  Switcher& switcher() { return switcher_; }
+  const ModelStore& store() const { return store_; }
+  KvManager& kv() { return kv_; }
+  const Scheduler& scheduler() const { return scheduler_; }
+  const Ops& ops() const { return ops_; }
+  std::function<void(int rank, int thread)> step_hook;  // called by every thread at the start of a step's region; may throw
+
+ private:
+  void check_request(const RequestSpec& spec) const;
+  void take_inbox();
+  void take_wishes();
+  void observe_load();
+  void expire(Clock::time_point now);
+  void run_plan(StepResult& result);
+  void compute(int rank, int thread);
+  void sample_row(const LogitRow& row, const float* logits, int lane);
+  void accept_tokens();
+  void accept(Sequence& sequence, const SampleResult& result);
+  void finish(Sequence& sequence, FinishReason reason, const std::string& why = {});
+  void forget_if_done(Request& request);
+  void fail_everything(const std::string& why);
+  void emit(Event&& event);
+  void emit_request(EventType type, const Sequence& sequence);
+  void report_seam(int32_t target);
+  void publish_stats();
+  bool has_work();
+
+  const EngineConfig config_;
+  const ModelConfig model_;
+  const int threads_;
+  const Ops& ops_;
+  World world_;
+  WorkspaceShape shape_;
+  ModelStore store_;
+  KvManager kv_;
+  Scheduler scheduler_;
+  Switcher switcher_;
+  StepPlan plan_;
+
+  std::vector<std::shared_ptr<Workspace>> workspaces_;  // [ranks]
+  std::vector<ExchangeBuffers> exchange_;               // [ranks]
+  std::vector<std::unique_ptr<LocalCommunicator>> comms_;
+  std::vector<std::unique_ptr<RankExecutor>> executors_;
+  HostBuffer logits_;                                   // [logit_group, vocab]
+  std::vector<SamplerScratch> sampler_scratch_;         // [ranks · threads]
+  std::vector<SampleResult> sampled_;                   // [chunks]
+
+  EventQueue events_;
+  Metrics metrics_;
+  std::unique_ptr<Policy> policy_;
+  double stall_budget_ms_;
+  int32_t label_seam_;           // with one rank a switch only changes this
+  uint64_t step_ = 0;
+  uint64_t arrivals_ = 0;
+  std::string failure_;          // why the engine serves no more; empty while it does
+
+  std::mutex step_mutex_;
+  mutable std::mutex inbox_mutex_;
+  std::condition_variable inbox_filled_;
+  std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
+  std::vector<Request*> inbox_;
+  std::vector<uint64_t> cancels_;
+  std::optional<int32_t> wished_seam_;
+  std::optional<double> wished_budget_;
+  std::optional<PolicyConfig> wished_policy_;
+  uint64_t next_number_ = 1;
+  int64_t waiting_hint_ = 0;     // waiting sequences, for the queue limit
+  std::vector<Request*> arriving_;
+  std::vector<uint64_t> cancelling_;
+  EngineStats stats_;            // as of the last step
+
+  std::thread own_thread_;
+  std::atomic<bool> own_thread_stops_{false};
+};
+
+}  // namespace moebius

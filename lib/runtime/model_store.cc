@@ -1,0 +1,204 @@
+#include "lib/runtime/model_store.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <cmath>
+#include <mutex>
+
+#include "lib/base/error.h"
+#include "lib/model/scale.h"
+
+namespace moebius {
+namespace {
+
+// What the machine could give without swapping.
+int64_t free_memory_bytes() {
+  return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE));
+}
+
+}  // namespace
+
+ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world,
+                       int64_t workspace_bytes)
+    : counts_(slice_counts(model.shape, config.slices_per_expert)),
+      slices_(model.shape, counts_),
+      tp_((check_ranks(model.shape, counts_, config.ranks), tp_owners(slices_, config.ranks))),
+      ep_(ep_owners(slices_, config.ranks)),
+      arena_(plan(model, config, workspace_bytes)),
+      to_tp_(plan_transfer(arena_, Layout::kEp)),
+      to_ep_(plan_transfer(arena_, Layout::kTp)) {
+  for (int r = 0; r < config.ranks; ++r) {
+    ranks_.push_back(std::make_shared<Rank>());
+    ranks_.back()->arena = HostBuffer(arena_.arena_bytes(r));
+    world.keep_alive(ranks_.back());
+  }
+  load(model_dir, model, config, world);
+  make_rope(model, config.max_context);
+  forward_.num_layers = model.shape.num_layers();
+  forward_.hidden = model.shape.hidden;
+  forward_.vocab = model.vocab_size;
+  forward_.num_heads = model.shape.num_heads;
+  forward_.num_kv_heads = model.shape.num_kv_heads;
+  forward_.head_dim = model.shape.head_dim;
+  forward_.eps = static_cast<float>(model.rms_norm_eps);
+  forward_.softmax_scale = 1.0f / std::sqrt(static_cast<float>(model.shape.head_dim));
+  forward_.embedding = shared_->embedding();
+  forward_.lm_head = shared_->lm_head();
+  forward_.final_norm = shared_->final_norm();
+  forward_.rope = rope_.as<float>();
+  for (int r = 0; r < config.ranks; ++r)
+    for (Layout layout : {Layout::kTp, Layout::kEp}) make_tables(model, config.page_tokens, r, layout);
+}
+
+std::vector<std::byte*> ModelStore::arenas() const {
+  std::vector<std::byte*> out;
+  for (const auto& rank : ranks_) out.push_back(rank->arena.data());
+  return out;
+}
+
+// By default: weights and KV for max_batch requests of up to 4,096 tokens, in at most half of the memory that is free.
+ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes) {
+  const int64_t slice = KvSlice{config.page_tokens, model.shape.head_dim}.bytes();
+  shared_bytes_ = SharedWeights::bytes(model);
+  const int64_t beside = workspace_bytes + shared_bytes_ / config.ranks;  // ranks share one read-only copy
+  memory_bytes_ = config.memory_bytes;
+  if (memory_bytes_ == 0) {
+    const int64_t context = std::min<int64_t>(config.max_context, 4096);
+    const int64_t pages = config.max_batch * div_up(context + 1, config.page_tokens);
+    const std::vector<int64_t> per_home(static_cast<size_t>(config.ranks), div_up(pages, config.ranks));
+    const ArenaPlan wanted = plan_arena(slices_, tp_, ep_, slice, pages, per_home);
+    int64_t bytes = 0;
+    for (int r = 0; r < config.ranks; ++r) bytes = std::max(bytes, wanted.arena_bytes(r));
+    memory_bytes_ = std::min(bytes + beside, free_memory_bytes() / 2 / config.ranks);
+  }
+  const std::vector<int64_t> budget(static_cast<size_t>(config.ranks), memory_bytes_ - beside);
+  Capacity capacity = plan_capacity(slices_, tp_, ep_, slice, budget);
+  if (config.kv_tokens > 0) {
+    const int64_t pages = div_up(config.kv_tokens, config.page_tokens);
+    capacity.tp_pages = std::min(capacity.tp_pages, pages);
+    for (int64_t& home : capacity.ep_pages) home = std::min(home, div_up(pages, config.ranks));
+  }
+  return plan_arena(slices_, tp_, ep_, slice, capacity.tp_pages, capacity.ep_pages);
+}
+
+// Every rank's threads pack its own slices of the start layout; the replicated weights are divided over all threads.
+void ModelStore::load(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world) {
+  std::unique_ptr<WeightSource> source =
+      config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(model_dir, model, config.warning);
+  shared_ = std::make_shared<SharedWeights>(model);
+  world.keep_alive(shared_);
+  const Owners& owners = config.layout == Layout::kTp ? tp_ : ep_;
+
+  std::mutex mutex;  // of everything below
+  std::vector<SliceMaxima> attention(static_cast<size_t>(model.shape.num_layers())), mlp(attention);
+  int64_t total = shared_bytes_, done = 0;
+  for (int l = 0; l < model.shape.num_layers(); ++l)
+    for (size_t i = 0; i < slices_.layer(l).size(); ++i)
+      total += slices_.layer(l)[i].bytes * std::popcount(owners.slices[l][i]);
+  const auto advance = [&](int64_t bytes) {
+    std::lock_guard lock(mutex);
+    done += bytes;
+    if (config.progress && !config.progress(done, total)) fail(Code::kCancelled, "loading was cancelled");
+  };
+
+  const int threads = world.threads();
+  world.run([&](int rank, int thread) {
+    shared_->load(*source, rank * threads + thread, world.ranks() * threads);
+    int64_t mine = 0;
+    for (int l = 0; l < model.shape.num_layers(); ++l)
+      for (size_t i = 0; i < slices_.layer(l).size(); ++i) {
+        if (!(owners.slices[l][i] >> rank & 1) || mine++ % threads != thread) continue;
+        world.check_abort();
+        const Slice& slice = slices_.layer(l)[i];
+        const SliceMaxima maxima = pack_slice(*source, model, slices_, slice,
+                                              ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(i)));
+        {
+          std::lock_guard lock(mutex);
+          const bool is_mlp = slice.kind == SliceKind::kExpertCut || slice.kind == SliceKind::kDenseCut;
+          (is_mlp ? mlp : attention)[l].include(maxima);
+        }
+        advance(slice.bytes);
+      }
+  });
+  advance(shared_bytes_);
+  for (int l = 0; l < model.shape.num_layers(); ++l) {
+    attention_scales_.push_back(std::ldexp(1.0f, attention_exponent(attention[l], model, l)));
+    mlp_scales_.push_back(std::ldexp(1.0f, mlp_exponent(mlp[l], model, l)));
+  }
+}
+
+// cos and sin of position · theta^(−2i/d), the angle in float as Hugging Face computes it.
+void ModelStore::make_rope(const ModelConfig& model, int64_t max_context) {
+  const int64_t half = model.shape.head_dim / 2;
+  rope_ = HostBuffer(max_context * half * 2 * static_cast<int64_t>(sizeof(float)));
+  float* out = rope_.as<float>();
+  for (int64_t i = 0; i < half; ++i) {
+    const auto frequency = static_cast<float>(1.0 / std::pow(model.rope_theta, 2.0 * static_cast<double>(i) / model.shape.head_dim));
+    for (int64_t p = 0; p < max_context; ++p) {
+      const float angle = static_cast<float>(p) * frequency;
+      out[(p * half + i) * 2] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      out[(p * half + i) * 2 + 1] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  }
+}
+
+void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank, Layout layout) {
+  const Owners& owners = layout == Layout::kTp ? tp_ : ep_;
+  const int heads_per_group = model.shape.num_heads / counts_.head_groups;
+  const AttentionGroup group{heads_per_group, model.shape.head_dim, model.shape.hidden};
+  const KvProjection projection{model.shape.head_dim, model.shape.hidden};
+  const std::vector<int>& kv_heads = arena_.local_kv_heads(rank, layout);
+  for (int l = 0; l < model.shape.num_layers(); ++l) {
+    LayerWeights w;
+    const auto owns = [&](int slice) { return (owners.slices[l][static_cast<size_t>(slice)] >> rank & 1) != 0; };
+    const auto at = [&](int slice) {
+      return reinterpret_cast<const bf16*>(ranks_[rank]->arena.data() + arena_.slice_offset(rank, layout, l, slice));
+    };
+    w.heads_of_kv.assign(kv_heads.size(), Range{});
+    for (int a = 0; a < counts_.head_groups; ++a) {
+      if (!owns(slices_.attention(l, a))) continue;
+      const bf16* q = at(slices_.attention(l, a));
+      w.q.push_back(q);
+      w.o.push_back({q + group.q().elements(), group.o().k, w.num_heads * int64_t{model.shape.head_dim}});
+      const auto kv = std::find(kv_heads.begin(), kv_heads.end(), slices_.kv_head_of_group(a));
+      MOEBIUS_ASSERT(kv != kv_heads.end());
+      Range& heads = w.heads_of_kv[static_cast<size_t>(kv - kv_heads.begin())];
+      if (heads.empty()) heads.begin = w.num_heads;
+      w.num_heads += heads_per_group;
+      heads.end = w.num_heads;
+    }
+    for (int h : kv_heads) {
+      const bf16* k = at(slices_.kv_projection(l, h));
+      w.k.push_back(k);
+      w.v.push_back(k + projection.k().elements());
+    }
+    w.kv = {ranks_[rank]->arena.data() + arena_.kv_offset(rank, layout, l), static_cast<int32_t>(kv_heads.size()), page_tokens,
+            model.shape.head_dim};
+
+    const MlpShape& mlp = model.shape.mlps[static_cast<size_t>(l)];
+    w.neurons_per_cut = mlp.intermediate / counts_.cuts;
+    const auto slice_of = [&](int e, int s) { return mlp.num_experts > 0 ? slices_.expert_cut(l, e, s) : slices_.dense_cut(l, s); };
+    w.local_of_expert.assign(static_cast<size_t>(mlp.num_experts), -1);
+    for (int e = 0; e < std::max(1, mlp.num_experts); ++e) {
+      int32_t cuts = 0;
+      for (int s = 0; s < counts_.cuts; ++s)
+        if (owns(slice_of(e, s))) w.cuts.push_back(at(slice_of(e, s))), ++cuts;
+      if (cuts == 0) continue;
+      w.num_cuts = cuts;
+      if (mlp.num_experts > 0) w.local_of_expert[static_cast<size_t>(e)] = w.num_local_experts;
+      ++w.num_local_experts;
+    }
+    const SharedLayer shared = shared_->layer(l);
+    w.input_norm = shared.input_norm;
+    w.post_attention_norm = shared.post_attention_norm;
+    w.q_norm = shared.q_norm;
+    w.k_norm = shared.k_norm;
+    w.router = shared.router;
+    w.attention_scale = attention_scales_[static_cast<size_t>(l)];
+    w.mlp_scale = mlp_scales_[static_cast<size_t>(l)];
+    ranks_[rank]->tables[static_cast<int>(layout)].push_back(std::move(w));
+  }
+}
+
+}  // namespace moebius

@@ -1,0 +1,51 @@
+// One rank's activation buffers, sized once for the largest step and carved from one allocation.
+#pragma once
+
+#include "lib/comm/local.h"
+#include "lib/device/buffer.h"
+#include "lib/moe/layer_backend.h"
+
+namespace moebius {
+
+struct WorkspaceShape {
+  int64_t max_rows = 0, max_logit_rows = 0;
+  int64_t hidden = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, top_k = 0;
+  int64_t max_act_elements = 0;   // rows·choices × padded neurons that a rank may have, over layers and layouts
+  int64_t max_pairs = 0, num_experts = 0;
+  int64_t mlp_addends = 0, attention_addends = 0;
+  int threads = 1;
+  size_t scratch_bytes = 0;       // per thread
+  bool plain_sums = false;
+};
+
+// Walks the buffers in a fixed order: once without memory to learn the size, once to place them.
+class Workspace {
+ public:
+  explicit Workspace(const WorkspaceShape& shape) : memory_(lay_out(shape, nullptr)), batch_(shape.max_pairs, shape.num_experts) {
+    lay_out(shape, memory_.data());
+  }
+  static int64_t bytes(const WorkspaceShape& shape) {
+    Workspace probe;
+    return probe.lay_out(shape, nullptr);
+  }
+
+  RankBuffers buffers;
+  ExpertBatch& batch() { return batch_; }
+  std::byte* scratch(int thread) const { return scratch_ + static_cast<size_t>(thread) * scratch_stride_; }
+  ExchangeBuffers exchange() const {
+    ExchangeBuffers e{buffers.x, buffers.expert_ids, buffers.expert_weights, {}, {}};
+    for (int i = 0; i < kNumAccumulators; ++i) e.sums[i] = buffers.sums[i].sum, e.flags[i] = buffers.sums[i].flags;
+    return e;
+  }
+
+ private:
+  Workspace() : batch_(0, 0) {}
+  int64_t lay_out(const WorkspaceShape& s, std::byte* base);
+
+  HostBuffer memory_;
+  ExpertBatch batch_;
+  std::byte* scratch_ = nullptr;
+  size_t scratch_stride_ = 0;
+};
+
+}  // namespace moebius

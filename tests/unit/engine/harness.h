@@ -1,0 +1,166 @@
+// Runs scripts of requests, arrivals, cancels and switches on an engine, and compares what came out bit for bit.
+#pragma once
+
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "lib/base/error.h"
+#include "lib/runtime/engine.h"
+#include "lib/runtime/engine_impl.h"
+#include "tests/catch.h"
+
+namespace moebius::test {
+
+inline const std::string kQwen = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe";
+inline const std::string kDense = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe-dense";
+inline const std::string kMixtral = std::string(MOEBIUS_TEST_DATA) + "/tiny-mixtral";
+
+struct ScriptedRequest {
+  RequestSpec spec;
+  int64_t arrival_step = 0;
+  int64_t cancel_step = -1;
+};
+
+struct ScriptedSwitch {
+  int64_t step = 0;
+  int32_t seam = 0;  // −1: TP, whatever the number of layers
+};
+
+struct Script {
+  std::vector<ScriptedRequest> requests;
+  std::vector<ScriptedSwitch> switches;
+};
+
+struct Output {
+  std::vector<int32_t> tokens;
+  std::vector<float> logits;
+  FinishReason reason = FinishReason::kNone;
+};
+
+struct Outcome {
+  std::map<std::string, Output> outputs;
+  std::vector<Event> events;  // all but tokens
+  int64_t steps = 0;
+  int count(EventType type) const {
+    int n = 0;
+    for (const Event& e : events) n += e.type == type;
+    return n;
+  }
+};
+
+inline EngineConfig small_config(int ranks, int threads, Layout layout) {
+  EngineConfig c;
+  c.ranks = ranks;
+  c.threads = threads;
+  c.layout = layout;
+  c.slices_per_expert = 8;
+  c.kv_tokens = 4096;
+  c.chunk_tokens = 64;
+  c.max_batch = 64;
+  return c;
+}
+
+inline RequestSpec greedy_request(const std::string& id, std::vector<int32_t> prompt, int max_tokens, bool keep_logits = false) {
+  RequestSpec r;
+  r.id = id;
+  r.prompt_ids = std::move(prompt);
+  r.sampling.temperature = 0;
+  r.sampling.max_tokens = max_tokens;
+  r.sampling.ignore_eos = true;
+  r.keep_logits = keep_logits;
+  return r;
+}
+
+// A reproducible prompt.
+inline std::vector<int32_t> prompt_of(uint32_t seed, int length, int vocab = 512) {
+  std::vector<int32_t> ids;
+  uint32_t x = seed * 2654435761u + 12345u;
+  for (int i = 0; i < length; ++i) {
+    x = x * 1664525u + 1013904223u;
+    ids.push_back(static_cast<int32_t>((x >> 8) % static_cast<uint32_t>(vocab - 3)) + 3);
+  }
+  return ids;
+}
+
+class Runner {
+ public:
+  explicit Runner(Engine& engine) : engine_(engine) {}
+
+  Outcome run(const Script& script, int64_t max_steps = 4000) {
+    Outcome out;
+    std::map<uint64_t, const ScriptedRequest*> by_number;
+    std::map<const ScriptedRequest*, uint64_t> numbers;
+    size_t finished = 0, expected = 0;
+    for (const ScriptedRequest& r : script.requests) expected += static_cast<size_t>(r.spec.sampling.n);
+    std::vector<Event> events(256);
+    const int32_t layers = engine_.model().num_layers;
+    for (int64_t step = 0; finished < expected || step <= last_due(script); ++step) {
+      if (step > max_steps) FAIL("no end after " << max_steps << " steps, " << finished << " of " << expected << " finished");
+      for (const ScriptedSwitch& s : script.switches)
+        if (s.step == step) engine_.hold_seam(s.seam < 0 ? layers : s.seam);
+      for (const ScriptedRequest& r : script.requests) {
+        if (r.arrival_step == step) {
+          const uint64_t n = engine_.submit(r.spec);
+          by_number[n] = &r;
+          numbers[&r] = n;
+        }
+        if (r.cancel_step == step && numbers.count(&r)) engine_.cancel(numbers[&r]);
+      }
+      engine_.step();
+      for (size_t n; (n = engine_.poll(events, 0)) > 0;)
+        for (size_t i = 0; i < n; ++i) {
+          Event& e = events[i];
+          if (e.request != 0 && by_number.count(e.request)) {
+            const RequestSpec& spec = by_number[e.request]->spec;
+            Output& o = out.outputs[spec.sampling.n > 1 ? spec.id + "." + std::to_string(e.sample) : spec.id];
+            if (e.type == EventType::kToken) o.tokens.push_back(e.token);
+            if (e.type == EventType::kFinished) {
+              REQUIRE(o.reason == FinishReason::kNone);
+              o.reason = e.finish_reason;
+              ++finished;
+              if (spec.keep_logits) o.logits = engine_.take_logits(e.request, e.sample);
+            }
+          }
+          if (e.type != EventType::kToken) out.events.push_back(e);
+        }
+      out.steps = step + 1;
+    }
+    return out;
+  }
+
+ private:
+  static int64_t last_due(const Script& script) {
+    int64_t last = 0;
+    for (const ScriptedSwitch& s : script.switches) last = std::max(last, s.step);
+    return last;
+  }
+  Engine& engine_;
+};
+
+inline Outcome run_script(const std::string& model, const EngineConfig& config, const Script& script) {
+  Engine engine(model, config);
+  return Runner(engine).run(script);
+}
+
+// Says where two outcomes first differ; empty when they are equal bit for bit.
+inline std::string difference(const Outcome& a, const Outcome& b) {
+  if (a.outputs.size() != b.outputs.size()) return fmt::format("{} against {} records", a.outputs.size(), b.outputs.size());
+  for (const auto& [id, x] : a.outputs) {
+    const auto it = b.outputs.find(id);
+    if (it == b.outputs.end()) return "no record for " + id;
+    const Output& y = it->second;
+    if (x.reason != y.reason) return fmt::format("{}: finish reason {} against {}", id, static_cast<int>(x.reason), static_cast<int>(y.reason));
+    for (size_t i = 0; i < std::max(x.tokens.size(), y.tokens.size()); ++i)
+      if (i >= x.tokens.size() || i >= y.tokens.size() || x.tokens[i] != y.tokens[i])
+        return fmt::format("{}: token {} differs ({} against {} tokens)", id, i, x.tokens.size(), y.tokens.size());
+    if (x.logits.size() != y.logits.size()) return fmt::format("{}: {} against {} logits", id, x.logits.size(), y.logits.size());
+    for (size_t i = 0; i < x.logits.size(); ++i)
+      if (std::memcmp(&x.logits[i], &y.logits[i], 4) != 0)
+        return fmt::format("{}: logit {} differs: {:a} against {:a}", id, i, x.logits[i], y.logits[i]);
+  }
+  return {};
+}
+
+}  // namespace moebius::test

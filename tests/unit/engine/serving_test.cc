@@ -1,0 +1,265 @@
+// Continuous batching: arrivals, cancels, priorities, preemption, prefix cache, samples, deadlines, the engine's own thread.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <thread>
+
+#include "tests/unit/engine/harness.h"
+
+// Counts allocations of the whole program while `counting` is on.
+static std::atomic<bool> counting{false};
+static std::atomic<int64_t> allocations{0};
+void* operator new(size_t bytes) {
+  if (counting.load(std::memory_order_relaxed)) allocations.fetch_add(1, std::memory_order_relaxed);
+  if (void* p = std::malloc(bytes ? bytes : 1)) return p;
+  throw std::bad_alloc();
+}
+void* operator new[](size_t bytes) { return operator new(bytes); }
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, size_t) noexcept { std::free(p); }
+void operator delete[](void* p, size_t) noexcept { std::free(p); }
+
+namespace moebius::test {
+namespace {
+
+Script crowd(int n, int max_tokens) {
+  Script s;
+  for (int i = 0; i < n; ++i)
+    s.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(300 + i, 4 + (i * 7) % 40), max_tokens + i % 5), i / 4});
+  return s;
+}
+
+Outcome without(Outcome o, const std::string& id) {
+  o.outputs.erase(id);
+  return o;
+}
+
+}  // namespace
+
+TEST_CASE("when KV runs out requests are preempted and recomputed, and none is lost or changed") {
+  const Script script = crowd(10, 40);
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  for (int ranks : {1, 2})
+    for (Layout layout : {Layout::kTp, Layout::kEp}) {
+      EngineConfig config = small_config(ranks, 1, layout);
+      config.kv_tokens = 320;
+      Script switching = script;
+      if (ranks == 2) switching.switches = {{20, layout == Layout::kTp ? 0 : -1}, {60, layout == Layout::kTp ? -1 : 0}};
+      config.stall_budget_ms = 1e-6;
+      config.preempt_to_fit = true;
+      const Outcome got = run_script(kQwen, config, switching);
+      INFO("ranks " << ranks << " " << name_of(layout));
+      CHECK(got.count(EventType::kPreempted) > 0);
+      CHECK(difference(expected, got) == "");
+    }
+}
+
+TEST_CASE("a cancel at any step, queued, in prefill, in decode or in the middle of a switch, leaves the others alone") {
+  Script script = crowd(6, 12);
+  script.requests.push_back({greedy_request("victim", prompt_of(999, 150), 20), 2});
+  const Outcome expected = without(run_script(kQwen, small_config(1, 1, Layout::kTp), script), "victim");
+  for (int64_t cancel = 2; cancel < 16; ++cancel)
+    for (double budget : {0.0, 1e-6}) {
+      script.requests.back().cancel_step = cancel;
+      script.switches = {{4, 0}, {10, -1}};
+      EngineConfig config = small_config(2, 1, Layout::kTp);
+      config.chunk_tokens = 32;
+      config.stall_budget_ms = budget;
+      const Outcome got = run_script(kQwen, config, script);
+      INFO("cancel at " << cancel);
+      REQUIRE(got.outputs.count("victim") == 1);
+      CHECK(got.outputs.at("victim").reason == FinishReason::kAbort);
+      CHECK(difference(expected, without(got, "victim")) == "");
+    }
+}
+
+TEST_CASE("a page freed in the middle of a switch and used again holds its new owner's KV") {
+  // Small pools: pages of the cancelled request go to the ones that arrive while the seam is inside.
+  Script script;
+  for (int i = 0; i < 4; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(40 + i, 60), 20), 0});
+  for (int i = 4; i < 8; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(40 + i, 60), 20), 8});
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  for (int64_t cancel = 4; cancel < 14; ++cancel)
+    for (Layout start : {Layout::kTp, Layout::kEp}) {
+      Script s = script;
+      s.requests[1].cancel_step = cancel;
+      s.requests[2].cancel_step = cancel + 1;
+      s.switches = {{3, start == Layout::kTp ? 0 : -1}};
+      EngineConfig config = small_config(2, 1, start);
+      config.kv_tokens = 480;
+      config.stall_budget_ms = 1e-6;
+      config.preempt_to_fit = true;
+      const Outcome got = run_script(kQwen, config, s);
+      INFO("cancel " << cancel << " from " << name_of(start));
+      CHECK(difference(without(without(expected, "r1"), "r2"), without(without(got, "r1"), "r2")) == "");
+    }
+}
+
+TEST_CASE("prefix hits change no bit, across switches, whichever home has the pages") {
+  const std::vector<int32_t> common = prompt_of(7, 80);
+  Script script;
+  for (int i = 0; i < 8; ++i) {
+    std::vector<int32_t> prompt = common;
+    const std::vector<int32_t> tail = prompt_of(500 + i, 5 + i);
+    prompt.insert(prompt.end(), tail.begin(), tail.end());
+    script.requests.push_back({greedy_request("r" + std::to_string(i), prompt, 10), i * 4});
+  }
+  EngineConfig plain = small_config(1, 1, Layout::kTp);
+  plain.prefix_cache = false;
+  const Outcome expected = run_script(kQwen, plain, script);
+  for (Layout start : {Layout::kTp, Layout::kEp})
+    for (double budget : {0.0, 1e-6}) {
+      Script switching = script;
+      switching.switches = {{6, start == Layout::kTp ? 0 : -1}, {17, start == Layout::kTp ? -1 : 0}, {23, start == Layout::kTp ? 0 : -1}};
+      EngineConfig config = small_config(3, 1, start);
+      config.stall_budget_ms = budget;
+      Engine engine(kQwen, config);
+      const Outcome got = Runner(engine).run(switching);
+      CHECK(engine.stats().prefix_hits > 0);
+      CHECK(difference(expected, got) == "");
+    }
+}
+
+TEST_CASE("cached pages survive a round trip of switches") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  const auto run_one = [&](const std::string& id) {
+    Script s;
+    s.requests.push_back({greedy_request(id, prompt_of(7, 90), 5)});
+    return Runner(engine).run(s).outputs.at(id).tokens;
+  };
+  const auto first = run_one("a");
+  engine.request_switch(Layout::kEp);
+  engine.step();
+  engine.request_switch(Layout::kTp);
+  engine.step();
+  const uint64_t hits = engine.stats().prefix_hits;
+  CHECK(run_one("b") == first);
+  CHECK(engine.stats().prefix_hits - hits == 80);  // five whole pages of the 89 tokens that may be reused
+}
+
+TEST_CASE("samples of one prompt share its pages and differ by seed") {
+  RequestSpec spec = greedy_request("n", prompt_of(3, 64), 12);
+  spec.sampling.temperature = 1.5;
+  spec.sampling.n = 4;
+  Script script;
+  script.requests.push_back({spec});
+  Engine engine(kQwen, small_config(1, 1, Layout::kTp));
+  const Outcome got = Runner(engine).run(script);
+  REQUIRE(got.outputs.size() == 4);
+  CHECK(got.outputs.at("n.0").tokens != got.outputs.at("n.1").tokens);
+  CHECK(engine.stats().prefix_hits >= 3 * 48);
+  const Outcome again = run_script(kQwen, small_config(2, 1, Layout::kEp), script);
+  CHECK(difference(got, again) == "");
+}
+
+TEST_CASE("lower priority values run first, then arrival") {
+  EngineConfig config = small_config(1, 1, Layout::kTp);
+  config.max_batch = 1;
+  Script script;
+  for (int i = 0; i < 3; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(i, 5), 4)});
+  script.requests[2].spec.priority = -1;
+  const Outcome got = run_script(kQwen, config, script);
+  std::vector<uint64_t> order;
+  for (const Event& e : got.events)
+    if (e.type == EventType::kFinished) order.push_back(e.request);
+  CHECK(order == std::vector<uint64_t>{3, 1, 2});
+}
+
+TEST_CASE("a deadline ends a request with abort and its tokens so far") {
+  Script script;
+  script.requests.push_back({greedy_request("late", prompt_of(1, 5), 900)});
+  script.requests.back().spec.deadline_ms = 30;
+  script.requests.push_back({greedy_request("calm", prompt_of(2, 5), 5)});
+  const Outcome got = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  CHECK(got.outputs.at("late").reason == FinishReason::kAbort);
+  CHECK(got.outputs.at("calm").reason == FinishReason::kLength);
+}
+
+TEST_CASE("bad requests are refused at submit with the numbers") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.kv_tokens = 256;
+  Engine engine(kQwen, config);
+  CHECK_THROWS_WITH(engine.submit(greedy_request("a", {}, 4)), Catch::Contains("empty"));
+  CHECK_THROWS_WITH(engine.submit(greedy_request("a", {3, 512}, 4)), Catch::Contains("512"));
+  CHECK_THROWS_WITH(engine.submit(greedy_request("a", {3, -1}, 4)), Catch::Contains("-1"));
+  CHECK_THROWS_WITH(engine.submit(greedy_request("a", prompt_of(1, 1000), 500)), Catch::Contains("1500"));
+  CHECK_THROWS_WITH(engine.submit(greedy_request("a", prompt_of(1, 150), 10)), Catch::Contains("ep"));  // 10 pages, a home has 8
+  RequestSpec bad = greedy_request("a", {3}, 4);
+  bad.sampling.top_p = 0;
+  CHECK_THROWS_WITH(engine.submit(bad), Catch::Contains("top_p"));
+}
+
+TEST_CASE("beyond max_queue submit is refused and nothing is lost") {
+  EngineConfig config = small_config(1, 1, Layout::kTp);
+  config.max_queue = 2;
+  Engine engine(kQwen, config);
+  engine.submit(greedy_request("a", {3}, 2));
+  engine.submit(greedy_request("b", {4}, 2));
+  try {
+    engine.submit(greedy_request("c", {5}, 2));
+    FAIL("not refused");
+  } catch (const Error& e) {
+    CHECK(e.code() == Code::kQueueFull);
+  }
+  engine.step();
+  engine.submit(greedy_request("c", {5}, 2));
+}
+
+TEST_CASE("the engine's own thread serves requests submitted and cancelled from several threads") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  Engine engine(kQwen, config);
+  engine.start();
+  constexpr int kThreads = 3, kEach = 8;
+  std::vector<std::thread> hosts;
+  std::atomic<int> cancelled{0};
+  for (int t = 0; t < kThreads; ++t)
+    hosts.emplace_back([&, t] {
+      for (int i = 0; i < kEach; ++i) {
+        const uint64_t id = engine.submit(greedy_request("", prompt_of(t * 100 + i, 10), 12));
+        if (i % 4 == 3 && engine.cancel(id)) ++cancelled;
+        if (i % 3 == 0) engine.request_switch(i % 2 ? Layout::kTp : Layout::kEp);
+        (void)engine.stats();
+        (void)engine.metrics_text();
+      }
+    });
+  for (std::thread& t : hosts) t.join();
+  std::vector<Event> events(64);
+  int finished = 0;
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  while (finished < kThreads * kEach && std::chrono::steady_clock::now() < until)
+    for (size_t n = engine.poll(events, 100), i = 0; i < n; ++i) finished += events[i].type == EventType::kFinished;
+  engine.stop();
+  CHECK(finished == kThreads * kEach);
+}
+
+TEST_CASE("several engines live in one process") {
+  Engine a(kQwen, small_config(2, 1, Layout::kTp)), b(kMixtral, small_config(1, 2, Layout::kEp));
+  Script s;
+  s.requests.push_back({greedy_request("x", prompt_of(1, 12), 5)});
+  const Outcome first = Runner(a).run(s);
+  (void)Runner(b).run(s);
+  CHECK(difference(first, Runner(a).run(s)) == "");
+}
+
+TEST_CASE("the step loop allocates nothing, in a steady decode and while the seam moves") {
+  for (Layout layout : {Layout::kTp, Layout::kEp}) {
+    EngineConfig config = small_config(2, 2, layout);
+    Engine engine(kQwen, config);
+    for (int i = 0; i < 8; ++i) {
+      RequestSpec r = greedy_request("r" + std::to_string(i), prompt_of(i, 20), 200);
+      if (i % 2) r.sampling.temperature = 1, r.sampling.top_p = 0.9, r.sampling.top_k = 50, r.sampling.repetition_penalty = 1.2;
+      if (i % 3 == 0) r.sampling.logprobs = 5;
+      engine.submit(r);
+    }
+    for (int i = 0; i < 20; ++i) engine.step();
+    std::vector<Event> events(4096);
+    engine.poll(events, 0);
+    counting = true;
+    for (int i = 0; i < 50; ++i) engine.step();
+    counting = false;
+    CHECK(allocations.exchange(0) == 0);
+  }
+}
+
+}  // namespace moebius::test

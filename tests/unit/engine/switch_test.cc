@@ -1,0 +1,290 @@
+// Switches under live load: not one changed bit, nothing dropped, every byte back where it was.
+#include <xmmintrin.h>
+
+#include "tests/unit/engine/harness.h"
+
+namespace moebius::test {
+namespace {
+
+Script busy_script() {
+  Script s;
+  for (int i = 0; i < 6; ++i)
+    s.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(20 + i, 3 + 13 * i), 8 + i, true), i % 3});
+  return s;
+}
+
+// Every byte of every slice a rank owns in `layout`.
+std::vector<std::byte> weight_bytes(Engine& engine, Layout layout) {
+  const ModelStore& store = engine.impl().store();
+  std::vector<std::byte> out;
+  for (int r = 0; r < engine.impl().world().ranks(); ++r)
+    for (int l = 0; l < engine.model().num_layers; ++l)
+      for (size_t i = 0; i < store.slices().layer(l).size(); ++i) {
+        const int64_t offset = store.arena().slice_offset(r, layout, l, static_cast<int>(i));
+        if (offset < 0) continue;
+        const std::byte* at = store.arenas()[r] + offset;
+        out.insert(out.end(), at, at + store.slices().layer(l)[i].bytes);
+      }
+  return out;
+}
+
+// KV of every live block, by block, layer and head, wherever the layout keeps it.
+std::vector<std::byte> kv_bytes(Engine& engine, Layout layout) {
+  const ModelStore& store = engine.impl().store();
+  const KvManager& kv = engine.impl().kv();
+  std::vector<std::byte> out;
+  for (const Sequence* s : engine.impl().scheduler().running())
+    for (int32_t b : s->blocks)
+      for (int l = 0; l < engine.model().num_layers; ++l)
+        for (int h = 0; h < store.forward().num_kv_heads; ++h)
+          for (int r = 0; r < kv.num_homes(); ++r) {
+            const auto& heads = store.arena().local_kv_heads(r, layout);
+            const auto found = std::find(heads.begin(), heads.end(), h);
+            if (found == heads.end() || (layout == Layout::kEp && kv.block(b).home != r)) continue;
+            const int64_t slice = store.arena().kv_slice_bytes();
+            const int32_t page = layout == Layout::kTp ? kv.block(b).tp_page : kv.block(b).ep_page;
+            const std::byte* at = store.arenas()[r] + store.arena().kv_offset(r, layout, l) +
+                                  (page * static_cast<int64_t>(heads.size()) + (found - heads.begin())) * slice;
+            out.insert(out.end(), at, at + slice);
+            break;  // replicas are equal
+          }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("a switch at every step, in both directions, at once and incremental, changes no bit") {
+  for (const std::string& model : {kQwen, kDense}) {
+    Script script = busy_script();
+    const Outcome expected = run_script(model, small_config(1, 1, Layout::kTp), script);
+    for (Layout start : {Layout::kTp, Layout::kEp})
+      for (double budget : {0.0, 1e-6, 0.05})
+        for (int64_t step = 0; step < 16; ++step) {
+          script.switches = {{step, start == Layout::kTp ? 0 : -1}};
+          EngineConfig config = small_config(2, 1, start);
+          config.stall_budget_ms = budget;
+          INFO(model << " from " << name_of(start) << " at step " << step << " budget " << budget);
+          const Outcome got = run_script(model, config, script);
+          CHECK(difference(expected, got) == "");
+          CHECK(got.count(EventType::kSwitchStarted) == 1);
+        }
+  }
+}
+
+TEST_CASE("switching back and forth without pause, on any number of ranks, changes no bit") {
+  Script script = busy_script();
+  const Outcome expected = run_script(kMixtral, small_config(1, 1, Layout::kTp), script);
+  for (int64_t step = 0; step < 18; ++step) script.switches.push_back({step, step % 2 == 0 ? 0 : -1});
+  for (int ranks : {2, 3, 4, 8})
+    for (double budget : {0.0, 1e-6}) {
+      EngineConfig config = small_config(ranks, 1, Layout::kTp);
+      config.stall_budget_ms = budget;
+      INFO("ranks " << ranks << " budget " << budget);
+      CHECK(difference(expected, run_script(kMixtral, config, script)) == "");
+    }
+}
+
+TEST_CASE("a turn-round after copying ahead changes no bit") {
+  // With the smallest budget each step copies one piece: turns fall between copying ahead and the fence.
+  Script script = busy_script();
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  for (int64_t first = 0; first < 4; ++first)
+    for (int64_t turn = 1; turn < 6; ++turn) {
+      script.switches = {{first, 0}, {first + turn, -1}, {first + turn + 2, 0}, {first + turn + 5, -1}};
+      EngineConfig config = small_config(2, 2, Layout::kTp);
+      config.stall_budget_ms = 1e-6;
+      INFO("first " << first << " turn " << turn);
+      CHECK(difference(expected, run_script(kQwen, config, script)) == "");
+    }
+}
+
+TEST_CASE("weights and KV are the same bytes after a round trip") {
+  for (const std::string& model : {kQwen, kDense, kMixtral})
+    for (int ranks : {2, 3, 8}) {
+      Engine engine(model, small_config(ranks, 1, Layout::kEp));
+      for (int i = 0; i < 9; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(60 + i, 5 + 9 * i), 60));
+      for (int i = 0; i < 12; ++i) engine.step();
+      engine.impl().switcher().begin(0, false);  // a switch to the present layout moves nothing
+      const auto weights = weight_bytes(engine, Layout::kEp);
+      const auto kv = kv_bytes(engine, Layout::kEp);
+      Switcher& switcher = engine.impl().switcher();
+      REQUIRE(switcher.begin(switcher.num_layers(), false));
+      switcher.advance(0);
+      REQUIRE(switcher.seam() == switcher.num_layers());
+      CHECK(kv == kv_bytes(engine, Layout::kTp));  // the same KV, by head, in the other layout
+      REQUIRE(switcher.begin(0, false));
+      switcher.advance(0);
+      REQUIRE(switcher.seam() == 0);
+      CHECK(weights == weight_bytes(engine, Layout::kEp));
+      CHECK(kv == kv_bytes(engine, Layout::kEp));
+    }
+}
+
+TEST_CASE("a fault at any item, rank and direction is rolled back and no token changes") {
+  Script script = busy_script();
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  for (Layout start : {Layout::kTp, Layout::kEp})
+    for (int bad_item = 0; bad_item < 4; ++bad_item)
+      for (int bad_rank = 0; bad_rank < 3; ++bad_rank)
+        for (double budget : {0.0, 1e-6}) {
+          EngineConfig config = small_config(3, 1, start);
+          config.stall_budget_ms = budget;
+          Engine engine(kQwen, config);
+          int faults = 0;
+          engine.impl().switcher().hook = [&](int item, int rank, Layout, bool undoing) {
+            if (item == bad_item && rank == bad_rank && !undoing && faults == 0) {
+              ++faults;
+              throw Error(Code::kIo, "injected");
+            }
+          };
+          script.switches = {{4, start == Layout::kTp ? 0 : -1}};
+          INFO("from " << name_of(start) << " item " << bad_item << " rank " << bad_rank << " budget " << budget);
+          const Outcome got = Runner(engine).run(script);
+          CHECK(faults == 1);
+          CHECK(got.count(EventType::kRolledBack) == 1);
+          CHECK(engine.stats().seam == (start == Layout::kTp ? 4 : 0));
+          CHECK(difference(expected, got) == "");
+        }
+}
+
+TEST_CASE("a switch after a rolled-back one succeeds") {
+  Script script = busy_script();
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  Engine engine(kQwen, config);
+  bool armed = true;
+  engine.impl().switcher().hook = [&](int item, int rank, Layout, bool) {
+    if (item == 1 && rank == 1 && std::exchange(armed, false)) throw Error(Code::kIo, "injected");
+  };
+  script.switches = {{3, 0}, {5, 0}, {9, -1}};
+  const Outcome got = Runner(engine).run(script);
+  CHECK(got.count(EventType::kRolledBack) == 1);
+  CHECK(got.count(EventType::kSwitchFinished) == 2);
+  CHECK(difference(expected, got) == "");
+}
+
+TEST_CASE("a rank that is only slow is waited for, and wakes into a world that has gone back") {
+  Script script = busy_script();
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.wait_deadline_ms = 300;
+  Engine engine(kQwen, config);
+  std::atomic<bool> slow{true};
+  engine.impl().switcher().hook = [&](int item, int rank, Layout, bool) {
+    // Past the fence's deadline, within the one for acknowledging.
+    if (item == 2 && rank == 1 && slow.exchange(false)) std::this_thread::sleep_for(std::chrono::milliseconds(400));
+  };
+  script.switches = {{4, 0}};
+  const Outcome got = Runner(engine).run(script);
+  CHECK(got.count(EventType::kRolledBack) == 1);
+  CHECK(difference(expected, got) == "");
+}
+
+TEST_CASE("a rank that never answers ends every request with a status, and later calls say so") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.wait_deadline_ms = 100;
+  Engine engine(kQwen, config);
+  std::atomic<bool> release{false};
+  engine.impl().switcher().hook = [&](int, int rank, Layout, bool) {
+    if (rank == 1)
+      while (!release) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  };
+  const uint64_t a = engine.submit(greedy_request("a", prompt_of(1, 9), 20));
+  for (int i = 0; i < 3; ++i) engine.step();
+  engine.request_switch(Layout::kEp);
+  CHECK_THROWS_AS(engine.step(), Error);
+  CHECK_THROWS_AS(engine.step(), Error);
+  CHECK_THROWS_AS(engine.submit(greedy_request("b", prompt_of(1, 9), 20)), Error);
+  std::vector<Event> events(64);
+  int finals = 0;
+  for (size_t n = engine.poll(events, 0), i = 0; i < n; ++i)
+    if (events[i].type == EventType::kFinished && events[i].request == a) finals += events[i].finish_reason == FinishReason::kError;
+  CHECK(finals == 1);
+  release = true;
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+}
+
+TEST_CASE("when the way back fails too, every request gets its final status") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  engine.impl().switcher().hook = [&](int item, int rank, Layout to, bool) {
+    if ((item == 1 && rank == 0 && to == Layout::kEp) || to == Layout::kTp) throw Error(Code::kIo, "injected");
+  };
+  engine.submit(greedy_request("a", prompt_of(1, 9), 20));
+  engine.submit(greedy_request("b", prompt_of(2, 9), 20));
+  engine.step();
+  engine.request_switch(Layout::kEp);
+  CHECK_THROWS_AS(engine.step(), Error);
+  std::vector<Event> events(64);
+  int finals = 0;
+  for (size_t n = engine.poll(events, 0), i = 0; i < n; ++i) finals += events[i].type == EventType::kFinished;
+  CHECK(finals == 2);
+}
+
+TEST_CASE("a rank that fails in a step ends every request with a status instead of hanging") {
+  EngineConfig config = small_config(2, 2, Layout::kTp);
+  Engine engine(kQwen, config);
+  engine.submit(greedy_request("a", prompt_of(1, 9), 20));
+  engine.step();
+  engine.impl().step_hook = [](int rank, int thread) {
+    if (rank == 1 && thread == 1) throw Error(Code::kIo, "injected");
+  };
+  CHECK_THROWS_WITH(engine.step(), Catch::Contains("injected"));
+  CHECK_THROWS_AS(engine.step(), Error);
+}
+
+TEST_CASE("a host thread with flush-to-zero and another rounding mode changes no bit, and keeps its mode") {
+  const Script script = busy_script();
+  const Outcome expected = run_script(kQwen, small_config(2, 2, Layout::kTp), script);
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(before | 0x8040 | 0x6000);  // flush to zero, denormals are zero, round toward zero
+  const unsigned odd = _mm_getcsr();
+  Script switching = script;
+  switching.switches = {{3, 0}, {7, -1}};
+  const Outcome got = run_script(kQwen, small_config(2, 2, Layout::kTp), switching);
+  const unsigned after = _mm_getcsr();
+  _mm_setcsr(before);
+  CHECK(after == odd);
+  CHECK(difference(expected, got) == "");
+}
+
+TEST_CASE("a switch that cannot fit is refused before anything changes, with the shortage") {
+  // The EP pools of 8 homes hold less of one long request than TP does.
+  EngineConfig config = small_config(8, 1, Layout::kTp);
+  config.kv_tokens = 8 * 64;
+  Engine engine(kQwen, config);
+  for (int i = 0; i < 9; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 30), 30));
+  for (int i = 0; i < 8; ++i) engine.step();
+  const EngineStats before = engine.stats();
+  REQUIRE(before.running == 9);
+  const SwitchEstimate estimate = engine.estimate_switch(Layout::kEp);
+  CHECK_FALSE(estimate.fits);
+  engine.request_switch(Layout::kEp);
+  engine.step();
+  std::vector<Event> events(512);
+  bool refused = false;
+  for (size_t n = engine.poll(events, 0), i = 0; i < n; ++i)
+    if (events[i].type == EventType::kSwitchRefused) {
+      refused = true;
+      CHECK_THAT(events[i].reason, Catch::Contains("tokens short"));
+    }
+  CHECK(refused);
+  CHECK(engine.stats().seam == before.seam);
+  CHECK(engine.stats().running == 9);
+  CHECK(engine.stats().refusals == 1);
+}
+
+TEST_CASE("a switch may make room by preempting, and no token changes") {
+  Script script;
+  for (int i = 0; i < 9; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(i, 30), 30)});
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  EngineConfig config = small_config(8, 1, Layout::kTp);
+  config.kv_tokens = 8 * 64;
+  config.preempt_to_fit = true;
+  script.switches = {{8, 0}};
+  const Outcome got = run_script(kQwen, config, script);
+  CHECK(got.count(EventType::kPreempted) > 0);
+  CHECK(got.count(EventType::kSwitchFinished) == 1);
+  CHECK(difference(expected, got) == "");
+}
+
+}  // namespace moebius::test

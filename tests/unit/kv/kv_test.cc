@@ -1,0 +1,224 @@
+#include "lib/kv/kv_manager.h"
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <random>
+#include <set>
+
+#include "lib/base/error.h"
+#include "tests/catch.h"
+
+namespace moebius {
+namespace {
+
+BlockKey key_of(uint64_t n) { return {n * 0x9e3779b97f4a7c15ull, ~n}; }
+
+// Every invariant that can be seen from outside.
+void check_pages(const KvManager& kv) {
+  std::set<std::pair<int, int>> ep;
+  std::map<int, int> tp;
+  for (int32_t b : kv.live_blocks()) {
+    const Block& block = kv.block(b);
+    if (kv.phase() != Phase::kEp) {
+      REQUIRE(block.tp_page >= 0);
+      ++tp[block.tp_page];
+    } else {
+      REQUIRE(block.tp_page == -1);
+    }
+    if (kv.phase() != Phase::kTp) {
+      REQUIRE(block.ep_page >= 0);
+      REQUIRE(ep.insert({block.home, block.ep_page}).second);  // an EP page belongs to one block
+    } else {
+      REQUIRE(block.ep_page == -1);
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("a pool hands out every page once and takes them back") {
+  KvManager kv(10, {6, 6}, 16, true, Phase::kTp);
+  std::vector<int32_t> blocks;
+  for (int i = 0; i < 10; ++i) blocks.push_back(kv.allocate(-1));
+  CHECK(kv.allocate(-1) == -1);
+  check_pages(kv);
+  for (int32_t b : blocks) kv.release(b);
+  CHECK(kv.available(-1) == 10);
+}
+
+TEST_CASE("in EP a home's pages are its own") {
+  KvManager kv(10, {2, 3}, 16, true, Phase::kEp);
+  CHECK(kv.allocate(0) >= 0);
+  CHECK(kv.allocate(0) >= 0);
+  CHECK(kv.allocate(0) == -1);
+  CHECK(kv.available(1) == 3);
+  check_pages(kv);
+}
+
+TEST_CASE("a registered block outlives its users and is found, until a page is wanted") {
+  KvManager kv(3, {3}, 16, true, Phase::kTp);
+  const int32_t a = kv.allocate(-1), b = kv.allocate(-1);
+  kv.set_full(a);
+  kv.register_block(a, key_of(1), 1);
+  kv.set_full(b);
+  kv.register_block(b, key_of(2), 1);
+  kv.release(b);
+  kv.release(a);
+  CHECK(kv.available(-1) == 3);
+  CHECK(kv.find(key_of(1), -1) == a);
+  kv.release(a);
+  for (int i = 0; i < 2; ++i) REQUIRE(kv.allocate(-1) >= 0);  // the free page, then the oldest cached: b
+  CHECK(kv.find(key_of(2), -1) == -1);
+  CHECK(kv.contains(key_of(1), -1));
+}
+
+TEST_CASE("with the prefix cache off nothing is found or kept") {
+  KvManager kv(3, {3}, 16, false, Phase::kTp);
+  const int32_t a = kv.allocate(-1);
+  kv.register_block(a, key_of(1), 1);
+  CHECK(kv.find(key_of(1), -1) == -1);
+  kv.release(a);
+  CHECK(kv.live_blocks().empty());
+}
+
+TEST_CASE("a TP page shared by requests of several homes becomes one EP page per home") {
+  KvManager kv(8, {8, 8}, 16, true, Phase::kTp);
+  const int32_t shared = kv.allocate(-1);
+  kv.set_full(shared);
+  kv.register_block(shared, key_of(7), 7);
+  REQUIRE(kv.find(key_of(7), -1) == shared);
+  REQUIRE(kv.find(key_of(7), -1) == shared);
+  std::vector<int32_t> x{shared, kv.allocate(-1)}, y{shared, kv.allocate(-1)}, z{shared};
+  const std::vector<KvManager::SequenceBlocks> sequences{{x, 0}, {y, 1}, {z, 0}};
+  kv.open_ep(sequences);
+  check_pages(kv);
+  CHECK(x[0] == z[0]);
+  CHECK(x[0] != y[0]);
+  CHECK(kv.block(x[0]).tp_page == kv.block(y[0]).tp_page);
+  CHECK(kv.block(x[0]).users == 2);
+  CHECK(kv.block(y[0]).users == 1);
+  // A hit counts only for the home whose table holds the page.
+  CHECK(kv.contains(key_of(7), 0));
+  CHECK(kv.contains(key_of(7), 1));
+  kv.close(Layout::kEp);
+  check_pages(kv);
+  // Back: the two copies meet again on one TP page, filled from one of them.
+  kv.open_tp();
+  check_pages(kv);
+  CHECK(kv.block(x[0]).tp_page == kv.block(y[0]).tp_page);
+  CHECK(kv.leads_tp_page(x[0]) != kv.leads_tp_page(y[0]));
+  kv.close(Layout::kTp);
+  check_pages(kv);
+}
+
+TEST_CASE("a prefix page of one home is no hit for another while the seam is inside") {
+  KvManager kv(8, {4, 4}, 16, true, Phase::kTp);
+  const int32_t b = kv.allocate(-1);
+  kv.set_full(b);
+  kv.register_block(b, key_of(3), 3);
+  std::vector<int32_t> x{b};
+  const std::vector<KvManager::SequenceBlocks> sequences{{x, 1}};
+  kv.open_ep(sequences);
+  CHECK(kv.find(key_of(3), 0) == -1);
+  CHECK(kv.find(key_of(3), 1) == b);
+}
+
+TEST_CASE("cached blocks follow their chain to its home, or are given up when there is no room") {
+  KvManager kv(8, {2, 2}, 16, true, Phase::kTp);
+  std::vector<int32_t> chain;
+  for (int i = 0; i < 3; ++i) {
+    chain.push_back(kv.allocate(-1));
+    kv.set_full(chain.back());
+    kv.register_block(chain.back(), key_of(10 + i), 10);
+  }
+  kv.release(chain[2]);
+  kv.release(chain[1]);
+  std::vector<int32_t> x{chain[0]};
+  const std::vector<KvManager::SequenceBlocks> sequences{{x, 1}};
+  kv.open_ep(sequences);
+  check_pages(kv);
+  CHECK(kv.live_blocks().size() == 2);  // home 1 has two pages: one in use, one cached; the third is gone
+  kv.close(Layout::kEp);
+  check_pages(kv);
+}
+
+TEST_CASE("random use over many switches keeps every invariant") {
+  const unsigned seed = std::random_device{}();
+  INFO("seed " << seed);
+  std::mt19937 random(seed);
+  const auto pick = [&](int n) { return static_cast<int>(random() % static_cast<unsigned>(n)); };
+  for (int round = 0; round < 60; ++round) {
+    const int homes = 1 + pick(4);
+    const int64_t tp = 8 + pick(40);
+    std::vector<int64_t> ep(homes);
+    for (int64_t& pages : ep) pages = 4 + pick(20);
+    KvManager kv(tp, ep, 16, true, pick(2) ? Phase::kTp : Phase::kEp);
+    struct Holder {
+      std::vector<int32_t> blocks;
+      int home;
+    };
+    std::vector<Holder> holders;
+    const auto hold = [&] {
+      Holder h{{}, kv.phase() == Phase::kTp ? -1 : pick(homes)};
+      const int chain = pick(3), length = 1 + pick(5);
+      for (int i = 0; i < length; ++i) {
+        const BlockKey key = key_of(static_cast<uint64_t>(chain * 100 + i + 1));
+        int32_t b = kv.find(key, h.home);
+        if (b < 0) {
+          b = kv.allocate(h.home);
+          if (b < 0) break;
+          kv.set_full(b);
+          kv.register_block(b, key, static_cast<uint64_t>(chain));
+        }
+        h.blocks.push_back(b);
+      }
+      holders.push_back(h);
+    };
+    const auto drop = [&](size_t i) {
+      for (size_t k = holders[i].blocks.size(); k-- > 0;) kv.release(holders[i].blocks[k]);
+      holders.erase(holders.begin() + static_cast<long>(i));
+    };
+    for (int i = 0; i < 120; ++i) {
+      const int what = pick(10);
+      if (what < 5) {
+        hold();
+      } else if (what < 8 && !holders.empty()) {
+        drop(static_cast<size_t>(pick(static_cast<int>(holders.size()))));
+      } else if (kv.phase() == Phase::kBoth) {
+        const Layout to = pick(2) ? Layout::kTp : Layout::kEp;
+        kv.close(to);
+        if (to == Layout::kTp)
+          for (Holder& h : holders) h.home = -1;
+      } else if (kv.phase() == Phase::kEp) {
+        if (kv.blocks_in_use() <= kv.tp_capacity()) kv.open_tp();
+      } else {
+        std::vector<int64_t> room = ep;
+        std::vector<KvManager::SequenceBlocks> sequences;
+        bool fits = true;
+        for (Holder& h : holders) {
+          h.home = static_cast<int>(std::max_element(room.begin(), room.end()) - room.begin());
+          room[h.home] -= static_cast<int64_t>(h.blocks.size());
+          fits = fits && room[h.home] >= 0;
+          sequences.push_back({h.blocks, h.home});
+        }
+        if (fits) kv.open_ep(sequences);
+        else
+          for (Holder& h : holders) h.home = -1;
+      }
+      check_pages(kv);
+      for (const Holder& h : holders)
+        for (int32_t b : h.blocks) {
+          REQUIRE(kv.block(b).users > 0);
+          REQUIRE((kv.phase() == Phase::kTp || kv.block(b).home == h.home));
+        }
+    }
+    while (!holders.empty()) drop(holders.size() - 1);
+    kv.drop_cached();
+    CHECK(kv.live_blocks().empty());
+    for (int h = 0; h < homes; ++h)
+      CHECK(kv.available(h) == (kv.phase() == Phase::kTp ? tp : kv.phase() == Phase::kEp ? ep[h] : std::min(tp, ep[h])));
+  }
+}
+
+}  // namespace moebius
