@@ -6,6 +6,7 @@
 #include "lib/base/error.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
+#include "lib/tensor/packed.h"
 
 namespace moebius {
 namespace {

@@ -2,12 +2,14 @@
 
 #include <unistd.h>
 
-#include <atomic>
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <mutex>
 
 #include "lib/base/error.h"
 #include "lib/model/scale.h"
+#include "lib/tensor/packed.h"
 
 namespace moebius {
 namespace {

@@ -1,0 +1,264 @@
+#include "lib/model/config.h"
+
+#include <algorithm>
+#include <fstream>
+#include <initializer_list>
+#include <iterator>
+
+#include <nlohmann/json.hpp>
+
+#include "lib/base/error.h"
+
+namespace moebius {
+namespace {
+
+using nlohmann::json;
+
+constexpr FamilyDescriptor kFamilies[] = {
+    {"qwen3_moe", "Qwen3MoeForCausalLM", {"num_experts", "num_local_experts"}, "moe_intermediate_size", true, true, false, true,
+     "model.layers.{l}.mlp.gate.weight", "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
+     "model.layers.{l}.mlp.experts.{e}.up_proj.weight", "model.layers.{l}.mlp.experts.{e}.down_proj.weight"},
+    {"mixtral", "MixtralForCausalLM", {"num_local_experts", "num_experts"}, "intermediate_size", false, false, true, false,
+     "model.layers.{l}.block_sparse_moe.gate.weight", "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
+     "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight"},
+};
+
+std::string shown(const json& value) {
+  std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
+  if (text.size() > 80) text = text.substr(0, 77) + "...";
+  return text;
+}
+
+// One config object with its file's name for messages. Null counts as absent.
+class Reader {
+ public:
+  Reader(const json& object, const std::string& file) : object_(object), file_(file) {
+    if (!object.is_object()) fail(Code::kCorruptModel, "{}: the top level is not an object", file);
+  }
+  bool has(const char* key) const { return object_.contains(key) && !object_[key].is_null(); }
+  const json& at(const char* key) const {
+    if (!has(key)) fail(Code::kCorruptModel, "{}: {} is missing", file_, key);
+    return object_[key];
+  }
+  int64_t integer(const char* key, int64_t least, int64_t most) const {
+    const json& v = at(key);
+    if (!v.is_number_integer() || (v.is_number_unsigned() && v.get<uint64_t>() > static_cast<uint64_t>(most)) ||
+        v.get<int64_t>() < least || v.get<int64_t>() > most)
+      fail(Code::kCorruptModel, "{}: {} is {}, must be an integer from {} to {}", file_, key, shown(v), least, most);
+    return v.get<int64_t>();
+  }
+  int64_t integer_or(const char* key, int64_t absent, int64_t least, int64_t most) const {
+    return has(key) ? integer(key, least, most) : absent;
+  }
+  double positive(const char* key) const { return positive(at(key), key); }
+  double positive(const json& v, const char* key) const {
+    if (!v.is_number() || !(v.get<double>() > 0) || !(v.get<double>() < 1e30))
+      fail(Code::kCorruptModel, "{}: {} is {}, must be a positive number", file_, key, shown(v));
+    return v.get<double>();
+  }
+  bool flag_or(const char* key, bool absent) const {
+    if (!has(key)) return absent;
+    if (!object_[key].is_boolean()) fail(Code::kCorruptModel, "{}: {} is {}, must be true or false", file_, key, shown(object_[key]));
+    return object_[key].get<bool>();
+  }
+  std::string text_or(const char* key, const std::string& absent) const {
+    if (!has(key)) return absent;
+    if (!object_[key].is_string()) fail(Code::kCorruptModel, "{}: {} is {}, must be a string", file_, key, shown(object_[key]));
+    return object_[key].get<std::string>();
+  }
+  [[noreturn]] void refuse(const char* key, const json& value) const {
+    fail(Code::kUnsupported, "{}: {} = {} is not implemented", file_, key, shown(value));
+  }
+  void refuse_unless(const char* key, const json& wanted) const {
+    if (has(key) && object_[key] != wanted) refuse(key, object_[key]);
+  }
+  const std::string& file() const { return file_; }
+  const json& object() const { return object_; }
+
+ private:
+  const json& object_;
+  const std::string& file_;
+};
+
+std::string known_families() {
+  std::string out;
+  for (const FamilyDescriptor& f : kFamilies) out += (out.empty() ? "" : ", ") + std::string(f.model_type);
+  return out;
+}
+
+const FamilyDescriptor& family_of(const Reader& c) {
+  const std::string type = c.text_or("model_type", "");
+  for (const FamilyDescriptor& f : kFamilies) {
+    if (type != f.model_type) continue;
+    if (c.has("architectures")) {
+      const json& a = c.at("architectures");
+      if (!a.is_array() || a.size() != 1 || a[0] != f.architecture) c.refuse("architectures", a);
+    }
+    return f;
+  }
+  fail(Code::kUnsupported, "{}: model_type '{}' is not supported; supported are {}", c.file(), type, known_families());
+}
+
+// Keys of these and related families that change the arithmetic and have one implemented value (absent or null too).
+void refuse_other_arithmetic(const Reader& c, const FamilyDescriptor& family) {
+  c.refuse_unless("hidden_act", "silu");
+  for (const char* key : {"attention_bias", "mlp_bias", "qkv_bias", "clip_qkv", "use_qk_norm_bias"}) c.refuse_unless(key, false);
+  c.refuse_unless("partial_rotary_factor", 1.0);
+  for (const char* key : {"quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
+                          "attention_multiplier", "residual_multiplier", "logits_scaling", "compression_config", "text_config",
+                          "query_pre_attn_scalar", "router_jitter", "e_score_correction_bias"})
+    if (c.has(key)) c.refuse(key, c.at(key));
+  for (const char* key : {"n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "num_nextn_predict_layers",
+                          "first_k_dense_replace", "n_group", "topk_group", "kv_lora_rank", "q_lora_rank"})
+    c.refuse_unless(key, 0);
+  c.refuse_unless("routed_scaling_factor", 1.0);
+  c.refuse_unless("scoring_func", "softmax");
+  if (c.has("layer_types"))
+    for (const json& t : c.at("layer_types"))
+      if (t != "full_attention") c.refuse("layer_types", c.at("layer_types"));
+  const bool active = c.has("sliding_window") && (!family.sliding_window_has_switch || c.flag_or("use_sliding_window", false));
+  if (active) c.refuse("sliding_window", c.at("sliding_window"));
+  if (family.sliding_window_has_switch && c.flag_or("use_sliding_window", false)) c.refuse("use_sliding_window", true);
+  for (const char* key : {"dtype", "torch_dtype"})
+    if (const std::string type = c.text_or(key, "bfloat16"); type != "bfloat16" && type != "float16" && type != "float32")
+      c.refuse(key, type);
+}
+
+double rope_theta(const Reader& c) {
+  const auto refuse_scaling = [&](const char* key) {
+    if (!c.has(key)) return;
+    const json& r = c.at(key);
+    if (!r.is_object()) fail(Code::kCorruptModel, "{}: {} is {}, must be an object", c.file(), key, shown(r));
+    for (const auto& [name, value] : r.items()) {
+      const bool type = name == "rope_type" || name == "type";
+      if (type && value == "default") continue;
+      if (name == "rope_theta" || value.is_null() || (name == "factor" && value == 1.0) || (name == "partial_rotary_factor" && value == 1.0)) continue;
+      fail(Code::kUnsupported, "{}: {}.{} = {} is not implemented", c.file(), key, name, shown(value));
+    }
+  };
+  refuse_scaling("rope_scaling");
+  refuse_scaling("rope_parameters");
+  if (c.has("rope_parameters") && c.at("rope_parameters").contains("rope_theta"))
+    return c.positive(c.at("rope_parameters")["rope_theta"], "rope_parameters.rope_theta");
+  return c.positive("rope_theta");
+}
+
+void read_eos(const Reader& c, int32_t vocab, std::vector<int32_t>& out) {
+  if (!c.has("eos_token_id")) return;
+  const json& v = c.at("eos_token_id");
+  const json list = v.is_array() ? v : json::array({v});
+  for (const json& id : list) {
+    if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= vocab)
+      fail(Code::kCorruptModel, "{}: eos_token_id {} is outside the vocabulary of {}", c.file(), shown(id), vocab);
+    const auto token = id.get<int32_t>();
+    if (std::find(out.begin(), out.end(), token) == out.end()) out.push_back(token);
+  }
+}
+
+// Generous bounds: beyond them a config is damaged or hostile, and sizes computed from it would not be safe.
+constexpr int64_t kMaxLayers = 4096, kMaxExperts = 65536, kMaxWidth = 1 << 20, kMaxHeads = 8192, kMaxVocab = 1 << 24,
+                  kMaxContext = int64_t{1} << 31, kMaxTopK = 64;
+
+std::vector<MlpShape> mlps_of(const Reader& c, const FamilyDescriptor& family, int64_t layers, int experts) {
+  const auto width = static_cast<int>(c.integer(family.expert_width_key, 1, kMaxWidth));
+  std::vector<MlpShape> out(static_cast<size_t>(layers), MlpShape{experts, width});
+  if (!family.has_dense_layers) return out;
+  const int64_t step = c.integer_or("decoder_sparse_step", 1, 1, kMaxLayers);
+  std::vector<bool> dense(static_cast<size_t>(layers), false);
+  if (c.has("mlp_only_layers")) {
+    const json& list = c.at("mlp_only_layers");
+    if (!list.is_array()) fail(Code::kCorruptModel, "{}: mlp_only_layers is {}, must be a list", c.file(), shown(list));
+    for (const json& l : list) {
+      if (!l.is_number_integer() || l.get<int64_t>() < 0 || l.get<int64_t>() >= layers)
+        fail(Code::kCorruptModel, "{}: mlp_only_layers holds {}, the model has {} layers", c.file(), shown(l), layers);
+      dense[l.get<size_t>()] = true;
+    }
+  }
+  for (int64_t l = 0; l < layers; ++l)
+    if (dense[static_cast<size_t>(l)] || (l + 1) % step != 0 || experts == 0)
+      out[static_cast<size_t>(l)] = {0, static_cast<int>(c.integer("intermediate_size", 1, kMaxWidth))};
+  return out;
+}
+
+json parse_json(std::string_view text, const std::string& file) {
+  // Depth is bounded before anything is built: a config has a few levels.
+  constexpr int kMaxDepth = 32;
+  const json::parser_callback_t bounded = [&](int depth, json::parse_event_t, json&) {
+    if (depth > kMaxDepth) fail(Code::kCorruptModel, "{}: nested deeper than {} levels", file, kMaxDepth);
+    return true;
+  };
+  try {
+    return json::parse(text.begin(), text.end(), bounded);
+  } catch (const json::exception& e) {
+    fail(Code::kCorruptModel, "{}: not valid JSON: {}", file, e.what());
+  }
+}
+
+std::string read_text(const std::filesystem::path& path) {
+  constexpr uintmax_t kMaxBytes = 64 << 20;
+  std::error_code error;
+  if (!std::filesystem::is_regular_file(path, error)) fail(Code::kNotFound, "{}: no such file", path.string());
+  if (std::filesystem::file_size(path, error) > kMaxBytes) fail(Code::kCorruptModel, "{}: larger than {} bytes", path.string(), kMaxBytes);
+  std::ifstream in(path, std::ios::binary);
+  if (!in) fail(Code::kIo, "{}: cannot be opened", path.string());
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+}  // namespace
+
+ModelConfig parse_config(std::string_view json_text, const std::string& file_name) {
+  const json object = parse_json(json_text, file_name);
+  const Reader c(object, file_name);
+  const FamilyDescriptor& family = family_of(c);
+  refuse_other_arithmetic(c, family);
+
+  ModelConfig m;
+  m.family = family.model_type;
+  m.names = &family;
+  m.shape.hidden = static_cast<int>(c.integer("hidden_size", 2, kMaxWidth));
+  m.shape.num_heads = static_cast<int>(c.integer("num_attention_heads", 1, kMaxHeads));
+  m.shape.num_kv_heads = static_cast<int>(c.integer_or("num_key_value_heads", m.shape.num_heads, 1, m.shape.num_heads));
+  m.shape.head_dim = static_cast<int>(c.has("head_dim") ? c.integer("head_dim", 2, 4096) : m.shape.hidden / m.shape.num_heads);
+  if (m.shape.num_heads % m.shape.num_kv_heads != 0)
+    fail(Code::kCorruptModel, "{}: num_attention_heads {} is no multiple of num_key_value_heads {}", file_name, m.shape.num_heads,
+         m.shape.num_kv_heads);
+  if (m.shape.head_dim < 2 || m.shape.head_dim % 2 != 0 || m.shape.hidden % 2 != 0)
+    fail(Code::kUnsupported, "{}: head_dim {} and hidden_size {} must be even", file_name, m.shape.head_dim, m.shape.hidden);
+  const int64_t layers = c.integer("num_hidden_layers", 1, kMaxLayers);
+  const char* const* keys = family.expert_count_keys;
+  const auto experts = static_cast<int>(c.integer(c.has(keys[0]) ? keys[0] : c.has(keys[1]) ? keys[1] : keys[0], 0, kMaxExperts));
+  m.shape.mlps = mlps_of(c, family, layers, experts);
+  m.vocab_size = static_cast<int32_t>(c.integer("vocab_size", 1, kMaxVocab));
+  m.max_position_embeddings = c.integer("max_position_embeddings", 1, kMaxContext);
+  m.rms_norm_eps = c.positive("rms_norm_eps");
+  m.rope_theta = rope_theta(c);
+  m.tie_word_embeddings = c.flag_or("tie_word_embeddings", false);
+  m.qk_norm = family.qk_norm;
+  if (experts > 0) m.top_k = static_cast<int32_t>(c.integer("num_experts_per_tok", 1, std::min<int64_t>(experts, kMaxTopK)));
+  if (family.always_renormalise) {
+    c.refuse_unless("norm_topk_prob", true);
+    m.norm_topk_prob = true;
+  } else {
+    if (!c.has("norm_topk_prob")) fail(Code::kCorruptModel, "{}: norm_topk_prob is missing; its default differs between versions", file_name);
+    m.norm_topk_prob = c.flag_or("norm_topk_prob", false);
+  }
+  read_eos(c, m.vocab_size, m.eos_token_ids);
+  return m;
+}
+
+ModelConfig read_config(const std::filesystem::path& model_dir) {
+  std::error_code error;
+  if (!std::filesystem::is_directory(model_dir, error))
+    fail(Code::kNotFound, "{}: no such directory; a model is a folder with config.json and *.safetensors", model_dir.string());
+  const std::filesystem::path path = model_dir / "config.json";
+  ModelConfig m = parse_config(read_text(path), path.string());
+  const std::filesystem::path generation = model_dir / "generation_config.json";
+  if (std::filesystem::exists(generation, error)) {
+    const json object = parse_json(read_text(generation), generation.string());
+    const std::string name = generation.string();
+    read_eos(Reader(object, name), m.vocab_size, m.eos_token_ids);
+  }
+  return m;
+}
+
+}  // namespace moebius

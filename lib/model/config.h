@@ -1,0 +1,52 @@
+// config.json of a Hugging Face checkpoint, read into what the engine needs; anything it would have to ignore is refused.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lib/layout/types.h"
+
+namespace moebius {
+
+struct FamilyDescriptor;
+
+struct ModelConfig {
+  std::string family;                     // model_type, e.g. "qwen3_moe"
+  const FamilyDescriptor* names = nullptr;  // static
+  ModelShape shape;
+  int32_t vocab_size = 0;
+  int64_t max_position_embeddings = 0;
+  double rms_norm_eps = 0;
+  double rope_theta = 0;
+  bool tie_word_embeddings = false;
+  bool qk_norm = false;                   // per-head RMS norm of q and k
+  int32_t top_k = 0;                      // experts per token
+  bool norm_topk_prob = false;            // the chosen experts' weights are made to sum to 1
+  std::vector<int32_t> eos_token_ids;
+};
+
+// A family as data: how its keys and tensors are called, and its rules. {l}: layer, {e}: expert.
+struct FamilyDescriptor {
+  const char* model_type;
+  const char* architecture;
+  const char* expert_count_keys[2];   // either spelling
+  const char* expert_width_key;
+  bool has_dense_layers;              // mlp_only_layers, decoder_sparse_step, dense width in intermediate_size
+  bool qk_norm;
+  bool always_renormalise;            // else norm_topk_prob says
+  bool sliding_window_has_switch;     // use_sliding_window must be true for sliding_window to be active
+  const char* router;
+  const char* expert_gate;
+  const char* expert_up;
+  const char* expert_down;
+};
+
+// Reads config.json and, for eos_token_id only, generation_config.json. Throws kNotFound, kUnsupported (a value that changes
+// the arithmetic and is not implemented, by key and value) or kCorruptModel.
+ModelConfig read_config(const std::filesystem::path& model_dir);
+ModelConfig parse_config(std::string_view json_text, const std::string& file_name);
+
+}  // namespace moebius

@@ -1,0 +1,409 @@
+#include "lib/model/weights.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "lib/base/error.h"
+#include "lib/tensor/packed.h"
+
+namespace moebius {
+namespace {
+
+// Rows and columns that a packing step holds: 16 rows × 512 columns of bf16 stay in the first-level cache.
+constexpr int64_t kStripColumns = 512;
+
+float max_abs(const bf16* x, int64_t n) {
+  uint32_t most = 0;  // of |x| as bits: ordered as the values are; NaN counts as largest
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, static_cast<uint32_t>(x[i] & 0x7fff));
+  return to_float(static_cast<bf16>(most));
+}
+
+// Writes rows [rows) × columns [columns) of a matrix as tiles of outputs = rows. Pair p of tile t begins at
+// out + t·tile_elements + p·pair_elements, 16 outputs × 2. Missing rows and columns are 0.
+float pack_rows(const MatrixReader& m, Range rows, Range columns, bf16* out, int64_t tile_elements, int64_t pair_elements) {
+  alignas(64) bf16 strip[kTile * kStripColumns];
+  float most = 0;
+  for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kTile) {
+    const Range some{r0, std::min(rows.end, r0 + kTile)};
+    bf16* tile = out + (r0 - rows.begin) / kTile * tile_elements;
+    for (int64_t c0 = columns.begin; c0 < columns.end; c0 += kStripColumns) {
+      const Range wide{c0, std::min(columns.end, c0 + kStripColumns)};
+      const int64_t width = wide.size();
+      m.read(some, wide, strip);
+      most = std::max(most, max_abs(strip, some.size() * width));
+      bf16* pair = tile + (c0 - columns.begin) / 2 * pair_elements;
+      for (int64_t c = 0; c < width; c += 2, pair += pair_elements)
+        for (int64_t r = 0; r < kTile; ++r) {
+          const bool row = r < some.size();
+          pair[2 * r] = row ? strip[r * width + c] : bf16{0};
+          pair[2 * r + 1] = row && c + 1 < width ? strip[r * width + c + 1] : bf16{0};
+        }
+    }
+  }
+  return most;
+}
+
+float pack_matrix(const MatrixReader& m, Range rows, Range columns, bf16* out) {
+  return pack_rows(m, rows, columns, out, PackedMatrix{rows.size(), columns.size()}.tile_elements(), 2 * kTile);
+}
+
+std::string name_of(const std::string& pattern, int layer, int expert = 0) {
+  std::string out = pattern;
+  for (const auto& [key, value] : {std::pair<const char*, int>{"{l}", layer}, {"{e}", expert}})
+    if (const size_t at = out.find(key); at != std::string::npos) out.replace(at, 3, std::to_string(value));
+  return out;
+}
+
+std::string attention_name(int layer, const char* what) { return name_of("model.layers.{l}.self_attn.", layer) + what; }
+
+SliceMaxima pack_mlp(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice, bf16* out) {
+  const MlpCut cut{model.shape.mlps[static_cast<size_t>(slice.layer)].intermediate / table.counts().cuts, model.shape.hidden};
+  const Range neurons{slice.cut * cut.neurons, (slice.cut + 1) * cut.neurons}, hidden{0, cut.hidden};
+  using Part = WeightSource::ExpertPart;
+  const int expert = slice.kind == SliceKind::kExpertCut ? slice.index : -1;  // −1: the dense MLP
+  SliceMaxima most;
+  const auto part = [&](Part p) { return source.expert(slice.layer, expert, p); };
+  most.gate = pack_rows(*part(Part::kGate), neurons, hidden, out, cut.gate_up_tile_elements(), 4 * kTile);
+  most.up = pack_rows(*part(Part::kUp), neurons, hidden, out + 2 * kTile, cut.gate_up_tile_elements(), 4 * kTile);
+  bf16* down = out + cut.gate_up_elements();
+  const int64_t tile_elements = cut.down().tile_elements();
+  // The padding neurons' weights: columns beyond the cut's own are 0.
+  if (cut.padded() != cut.neurons) std::fill_n(down, cut.down().elements(), bf16{0});
+  most.down = pack_rows(*part(Part::kDown), hidden, neurons, down, tile_elements, 2 * kTile);
+  return most;
+}
+
+}  // namespace
+
+void SliceMaxima::include(const SliceMaxima& other) {
+  gate = std::max(gate, other.gate);
+  up = std::max(up, other.up);
+  down = std::max(down, other.down);
+}
+
+SliceMaxima pack_slice(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice, std::byte* bytes) {
+  bf16* out = reinterpret_cast<bf16*>(bytes);
+  const ModelShape& s = model.shape;
+  const Range all{0, s.hidden};
+  if (slice.kind == SliceKind::kAttentionGroup) {
+    const AttentionGroup group{s.num_heads / table.counts().head_groups, s.head_dim, s.hidden};
+    const int64_t width = group.heads * s.head_dim, total = int64_t{s.num_heads} * s.head_dim;
+    const Range heads{slice.index * width, (slice.index + 1) * width};
+    SliceMaxima most;
+    most.gate = pack_matrix(*source.matrix(attention_name(slice.layer, "q_proj.weight"), total, s.hidden), heads, all, out);
+    most.down = pack_matrix(*source.matrix(attention_name(slice.layer, "o_proj.weight"), s.hidden, total), all, heads, out + group.q().elements());
+    return most;
+  }
+  if (slice.kind == SliceKind::kKvProjection) {
+    const KvProjection projection{s.head_dim, s.hidden};
+    const Range head{slice.index * int64_t{s.head_dim}, (slice.index + 1) * int64_t{s.head_dim}};
+    const int64_t total = int64_t{s.num_kv_heads} * s.head_dim;
+    SliceMaxima most;
+    most.gate = pack_matrix(*source.matrix(attention_name(slice.layer, "k_proj.weight"), total, s.hidden), head, all, out);
+    most.down = pack_matrix(*source.matrix(attention_name(slice.layer, "v_proj.weight"), total, s.hidden), head, all, out + projection.k().elements());
+    // Only V reaches the sums.
+    most.up = std::exchange(most.down, 0.0f);
+    return most;
+  }
+  return pack_mlp(source, model, table, slice, out);
+}
+
+// ---- checkpoint
+
+namespace {
+
+// Element (r, c) of a matrix in the file: at base + (r·row_stride + c·column_stride)·size.
+struct StoredMatrix {
+  const std::byte* base = nullptr;
+  Dtype dtype = Dtype::kBf16;
+  int64_t row_stride = 0, column_stride = 1;
+};
+
+bf16 convert(const std::byte* p, Dtype dtype) {
+  uint16_t half;
+  float single;
+  switch (dtype) {
+    case Dtype::kBf16: std::memcpy(&half, p, 2); return half;
+    case Dtype::kF16: std::memcpy(&half, p, 2); return to_bf16(half_to_float(half));
+    default: std::memcpy(&single, p, 4); return to_bf16(single);
+  }
+}
+
+float convert_to_float(const std::byte* p, Dtype dtype) {
+  uint16_t half;
+  float single;
+  switch (dtype) {
+    case Dtype::kBf16: std::memcpy(&half, p, 2); return to_float(half);
+    case Dtype::kF16: std::memcpy(&half, p, 2); return half_to_float(half);
+    default: std::memcpy(&single, p, 4); return single;
+  }
+}
+
+class StoredReader final : public MatrixReader {
+ public:
+  explicit StoredReader(const StoredMatrix& m) : m_(m) {}
+  void read(Range rows, Range columns, bf16* out) const override {
+    const int64_t size = m_.dtype == Dtype::kF32 ? 4 : 2, width = columns.size();
+    for (int64_t r = rows.begin; r < rows.end; ++r, out += width) {
+      const std::byte* row = m_.base + (r * m_.row_stride + columns.begin * m_.column_stride) * size;
+      if (m_.dtype == Dtype::kBf16 && m_.column_stride == 1) {
+        std::memcpy(out, row, static_cast<size_t>(width) * 2);  // tensors may lie at any address
+        continue;
+      }
+      for (int64_t c = 0; c < width; ++c) out[c] = convert(row + c * m_.column_stride * size, m_.dtype);
+    }
+  }
+
+ private:
+  StoredMatrix m_;
+};
+
+class CheckpointSource final : public WeightSource {
+ public:
+  CheckpointSource(const std::filesystem::path& dir, const ModelConfig& model) : checkpoint_(dir), model_(model) {}
+
+  const Checkpoint& checkpoint() const { return checkpoint_; }
+  bool has(const std::string& name) const override { return checkpoint_.find(name) != nullptr; }
+
+  std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t rows, int64_t columns) const override {
+    const Checkpoint::Tensor& t = require(name, {rows, columns});
+    return std::make_unique<StoredReader>(StoredMatrix{t.data(), t.info->dtype, columns, 1});
+  }
+
+  std::vector<float> vector(const std::string& name, int64_t size) const override {
+    const Checkpoint::Tensor& t = require(name, {size});
+    std::vector<float> out(static_cast<size_t>(size));
+    const int64_t bytes = t.info->dtype == Dtype::kF32 ? 4 : 2;
+    for (int64_t i = 0; i < size; ++i) out[static_cast<size_t>(i)] = convert_to_float(t.data() + i * bytes, t.info->dtype);
+    return out;
+  }
+
+  std::unique_ptr<MatrixReader> expert(int layer, int expert, ExpertPart part) const override {
+    const int64_t hidden = model_.shape.hidden;
+    const MlpShape& mlp = model_.shape.mlps[static_cast<size_t>(layer)];
+    const bool down = part == ExpertPart::kDown;
+    const int64_t rows = down ? hidden : mlp.intermediate, columns = down ? mlp.intermediate : hidden;
+    if (expert < 0) {
+      const char* names[] = {"gate_proj", "up_proj", "down_proj"};
+      return matrix(name_of("model.layers.{l}.mlp.", layer) + names[static_cast<int>(part)] + ".weight", rows, columns);
+    }
+    // Fused tensors of all experts, as transformers 5 keeps them: gate and up [E, 2I, H], down [E, H, I].
+    const std::string fused = name_of("model.layers.{l}.mlp.experts.", layer) + (down ? "down_proj" : "gate_up_proj");
+    if (has(fused)) {
+      const int64_t fused_rows = down ? hidden : 2 * mlp.intermediate;
+      const Checkpoint::Tensor& t = require(fused, {mlp.num_experts, fused_rows, columns});
+      const int64_t first = expert * fused_rows + (part == ExpertPart::kUp ? mlp.intermediate : 0);
+      const int64_t size = t.info->dtype == Dtype::kF32 ? 4 : 2;
+      return std::make_unique<StoredReader>(StoredMatrix{t.data() + first * columns * size, t.info->dtype, columns, 1});
+    }
+    const char* patterns[] = {model_.names->expert_gate, model_.names->expert_up, model_.names->expert_down};
+    return matrix(name_of(patterns[static_cast<int>(part)], layer, expert), rows, columns);
+  }
+
+  // Looks a tensor up and compares it with what the config says.
+  const Checkpoint::Tensor& require(const std::string& name, const std::vector<int64_t>& shape) const {
+    const Checkpoint::Tensor* t = checkpoint_.find(name);
+    if (t == nullptr) fail(Code::kCorruptModel, "{}: tensor '{}' is missing", checkpoint_.name(), name);
+    if (t->info->shape != shape)
+      fail(Code::kCorruptModel, "{}: tensor '{}' has shape [{}], config.json calls for [{}]", t->file->name(), name,
+           fmt::join(t->info->shape, ", "), fmt::join(shape, ", "));
+    if (t->info->dtype == Dtype::kOther)
+      fail(Code::kUnsupported, "{}: tensor '{}' is {}; BF16, F16 and F32 are read", t->file->name(), name, t->info->dtype_name);
+    return *t;
+  }
+
+ private:
+  Checkpoint checkpoint_;
+  ModelConfig model_;
+};
+
+// Visits every tensor that the model will read; `used` collects their names.
+void check_tensors(const CheckpointSource& source, const ModelConfig& model, std::vector<std::string>& used) {
+  const ModelShape& s = model.shape;
+  const auto want = [&](const std::string& name, const std::vector<int64_t>& shape) {
+    source.require(name, shape);
+    used.push_back(name);
+  };
+  want("model.embed_tokens.weight", {model.vocab_size, s.hidden});
+  want("model.norm.weight", {s.hidden});
+  if (!model.tie_word_embeddings) want("lm_head.weight", {model.vocab_size, s.hidden});
+  for (int l = 0; l < s.num_layers(); ++l) {
+    const std::string prefix = name_of("model.layers.{l}.", l);
+    want(prefix + "input_layernorm.weight", {s.hidden});
+    want(prefix + "post_attention_layernorm.weight", {s.hidden});
+    const int64_t q = int64_t{s.num_heads} * s.head_dim, kv = int64_t{s.num_kv_heads} * s.head_dim;
+    want(attention_name(l, "q_proj.weight"), {q, s.hidden});
+    want(attention_name(l, "k_proj.weight"), {kv, s.hidden});
+    want(attention_name(l, "v_proj.weight"), {kv, s.hidden});
+    want(attention_name(l, "o_proj.weight"), {s.hidden, q});
+    if (model.qk_norm) {
+      want(attention_name(l, "q_norm.weight"), {s.head_dim});
+      want(attention_name(l, "k_norm.weight"), {s.head_dim});
+    }
+    const MlpShape& mlp = s.mlps[static_cast<size_t>(l)];
+    if (mlp.num_experts > 0) want(name_of(model.names->router, l), {mlp.num_experts, s.hidden});
+    for (int e = 0; e < std::max(1, mlp.num_experts); ++e)
+      for (auto part : {WeightSource::ExpertPart::kGate, WeightSource::ExpertPart::kUp, WeightSource::ExpertPart::kDown})
+        source.expert(l, mlp.num_experts > 0 ? e : -1, part);
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
+                                              const std::function<void(const std::string&)>& warning) {
+  auto source = std::make_unique<CheckpointSource>(model_dir, model);
+  std::vector<std::string> used;
+  check_tensors(*source, model, used);
+  if (warning) {
+    std::sort(used.begin(), used.end());
+    for (const auto& [name, tensor] : source->checkpoint().tensors())
+      if (!std::binary_search(used.begin(), used.end(), name) && name.find(".mlp.") == std::string::npos &&
+          name.find(".block_sparse_moe.") == std::string::npos && !(model.tie_word_embeddings && name == "lm_head.weight"))
+        warning(fmt::format("{}: tensor '{}' is not used", tensor.file->name(), name));
+  }
+  return source;
+}
+
+// ---- dummy weights
+
+namespace {
+
+uint64_t hash_name(const std::string& name, uint64_t seed) {
+  uint64_t h = 0xcbf29ce484222325ull ^ (seed * 0x9e3779b97f4a7c15ull);
+  for (char c : name) h = (h ^ static_cast<unsigned char>(c)) * 0x100000001b3ull;
+  return h;
+}
+
+// Uniform in ±√3·scale (so that its deviation is `scale`), from a mix of the element's index.
+struct DummyReader final : MatrixReader {
+  DummyReader(uint64_t seed, int64_t row_length, float deviation) : seed_(seed), row_length_(row_length), scale_(deviation * 1.7320508f) {}
+  void read(Range rows, Range columns, bf16* out) const override {
+    const uint64_t seed = seed_;
+    const float scale = scale_ * 0x1p-31f;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const auto first = static_cast<uint32_t>(static_cast<uint64_t>(r * row_length_ + columns.begin) ^ seed);
+      const auto high = static_cast<uint32_t>((static_cast<uint64_t>(r * row_length_) + seed) >> 32);
+      for (int64_t c = 0; c < columns.size(); ++c) {  // a 32-bit mixer: vectorises
+        uint32_t x = first + static_cast<uint32_t>(c);
+        x ^= high;
+        x *= 0x9e3779b1u;
+        x ^= x >> 15;
+        x *= 0x85ebca77u;
+        x ^= x >> 13;
+        x *= 0xc2b2ae3du;
+        x ^= x >> 16;
+        *out++ = to_bf16(static_cast<float>(static_cast<int32_t>(x)) * scale);
+      }
+    }
+  }
+  uint64_t seed_;
+  int64_t row_length_;
+  float scale_;
+};
+
+class DummySource final : public WeightSource {
+ public:
+  DummySource(const ModelConfig& model, uint64_t seed) : model_(model), seed_(seed) {}
+  bool has(const std::string&) const override { return true; }
+  std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t, int64_t columns) const override {
+    // A normed input has deviation 1, so outputs have deviation about 1; the router's are equally large for every expert, which
+    // is what spreads the tokens evenly.
+    return std::make_unique<DummyReader>(hash_name(name, seed_), columns, 1.0f / std::sqrt(static_cast<float>(columns)));
+  }
+  std::unique_ptr<MatrixReader> expert(int layer, int expert, ExpertPart part) const override {
+    const int64_t columns = part == ExpertPart::kDown ? model_.shape.mlps[static_cast<size_t>(layer)].intermediate : model_.shape.hidden;
+    return matrix(fmt::format("{}.{}.{}", layer, expert, static_cast<int>(part)), 0, columns);
+  }
+  std::vector<float> vector(const std::string&, int64_t size) const override { return std::vector<float>(static_cast<size_t>(size), 1.0f); }
+
+ private:
+  ModelConfig model_;
+  uint64_t seed_;
+};
+
+}  // namespace
+
+std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& model, uint64_t seed) { return std::make_unique<DummySource>(model, seed); }
+
+// ---- replicated weights
+
+namespace {
+
+int64_t router_elements(const ModelConfig& model, int layer) {
+  const int experts = model.shape.mlps[static_cast<size_t>(layer)].num_experts;
+  return experts > 0 ? PackedMatrix{experts, model.shape.hidden}.elements() : 0;
+}
+
+}  // namespace
+
+int64_t SharedWeights::bytes(const ModelConfig& model) {
+  int64_t elements = PackedMatrix{model.vocab_size, model.shape.hidden}.elements();
+  if (!model.tie_word_embeddings) elements += int64_t{model.vocab_size} * model.shape.hidden;
+  for (int l = 0; l < model.shape.num_layers(); ++l) elements += router_elements(model, l);
+  const int64_t norms = model.shape.hidden + model.shape.num_layers() * (2 * int64_t{model.shape.hidden} + 2 * model.shape.head_dim);
+  return elements * 2 + norms * 4;
+}
+
+SharedWeights::SharedWeights(const ModelConfig& model) : model_(model) {
+  lm_head_ = HostBuffer(PackedMatrix{model.vocab_size, model.shape.hidden}.bytes());
+  if (!model.tie_word_embeddings) embedding_ = HostBuffer(int64_t{model.vocab_size} * model.shape.hidden * 2);
+  norms_ = HostBuffer((model.shape.hidden + model.shape.num_layers() * norm_stride()) * 4);
+  int64_t routers = 0;
+  for (int l = 0; l < model.shape.num_layers(); ++l) {
+    const int64_t n = router_elements(model, l);
+    router_offset_.push_back(n > 0 ? routers : -1);
+    routers += n;
+  }
+  routers_ = HostBuffer(routers * 2);
+}
+
+SharedLayer SharedWeights::layer(int l) const {
+  const float* base = norms_.as<float>() + model_.shape.hidden + l * norm_stride();
+  SharedLayer out;
+  out.input_norm = base;
+  out.post_attention_norm = base + model_.shape.hidden;
+  if (model_.qk_norm) {
+    out.q_norm = base + 2 * model_.shape.hidden;
+    out.k_norm = out.q_norm + model_.shape.head_dim;
+  }
+  const int64_t router = router_offset_[static_cast<size_t>(l)];
+  if (router >= 0) out.router = routers_.as<bf16>() + router;
+  return out;
+}
+
+void SharedWeights::load(const WeightSource& source, int worker, int workers) {
+  const ModelShape& s = model_.shape;
+  const PackedMatrix head{model_.vocab_size, s.hidden};
+  const Range tiles = share_of(head.tiles(), worker, workers);
+  const Range rows{tiles.begin * kTile, std::min<int64_t>(model_.vocab_size, tiles.end * kTile)};
+  if (!rows.empty()) {
+    const auto embedding = source.matrix("model.embed_tokens.weight", model_.vocab_size, s.hidden);
+    const std::unique_ptr<MatrixReader> lm = model_.tie_word_embeddings ? nullptr : source.matrix("lm_head.weight", model_.vocab_size, s.hidden);
+    pack_matrix(lm ? *lm : *embedding, rows, {0, s.hidden}, lm_head_.as<bf16>() + tiles.begin * head.tile_elements());
+    if (lm) embedding->read(rows, {0, s.hidden}, embedding_.as<bf16>() + rows.begin * s.hidden);
+  }
+  const auto copy = [&](const std::string& name, int64_t size, float* out) {
+    const std::vector<float> v = source.vector(name, size);
+    std::copy(v.begin(), v.end(), out);
+  };
+  if (worker == 0) copy("model.norm.weight", s.hidden, norms_.as<float>());
+  for (int l = worker; l < s.num_layers(); l += workers) {
+    const std::string prefix = name_of("model.layers.{l}.", l);
+    float* base = norms_.as<float>() + s.hidden + l * norm_stride();
+    copy(prefix + "input_layernorm.weight", s.hidden, base);
+    copy(prefix + "post_attention_layernorm.weight", s.hidden, base + s.hidden);
+    if (model_.qk_norm) {
+      copy(attention_name(l, "q_norm.weight"), s.head_dim, base + 2 * s.hidden);
+      copy(attention_name(l, "k_norm.weight"), s.head_dim, base + 2 * s.hidden + s.head_dim);
+    }
+    const int experts = s.mlps[static_cast<size_t>(l)].num_experts;
+    if (experts > 0)
+      pack_matrix(*source.matrix(name_of(model_.names->router, l), experts, s.hidden), {0, experts}, {0, s.hidden},
+                  routers_.as<bf16>() + router_offset_[static_cast<size_t>(l)]);
+  }
+}
+
+}  // namespace moebius

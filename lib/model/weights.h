@@ -1,0 +1,87 @@
+// Weights on their way from a checkpoint into packed slices (lib/tensor/packed.h), bf16 in memory whatever the file holds.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "lib/device/buffer.h"
+#include "lib/layout/slices.h"
+#include "lib/model/config.h"
+#include "lib/model/safetensors.h"
+#include "lib/tensor/dtype.h"
+
+namespace moebius {
+
+// A [rows, columns] matrix of a model, read by rectangles.
+class MatrixReader {
+ public:
+  virtual ~MatrixReader() = default;
+  // out[r·columns.size() + c] = bf16 of element (rows.begin + r, columns.begin + c).
+  virtual void read(Range rows, Range columns, bf16* out) const = 0;
+};
+
+// Where a model's matrices come from. Thread-safe after construction.
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  // `name` as on disk, of the given shape [rows, columns].
+  virtual std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t rows, int64_t columns) const = 0;
+  // Expert e's gate, up ([I, H]) or down ([H, I]) of layer l; the source knows how they are stored.
+  enum class ExpertPart { kGate, kUp, kDown };
+  virtual std::unique_ptr<MatrixReader> expert(int layer, int expert, ExpertPart part) const = 0;
+  virtual std::vector<float> vector(const std::string& name, int64_t size) const = 0;
+  virtual bool has(const std::string& name) const = 0;
+};
+
+// Every tensor that the config calls for is looked up and its shape compared before this returns; others are reported to
+// `warning` (may be null) and not read.
+std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
+                                              const std::function<void(const std::string&)>& warning);
+// Seeded random weights: an element depends on (seed, name, index) only. Router rows are scaled so that experts are hit about
+// evenly.
+std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& model, uint64_t seed);
+
+// Largest absolute values seen while packing, by role: a property of the model, since a maximum has no order.
+struct SliceMaxima {
+  float gate = 0, up = 0, down = 0;  // MLP slices; q, –, o for attention groups; k, –, v for K/V projections
+  void include(const SliceMaxima& other);
+};
+
+// Writes one slice (slice.bytes) in packed form, padding included. Reads only that slice's elements.
+SliceMaxima pack_slice(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice, std::byte* out);
+
+struct SharedLayer {
+  const float* input_norm = nullptr;           // [hidden]
+  const float* post_attention_norm = nullptr;  // [hidden]
+  const float* q_norm = nullptr;               // [head_dim] or null
+  const float* k_norm = nullptr;
+  const bf16* router = nullptr;                // packed n = num_experts, k = hidden; null for a dense layer
+};
+
+// What every rank needs whole: embedding, LM head, norms, routers. Ranks of one process share one copy, read-only.
+class SharedWeights {
+ public:
+  explicit SharedWeights(const ModelConfig& model);
+  static int64_t bytes(const ModelConfig& model);
+
+  // Loads this worker's share of all of it; call with every worker 0 … workers − 1.
+  void load(const WeightSource& source, int worker, int workers);
+
+  const bf16* embedding() const { return model_.tie_word_embeddings ? nullptr : embedding_.as<bf16>(); }  // [vocab, hidden]
+  const bf16* lm_head() const { return lm_head_.as<bf16>(); }                                            // packed n = vocab, k = hidden
+  const float* final_norm() const { return norms_.as<float>(); }
+  SharedLayer layer(int l) const;
+
+ private:
+  int64_t norm_stride() const { return 2 * model_.shape.hidden + 2 * model_.shape.head_dim; }  // floats of one layer
+
+  ModelConfig model_;
+  HostBuffer embedding_, lm_head_, norms_, routers_;
+  std::vector<int64_t> router_offset_;  // [layers] in elements; −1: dense
+};
+
+}  // namespace moebius

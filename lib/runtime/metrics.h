@@ -1,0 +1,63 @@
+// Counters, gauges and histograms of an engine with vLLM's names (prefix moebius_), rendered as Prometheus text.
+// Recording is lock-free and allocates nothing; the stepping thread records, any thread renders.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "lib/runtime/event.h"
+
+namespace moebius {
+
+struct EngineStats;
+
+struct RequestTimes {
+  std::chrono::steady_clock::time_point submitted{}, first_scheduled{}, first_token{}, finished{};  // epoch: never
+};
+
+// Buckets with fixed upper bounds; the last, +Inf, is implied.
+class Histogram {
+ public:
+  static constexpr size_t kMaxBuckets = 24;
+  explicit Histogram(std::span<const double> bounds) : bounds_(bounds) {}
+  void record(double value);
+  void render(std::string& out, const char* name, const char* help, const std::string& labels) const;
+
+ private:
+  std::span<const double> bounds_;  // static storage
+  std::array<std::atomic<uint64_t>, kMaxBuckets + 1> counts_{};
+  std::atomic<double> sum_{0};
+};
+
+class Metrics {
+ public:
+  Metrics();
+  void on_step(int64_t tokens) { iteration_tokens_.record(static_cast<double>(tokens)); }
+  void on_first_token(double seconds) { first_token_.record(seconds); }
+  void on_inter_token(double seconds) { inter_token_.record(seconds); }
+  void on_request_finished(const RequestTimes& times, int64_t prompt_tokens, int64_t generated, int64_t max_tokens, FinishReason reason);
+  void on_switch(Layout from, Layout to, double seconds, int64_t bytes);
+  void on_rollback() { ++rollbacks_; }
+  void on_refusal() { ++refusals_; }
+  void on_preemption() { ++preemptions_; }
+  // Gauges and the counters that the engine keeps itself.
+  void set_gauges(const EngineStats& stats);
+
+  std::string text(const std::string& model_name) const;
+
+ private:
+  using Counter = std::atomic<uint64_t>;
+  Counter finished_[5] = {};          // by FinishReason
+  Counter switches_[2] = {};          // by Layout arrived at
+  Counter bytes_moved_{0}, rollbacks_{0}, refusals_{0}, preemptions_{0};
+  Counter prompt_tokens_{0}, generation_tokens_{0}, prefix_queries_{0}, prefix_hits_{0};
+  std::atomic<double> running_{0}, waiting_{0}, kv_usage_{0}, seam_{0}, layers_{0};
+  Histogram iteration_tokens_, first_token_, inter_token_, e2e_, queue_, prefill_, decode_, inference_, switch_seconds_;
+  Histogram request_prompt_, request_generation_, request_max_tokens_;
+};
+
+}  // namespace moebius

@@ -1,0 +1,95 @@
+#include "lib/runtime/policy.h"
+
+#include <vector>
+
+#include "lib/base/error.h"
+
+namespace moebius {
+namespace {
+
+class ManualPolicy final : public Policy {
+ public:
+  std::optional<Decision> observe(const LoadSample&) override { return std::nullopt; }
+  void on_switched(double) override {}
+  void on_refused() override {}
+};
+
+struct VariantDefaults {
+  const char* name;
+  double per_rank;
+  int window_steps;
+  double cooldown_s;
+};
+constexpr VariantDefaults kVariants[] = {{"decode", 64, 32, 60}, {"prefill", 1024, 8, 10}, {"rollout", 8, 1, 5}};
+
+// EP when the mean of the window is at or above the threshold, TP when it is below. After a switch nothing is asked for until
+// the cooldown has passed; after a refusal the window must fill again, so that it is not repeated every step.
+class ThresholdPolicy final : public Policy {
+ public:
+  ThresholdPolicy(const PolicyConfig& c, int ranks) : variant_(c.variant), shadow_(c.shadow) {
+    const VariantDefaults& d = kVariants[static_cast<size_t>(c.variant)];
+    threshold_ = c.threshold > 0 ? c.threshold : d.per_rank * ranks;
+    window_.resize(static_cast<size_t>(c.window_steps > 0 ? c.window_steps : d.window_steps));
+    cooldown_s_ = c.cooldown_s >= 0 ? c.cooldown_s : d.cooldown_s;
+  }
+
+  std::optional<Decision> observe(const LoadSample& load) override {
+    const double value = value_of(load);
+    sum_ += value - window_[at_];
+    window_[at_] = value;
+    at_ = (at_ + 1) % window_.size();
+    if (filled_ < window_.size()) ++filled_;
+    if (filled_ < window_.size() || load.switching) return std::nullopt;
+    if (has_switched_ && load.time_s - last_switch_s_ < cooldown_s_) return std::nullopt;
+    const double mean = sum_ / static_cast<double>(window_.size());
+    const Layout wanted = mean >= threshold_ ? Layout::kEp : Layout::kTp;
+    if (wanted == load.layout) {
+      shadowed_ = false;
+      return std::nullopt;
+    }
+    if (shadow_ && shadowed_) return std::nullopt;  // one record for each time the mind would change
+    shadowed_ = shadow_;
+    return Decision{wanted, shadow_,
+                    fmt::format("threshold {}: mean {:.1f} over {} steps {} {:.1f}: {} → {} (running {}, waiting {})",
+                                kVariants[static_cast<size_t>(variant_)].name, mean, window_.size(), mean >= threshold_ ? "≥" : "<",
+                                threshold_, name_of(load.layout), name_of(wanted), load.running, load.waiting)};
+  }
+
+  void on_switched(double time_s) override {
+    has_switched_ = true;
+    last_switch_s_ = time_s;
+  }
+  void on_refused() override { filled_ = 0; }
+
+ private:
+  double value_of(const LoadSample& load) const {
+    switch (variant_) {
+      case ThresholdVariant::kDecode: return load.running;
+      case ThresholdVariant::kPrefill: return load.prefill_tokens;
+      default: return load.running + load.waiting;
+    }
+  }
+
+  ThresholdVariant variant_;
+  bool shadow_, shadowed_ = false, has_switched_ = false;
+  double threshold_ = 0, cooldown_s_ = 0, last_switch_s_ = 0, sum_ = 0;
+  std::vector<double> window_;
+  size_t at_ = 0, filled_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Policy> make_policy(const PolicyConfig& config, int ranks) {
+  if (config.threshold < 0 || config.window_steps < 0)
+    fail(Code::kInvalidArgument, "policy threshold {} and window of {} steps must not be negative", config.threshold, config.window_steps);
+  switch (config.kind) {
+    case PolicyKind::kManual: return std::make_unique<ManualPolicy>();
+    case PolicyKind::kThreshold:
+      if (config.variant < ThresholdVariant::kDecode || config.variant > ThresholdVariant::kRollout)
+        fail(Code::kInvalidArgument, "threshold variant {} is not known", static_cast<int>(config.variant));
+      return std::make_unique<ThresholdPolicy>(config, ranks);
+  }
+  fail(Code::kInvalidArgument, "policy kind {} is not known", static_cast<int>(config.kind));
+}
+
+}  // namespace moebius

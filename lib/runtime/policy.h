@@ -1,0 +1,58 @@
+// When to switch. A policy sees one sample of the load per step and may ask for the other layout; it explains itself in one
+// line of numbers. Not thread-safe: the stepping thread owns it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "lib/layout/types.h"
+
+namespace moebius {
+
+enum class PolicyKind : int32_t { kManual = 0, kThreshold = 1 };
+
+// The paper's three thresholds: what is counted, the limit for P ranks, over how many steps, and the pause after a switch.
+enum class ThresholdVariant : int32_t {
+  kDecode = 0,   // running requests: 64·P, 32 steps, 60 s
+  kPrefill = 1,  // prompt tokens a step: 1024·P, 8 steps, 10 s
+  kRollout = 2,  // running + waiting: 8·P, 1 step, 5 s
+};
+
+struct PolicyConfig {
+  PolicyKind kind = PolicyKind::kManual;
+  ThresholdVariant variant = ThresholdVariant::kDecode;
+  double threshold = 0;     // 0: the variant's, for P ranks
+  int32_t window_steps = 0; // 0: the variant's
+  double cooldown_s = -1;   // negative: the variant's
+  bool shadow = false;      // decide and record, but do not switch
+};
+
+struct LoadSample {
+  uint64_t step = 0;
+  double time_s = 0;        // a monotonic clock's
+  int32_t running = 0, waiting = 0;
+  int32_t decode_rows = 0, prefill_tokens = 0;
+  Layout layout = Layout::kTp;
+  bool switching = false;
+};
+
+struct Decision {
+  Layout to = Layout::kTp;
+  bool shadow = false;
+  std::string record;
+};
+
+class Policy {
+ public:
+  virtual ~Policy() = default;
+  virtual std::optional<Decision> observe(const LoadSample& load) = 0;
+  virtual void on_switched(double time_s) = 0;
+  virtual void on_refused() = 0;  // nothing happened: no cooldown is spent
+};
+
+// Throws kInvalidArgument on values out of range.
+std::unique_ptr<Policy> make_policy(const PolicyConfig& config, int ranks);
+
+}  // namespace moebius
