@@ -87,7 +87,7 @@ struct World::State {
   WaitWord done;         // advanced by the last worker that leaves one
   std::atomic<int> inside{0};
   std::atomic<bool> aborted{false}, stopping{false}, dead{false};
-  const RegionFunction* job = nullptr;
+  RegionFunction job;
 
   std::mutex error_mutex;
   std::exception_ptr error;  // the first of the region
@@ -106,7 +106,7 @@ struct World::State {
 
   void execute(int rank, int thread) {
     try {
-      (*job)(rank, thread);
+      job(rank, thread);
     } catch (...) {
       abort_region(std::current_exception());
     }
@@ -138,13 +138,23 @@ struct World::State {
       ++seen;
       if (stopping.load(std::memory_order_acquire)) return;
       execute(rank, thread);
-      if (inside.fetch_sub(1, std::memory_order_acq_rel) == 1) done.advance();
+      if (inside.fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
+      done.advance();
+      if (dead.load(std::memory_order_acquire)) release_kept();
     }
   }
 
-  bool wait_for_workers(uint32_t done_before, Clock::duration limit) {
-    const auto until = Clock::now() + limit;
-    return done.wait(done_before, spins, [&] { return Clock::now() > until; });
+  bool wait_for_workers(uint32_t done_before, bool limited) {
+    const auto until = Clock::now() + deadline;
+    return done.wait(done_before, spins, [&] { return limited && Clock::now() > until; });
+  }
+
+  void release_kept() {
+    std::vector<std::shared_ptr<void>> gone;  // destroyed after the lock is: it may hold the world itself
+    {
+      std::lock_guard lock(keep_mutex);
+      gone.swap(kept);
+    }
   }
 };
 
@@ -170,10 +180,13 @@ World::~World() {
 
 bool World::dead() const { return state_->dead.load(std::memory_order_acquire); }
 
-void World::run(RegionFunction f) {
+void World::run(const RegionFunction& f) { run_within(f, true); }
+void World::run_long(const RegionFunction& f) { run_within(f, false); }
+
+void World::run_within(const RegionFunction& f, bool limited) {
   State& s = *state_;
   if (dead()) fail(Code::kRankFailed, "the world is dead: a rank stopped answering earlier");
-  s.job = &f;
+  s.job = f;
   s.error = nullptr;
   s.aborted.store(false, std::memory_order_relaxed);
   s.world_barrier.arrived.store(0, std::memory_order_relaxed);
@@ -183,11 +196,11 @@ void World::run(RegionFunction f) {
   s.epoch.advance();  // orders all of the above before the workers' reads
 
   s.execute(0, 0);
-  if (s.total > 1 && !s.wait_for_workers(done_before, s.deadline)) {
+  if (s.total > 1 && !s.wait_for_workers(done_before, limited)) {
     const double ms = std::chrono::duration<double, std::milli>(s.deadline).count();
     s.abort_region(std::make_exception_ptr(
         Error(Code::kTimeout, fmt::format("{} of {} threads did not finish within {:.0f} ms", s.inside.load(), s.total, ms))));
-    if (!s.wait_for_workers(done_before, s.deadline)) {
+    if (!s.wait_for_workers(done_before, true)) {
       s.dead.store(true, std::memory_order_release);
       fail(Code::kRankFailed, "{} of {} threads did not stop within {:.0f} ms after an abort; nothing can be undone safely",
            s.inside.load(), s.total, ms);

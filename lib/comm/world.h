@@ -10,21 +10,29 @@
 //      world dead: its memory is kept (keep_alive) because it may still write, and nothing runs any more.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <type_traits>
 
 namespace moebius {
 
-// A borrowed callable, valid during the call it is passed to.
+// A small callable, copied: a thread that is stuck in it must not find it gone. What it captures by reference has to live as
+// long as the world's memory (keep_alive), or the region must be one that cannot outlast its caller.
 class RegionFunction {
  public:
+  RegionFunction() = default;
   template <class F>
-  RegionFunction(const F& f) : object_(&f), call_([](const void* o, int r, int t) { (*static_cast<const F*>(o))(r, t); }) {}
+  RegionFunction(const F& f) : call_([](const void* o, int r, int t) { (*static_cast<const F*>(o))(r, t); }) {
+    static_assert(std::is_trivially_copyable_v<F> && sizeof(F) <= sizeof(object_));
+    std::memcpy(object_, &f, sizeof(F));
+  }
   void operator()(int rank, int thread) const { call_(object_, rank, thread); }
 
  private:
-  const void* object_;
-  void (*call_)(const void*, int, int);
+  alignas(std::max_align_t) std::byte object_[128] = {};
+  void (*call_)(const void*, int, int) = nullptr;
 };
 
 class World {
@@ -40,7 +48,9 @@ class World {
 
   // Runs f(rank, thread) on every thread. Throws the first error of a failed region after everyone has stopped; when
   // someone does not stop, Error(kRankFailed), and dead() from then on. Allocates nothing when it succeeds.
-  void run(RegionFunction f);
+  void run(const RegionFunction& f);
+  // The same without a deadline for the threads to finish (loading from a slow disk).
+  void run_long(const RegionFunction& f);
   bool dead() const;
 
   // Inside a region. They throw when the region is aborted or the deadline passes.
@@ -48,12 +58,14 @@ class World {
   void world_barrier();
   void check_abort() const;
 
-  // Memory that outlives a dead world's stuck threads.
+  // Memory that a dead world's stuck threads may still touch: it lives until the last of them has come back.
   void keep_alive(std::shared_ptr<void> memory);
 
   struct State;
 
  private:
+  void run_within(const RegionFunction& f, bool limited);
+
   int ranks_, threads_;
   std::shared_ptr<State> state_;
 };

@@ -112,8 +112,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       stall_budget_ms_(config_.stall_budget_ms),
       label_seam_(switcher_.seam()) {
   for (int r = 0; r < config_.ranks; ++r) {
-    workspaces_.push_back(std::make_shared<Workspace>(shape_));
-    world_.keep_alive(workspaces_.back());
+    workspaces_.push_back(std::make_unique<Workspace>(shape_));
     exchange_.push_back(workspaces_.back()->exchange());
   }
   for (int r = 0; r < config_.ranks; ++r) {
@@ -141,7 +140,7 @@ void Engine::Impl::check_request(const RequestSpec& spec) const {
   for (size_t i = 0; i < spec.prompt_ids.size(); ++i)
     if (spec.prompt_ids[i] < 0 || spec.prompt_ids[i] >= model_.vocab_size)
       fail(Code::kInvalidArgument, "prompt token {} is {}, the vocabulary has {}", i, spec.prompt_ids[i], model_.vocab_size);
-  check(spec.sampling, model_.vocab_size);
+  moebius::check(spec.sampling, model_.vocab_size);
   const int64_t total = static_cast<int64_t>(spec.prompt_ids.size()) + spec.sampling.max_tokens;
   if (total > config_.max_context)
     fail(Code::kContextTooLong, "prompt of {} + max_tokens {} = {} tokens, the context is {}", spec.prompt_ids.size(),
@@ -607,24 +606,36 @@ SwitchEstimate Engine::Impl::estimate_switch(Layout to) {
   return e;
 }
 
-std::vector<float> Engine::Impl::take_logits(uint64_t number, int32_t sample) {
-  std::lock_guard step_lock(step_mutex_);
-  std::lock_guard lock(inbox_mutex_);
+Sequence& Engine::Impl::sequence_with_logits(uint64_t number, int32_t sample) {
   const auto it = requests_.find(number);
   if (it == requests_.end()) fail(Code::kNotFound, "request {} is not known, or its logits have been taken", number);
   Request& request = *it->second;
   if (!request.spec.keep_logits) fail(Code::kInvalidState, "request {} was submitted without keep_logits", number);
   if (sample < 0 || sample >= static_cast<int32_t>(request.samples.size()))
     fail(Code::kInvalidArgument, "sample {} of request {}: it has {}", sample, number, request.samples.size());
-  Sequence& s = request.samples[static_cast<size_t>(sample)];
+  return request.samples[static_cast<size_t>(sample)];
+}
+
+int64_t Engine::Impl::num_logits(uint64_t number, int32_t sample) {
+  std::lock_guard step_lock(step_mutex_);
+  std::lock_guard lock(inbox_mutex_);
+  const Sequence& s = sequence_with_logits(number, sample);
+  return (s.logits_kept - s.logits_taken) * model_.vocab_size;
+}
+
+std::vector<float> Engine::Impl::take_logits(uint64_t number, int32_t sample) {
+  std::lock_guard step_lock(step_mutex_);
+  std::lock_guard lock(inbox_mutex_);
+  Sequence& s = sequence_with_logits(number, sample);
   std::vector<float> out = std::move(s.logits);
   out.resize(static_cast<size_t>((s.logits_kept - s.logits_taken) * model_.vocab_size));
   s.logits = {};
   s.logits_taken = s.logits_kept;
   s.logits_collected = s.state == SequenceState::kFinished;
+  const Request& request = *s.request;
   if (request.unfinished == 0 &&
       std::all_of(request.samples.begin(), request.samples.end(), [](const Sequence& x) { return x.logits_collected; }))
-    requests_.erase(it);
+    requests_.erase(number);
   return out;
 }
 
@@ -664,10 +675,18 @@ void Engine::Impl::stop() {
 // ---- the public face
 
 Engine::Engine(const std::filesystem::path& model_dir, const EngineConfig& config)
-    : impl_(std::make_unique<Impl>(model_dir, config)) {}
-Engine::~Engine() = default;
+    : impl_([&] {
+        const FloatingPointMode mode;  // tables and weights are made in it too
+        return std::make_shared<Impl>(model_dir, config);
+      }()) {}
+
+Engine::~Engine() {
+  impl_->stop();
+  if (impl_->world().dead()) impl_->world().keep_alive(impl_);
+}
 
 uint64_t Engine::submit(const RequestSpec& spec) { return impl_->submit(spec); }
+void Engine::check(const RequestSpec& spec) const { impl_->check_request(spec); }
 bool Engine::cancel(uint64_t request) { return impl_->cancel(request); }
 StepResult Engine::step() { return impl_->step(); }
 void Engine::start() { impl_->start(); }
@@ -682,6 +701,7 @@ EngineStats Engine::stats() const { return impl_->stats(); }
 std::string Engine::metrics_text() const { return impl_->metrics_text(); }
 ModelInfo Engine::model() const { return impl_->model(); }
 MemoryReport Engine::memory() const { return impl_->memory(); }
+int64_t Engine::num_logits(uint64_t request, int32_t sample) { return impl_->num_logits(request, sample); }
 std::vector<float> Engine::take_logits(uint64_t request, int32_t sample) { return impl_->take_logits(request, sample); }
 
 }  // namespace moebius

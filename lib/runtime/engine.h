@@ -108,6 +108,8 @@ class Engine {
 
   // Throws Error: kInvalidArgument (empty prompt, id outside the vocabulary, sampling), kContextTooLong, kDoesNotFit, kQueueFull.
   uint64_t submit(const RequestSpec& spec);
+  // The same checks but for the queue's, without queueing.
+  void check(const RequestSpec& spec) const;
   bool cancel(uint64_t request);  // false: unknown or already finished
 
   StepResult step();
@@ -129,12 +131,13 @@ class Engine {
   MemoryReport memory() const;
   // Logits [positions, vocab] of a keep_logits request so far; empties them.
   std::vector<float> take_logits(uint64_t request, int32_t sample = 0);
+  int64_t num_logits(uint64_t request, int32_t sample = 0);  // floats that take_logits would return
 
   class Impl;
   Impl& impl() { return *impl_; }   // for tests and benchmarks: lib/runtime/engine_impl.h
 
  private:
-  std::unique_ptr<Impl> impl_;
+  std::shared_ptr<Impl> impl_;  // shared with the stuck threads of a dead world, if ever there are
 };
 
 }  // namespace moebius

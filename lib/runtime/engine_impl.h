@@ -33,6 +33,7 @@ class Engine::Impl {
   ~Impl();
 
   uint64_t submit(const RequestSpec& spec);
+  void check_request(const RequestSpec& spec) const;
   bool cancel(uint64_t request);
   StepResult step();
   void start();
@@ -47,6 +48,7 @@ class Engine::Impl {
   ModelInfo model() const;
   MemoryReport memory() const;
   std::vector<float> take_logits(uint64_t request, int32_t sample);
+  int64_t num_logits(uint64_t request, int32_t sample);
 
   // For tests and benchmarks, between steps only.
   World& world() { return world_; }
@@ -58,7 +60,6 @@ class Engine::Impl {
   std::function<void(int rank, int thread)> step_hook;  // called by every thread at the start of a step's region; may throw
 
  private:
-  void check_request(const RequestSpec& spec) const;
   void take_inbox();
   void take_wishes();
   void observe_load();
@@ -70,6 +71,7 @@ class Engine::Impl {
   void accept(Sequence& sequence, const SampleResult& result);
   void finish(Sequence& sequence, FinishReason reason, const std::string& why = {});
   void forget_if_done(Request& request);
+  Sequence& sequence_with_logits(uint64_t request, int32_t sample);
   void fail_everything(const std::string& why);
   void emit(Event&& event);
   void emit_request(EventType type, const Sequence& sequence);
@@ -89,7 +91,7 @@ class Engine::Impl {
   Switcher switcher_;
   StepPlan plan_;
 
-  std::vector<std::shared_ptr<Workspace>> workspaces_;  // [ranks]
+  std::vector<std::unique_ptr<Workspace>> workspaces_;  // [ranks]
   std::vector<ExchangeBuffers> exchange_;               // [ranks]
   std::vector<std::unique_ptr<LocalCommunicator>> comms_;
   std::vector<std::unique_ptr<RankExecutor>> executors_;

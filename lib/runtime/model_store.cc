@@ -31,9 +31,8 @@ ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig
       to_tp_(plan_transfer(arena_, Layout::kEp)),
       to_ep_(plan_transfer(arena_, Layout::kTp)) {
   for (int r = 0; r < config.ranks; ++r) {
-    ranks_.push_back(std::make_shared<Rank>());
+    ranks_.push_back(std::make_unique<Rank>());
     ranks_.back()->arena = HostBuffer(arena_.arena_bytes(r));
-    world.keep_alive(ranks_.back());
   }
   load(model_dir, model, config, world);
   make_rope(model, config.max_context);
@@ -67,8 +66,8 @@ ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config,
   memory_bytes_ = config.memory_bytes;
   if (memory_bytes_ == 0) {
     const int64_t context = std::min<int64_t>(config.max_context, 4096);
-    const int64_t pages = config.max_batch * div_up(context + 1, config.page_tokens);
-    const std::vector<int64_t> per_home(static_cast<size_t>(config.ranks), div_up(pages, config.ranks));
+    const int64_t one = div_up(context + 1, config.page_tokens), pages = config.max_batch * one;  // one request; all of them
+    const std::vector<int64_t> per_home(static_cast<size_t>(config.ranks), std::max(one, div_up(pages, config.ranks)));
     const ArenaPlan wanted = plan_arena(slices_, tp_, ep_, slice, pages, per_home);
     int64_t bytes = 0;
     for (int r = 0; r < config.ranks; ++r) bytes = std::max(bytes, wanted.arena_bytes(r));
@@ -88,8 +87,7 @@ ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config,
 void ModelStore::load(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world) {
   std::unique_ptr<WeightSource> source =
       config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(model_dir, model, config.warning);
-  shared_ = std::make_shared<SharedWeights>(model);
-  world.keep_alive(shared_);
+  shared_ = std::make_unique<SharedWeights>(model);
   const Owners& owners = config.layout == Layout::kTp ? tp_ : ep_;
 
   std::mutex mutex;  // of everything below
@@ -105,7 +103,7 @@ void ModelStore::load(const std::filesystem::path& model_dir, const ModelConfig&
   };
 
   const int threads = world.threads();
-  world.run([&](int rank, int thread) {
+  world.run_long([&](int rank, int thread) {
     shared_->load(*source, rank * threads + thread, world.ranks() * threads);
     int64_t mine = 0;
     for (int l = 0; l < model.shape.num_layers(); ++l)

@@ -51,8 +51,8 @@ class ModelStore {
   int64_t memory_bytes_ = 0;
   ArenaPlan arena_;
   TransferPlan to_tp_, to_ep_;
-  std::vector<std::shared_ptr<Rank>> ranks_;
-  std::shared_ptr<SharedWeights> shared_;
+  std::vector<std::unique_ptr<Rank>> ranks_;
+  std::unique_ptr<SharedWeights> shared_;
   int64_t shared_bytes_ = 0;
   HostBuffer rope_;
   std::vector<float> attention_scales_, mlp_scales_;  // [layers]

@@ -313,8 +313,9 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
   const Layout to = direction();
   const int item = next_item();
   copied_.assign(copied_.size(), {});
-  parts_.world.run([&](int rank, int thread) {
+  parts_.world.run([=, this](int rank, int thread) {
     if (thread == 0 && hook) hook(item, rank, to, undoing_);
+    parts_.world.check_abort();  // a rank that slept writes nothing into a world that has gone back
     Copied done;
     if (!pieces.empty()) copy_weights(item, to, rank, thread, pieces, num_pieces, done);
     copy_blocks(item, to, rank, thread, done);

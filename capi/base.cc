@@ -1,0 +1,66 @@
+#include "capi/guarded.h"
+
+#include <numeric>
+#include <vector>
+
+namespace moebius::capi {
+
+moebius_error* out_of_memory_error() noexcept {
+  static moebius_error error{MOEBIUS_E_OUT_OF_MEMORY, "out of memory"};  // short enough to need none
+  return &error;
+}
+
+moebius_status report(moebius_status code, const char* message, moebius_error** err) noexcept {
+  if (err == nullptr) return code;
+  try {
+    *err = new moebius_error{code, message};
+  } catch (...) {
+    *err = out_of_memory_error();
+  }
+  return code;
+}
+
+std::string nearest(std::string_view name, const std::vector<const char*>& known) {
+  std::string best;
+  size_t least = SIZE_MAX;
+  for (std::string_view k : known) {
+    std::vector<size_t> row(k.size() + 1);
+    std::iota(row.begin(), row.end(), size_t{0});
+    for (size_t i = 1; i <= name.size(); ++i) {
+      size_t diagonal = row[0];
+      row[0] = i;
+      for (size_t j = 1; j <= k.size(); ++j) {
+        const size_t above = row[j];
+        row[j] = std::min({above + 1, row[j - 1] + 1, diagonal + (name[i - 1] != k[j - 1])});
+        diagonal = above;
+      }
+    }
+    if (row.back() < least) least = row.back(), best = k;
+  }
+  return best;
+}
+
+}  // namespace moebius::capi
+
+extern "C" {
+
+void moebius_version(int32_t* major, int32_t* minor, int32_t* patch) {
+  if (major != nullptr) *major = MOEBIUS_VERSION_MAJOR;
+  if (minor != nullptr) *minor = MOEBIUS_VERSION_MINOR;
+  if (patch != nullptr) *patch = MOEBIUS_VERSION_PATCH;
+}
+
+const char* moebius_status_name(moebius_status status) {
+  static const char* const names[] = {"ok",         "invalid_argument", "invalid_state", "not_found",        "unsupported",
+                                      "io",         "corrupt_model",    "out_of_memory", "timeout",          "cancelled",
+                                      "queue_full", "context_too_long", "does_not_fit",  "rank_failed",      "internal"};
+  return status <= 0 && status >= MOEBIUS_E_INTERNAL ? names[-status] : "unknown";
+}
+
+moebius_status moebius_error_code(const moebius_error* err) { return err == nullptr ? MOEBIUS_OK : err->code; }
+const char* moebius_error_message(const moebius_error* err) { return err == nullptr ? "" : err->message.c_str(); }
+void moebius_error_destroy(moebius_error* err) {
+  if (err != moebius::capi::out_of_memory_error()) delete err;
+}
+
+}  // extern "C"

@@ -1,0 +1,222 @@
+#include <mutex>
+
+#include "capi/config.h"
+#include "capi/guarded.h"
+#include "capi/request.h"
+#include "lib/runtime/engine.h"
+
+struct moebius_engine {
+  moebius::Engine engine;
+};
+
+namespace {
+
+using moebius::Code;
+using moebius::fail;
+using moebius::Layout;
+using moebius::capi::copy_text;
+using moebius::capi::fill_struct;
+using moebius::capi::guarded;
+using moebius::capi::not_null;
+
+// Sizes of the structs as version 0.1 had them.
+constexpr size_t kModelInfoV1 = 40, kStepResultV1 = 40, kEventV1 = 496, kEstimateV1 = 288, kStatsV1 = 120, kMemoryV1 = 72;
+static_assert(sizeof(moebius_model_info) == kModelInfoV1 && sizeof(moebius_step_result) == kStepResultV1 &&
+              sizeof(moebius_event) == kEventV1 && sizeof(moebius_switch_estimate) == kEstimateV1 && sizeof(moebius_stats) == kStatsV1 &&
+              sizeof(moebius_memory) == kMemoryV1);
+
+Layout layout_of(moebius_layout layout) {
+  if (layout != MOEBIUS_LAYOUT_TP && layout != MOEBIUS_LAYOUT_EP) fail(Code::kInvalidArgument, "layout {} is neither TP (0) nor EP (1)", layout);
+  return static_cast<Layout>(layout);
+}
+
+moebius_event event_of(const moebius::Event& e) {
+  moebius_event out{};
+  out.type = static_cast<int32_t>(e.type);
+  out.step = e.step;
+  out.request = e.request;
+  out.sample = e.sample;
+  out.token = e.token;
+  out.logprob = e.logprob;
+  out.num_top = e.num_top;
+  for (int i = 0; i < e.num_top; ++i) {
+    out.top_tokens[i] = e.top[static_cast<size_t>(i)].token;
+    out.top_logprobs[i] = e.top[static_cast<size_t>(i)].logprob;
+  }
+  out.finish_reason = static_cast<int32_t>(e.finish_reason);
+  out.from = static_cast<int32_t>(e.from);
+  out.to = static_cast<int32_t>(e.to);
+  out.seam = e.seam;
+  out.bytes = e.bytes;
+  out.bytes_changed = e.bytes_changed;
+  out.seconds = e.seconds;
+  copy_text(out.reason, e.reason);
+  return out;
+}
+
+}  // namespace
+
+extern "C" {
+
+moebius_status moebius_engine_create(const char* model_dir, const moebius_config* config, moebius_engine** out_engine, moebius_error** err) {
+  return guarded(err, [&] {
+    not_null(model_dir, "model_dir");
+    not_null(out_engine, "out_engine");
+    moebius::EngineConfig c = config != nullptr ? config->engine : moebius::EngineConfig{};
+    if (config != nullptr && config->progress != nullptr)
+      c.progress = [fn = config->progress, user = config->progress_user](int64_t done, int64_t total) { return fn(user, done, total) == 0; };
+    if (config != nullptr && config->warning != nullptr)
+      c.warning = [fn = config->warning, user = config->warning_user](const std::string& text) { fn(user, text.c_str()); };
+    *out_engine = new moebius_engine{moebius::Engine(model_dir, c)};
+  });
+}
+
+void moebius_engine_destroy(moebius_engine* engine) { delete engine; }
+
+moebius_status moebius_engine_model(const moebius_engine* engine, moebius_model_info* out_info, moebius_error** err) {
+  return guarded(err, [&] {
+    const moebius::ModelInfo m = not_null(engine, "engine").engine.model();
+    not_null(out_info, "out_info");
+    fill_struct(out_info, out_info->struct_size, kModelInfoV1,
+                moebius_model_info{0, m.num_layers, m.vocab_size, m.hidden, m.num_experts, m.top_k, m.max_context, m.slices_per_expert, m.head_groups});
+  });
+}
+
+moebius_status moebius_engine_submit(moebius_engine* engine, const moebius_request* request, uint64_t* out_id, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    const uint64_t id = e.engine.submit(not_null(request, "request").spec);
+    if (out_id != nullptr) *out_id = id;
+  });
+}
+
+moebius_status moebius_engine_check(const moebius_engine* engine, const moebius_request* request, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.check(not_null(request, "request").spec); });
+}
+
+moebius_status moebius_engine_cancel(moebius_engine* engine, uint64_t id, moebius_error** err) {
+  return guarded(err, [&] {
+    if (!not_null(engine, "engine").engine.cancel(id)) fail(Code::kNotFound, "request {} is not known, or has finished", id);
+  });
+}
+
+moebius_status moebius_engine_step(moebius_engine* engine, moebius_step_result* out_result, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    if (out_result != nullptr && out_result->struct_size < kStepResultV1)
+      fail(Code::kInvalidArgument, "struct_size is {}, version 0.1 has {}", out_result->struct_size, kStepResultV1);
+    const moebius::StepResult r = e.engine.step();
+    if (out_result != nullptr)
+      fill_struct(out_result, out_result->struct_size, kStepResultV1,
+                  moebius_step_result{0, r.worked, r.decode_rows, r.prefill_rows, r.seconds, r.compute_seconds, r.switch_seconds});
+  });
+}
+
+moebius_status moebius_engine_start(moebius_engine* engine, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.start(); });
+}
+
+moebius_status moebius_engine_stop(moebius_engine* engine, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.stop(); });
+}
+
+moebius_status moebius_engine_poll(moebius_engine* engine, moebius_event* out_events, size_t capacity, size_t stride, double timeout_ms,
+                                   size_t* out_count, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    not_null(out_count, "out_count");
+    if (capacity > 0) not_null(out_events, "out_events");
+    if (stride < kEventV1) fail(Code::kInvalidArgument, "stride is {}, version 0.1 has {}", stride, kEventV1);
+    constexpr size_t kBatch = 64;
+    std::array<moebius::Event, kBatch> batch;
+    size_t count = 0;
+    while (count < capacity) {  // only the first batch waits
+      const size_t n = e.engine.poll({batch.data(), std::min(kBatch, capacity - count)}, count == 0 ? timeout_ms : 0);
+      for (size_t i = 0; i < n; ++i, ++count) {
+        auto* out = reinterpret_cast<moebius_event*>(reinterpret_cast<char*>(out_events) + count * stride);
+        std::memset(static_cast<void*>(out), 0, stride);
+        fill_struct(out, static_cast<uint32_t>(stride), kEventV1, event_of(batch[i]));
+      }
+      if (n < kBatch) break;
+    }
+    *out_count = count;
+  });
+}
+
+moebius_status moebius_engine_switch(moebius_engine* engine, moebius_layout to, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.request_switch(layout_of(to)); });
+}
+
+moebius_status moebius_engine_hold_seam(moebius_engine* engine, int32_t seam, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.hold_seam(seam); });
+}
+
+moebius_status moebius_engine_set_stall_budget(moebius_engine* engine, double ms, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.set_stall_budget(ms); });
+}
+
+moebius_status moebius_engine_set_policy(moebius_engine* engine, const moebius_config* config, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.set_policy(not_null(config, "config").engine.policy); });
+}
+
+moebius_status moebius_engine_estimate_switch(moebius_engine* engine, moebius_layout to, moebius_switch_estimate* out_estimate,
+                                              moebius_error** err) {
+  return guarded(err, [&] {
+    const moebius::SwitchEstimate s = not_null(engine, "engine").engine.estimate_switch(layout_of(to));
+    not_null(out_estimate, "out_estimate");
+    moebius_switch_estimate out{0, s.fits, s.bytes, s.bytes_changed, s.seconds, {}};
+    copy_text(out.reason, s.reason);
+    fill_struct(out_estimate, out_estimate->struct_size, kEstimateV1, out);
+  });
+}
+
+moebius_status moebius_engine_stats(const moebius_engine* engine, moebius_stats* out_stats, moebius_error** err) {
+  return guarded(err, [&] {
+    const moebius::EngineStats s = not_null(engine, "engine").engine.stats();
+    not_null(out_stats, "out_stats");
+    fill_struct(out_stats, out_stats->struct_size, kStatsV1,
+                moebius_stats{0, s.running, s.waiting, s.seam, s.num_layers, s.switching, s.step, s.switches, s.rollbacks, s.refusals,
+                              s.preemptions, s.prompt_tokens, s.generation_tokens, s.prefix_queries, s.prefix_hits, s.bytes_moved,
+                              s.switch_seconds, s.kv_usage});
+  });
+}
+
+moebius_status moebius_engine_memory(const moebius_engine* engine, moebius_memory* out_memory, moebius_error** err) {
+  return guarded(err, [&] {
+    const moebius::MemoryReport m = not_null(engine, "engine").engine.memory();
+    not_null(out_memory, "out_memory");
+    int64_t ep = 0;
+    for (int64_t tokens : m.ep_tokens) ep += tokens;
+    fill_struct(out_memory, out_memory->struct_size, kMemoryV1,
+                moebius_memory{0, static_cast<int32_t>(m.ep_tokens.size()), m.arena_bytes, m.kept_bytes, m.lead_bytes, m.workspace_bytes,
+                               m.shared_bytes, m.layer_bytes, m.tp_tokens, ep});
+  });
+}
+
+moebius_status moebius_engine_metrics_text(const moebius_engine* engine, char* out_text, size_t capacity, size_t* out_needed,
+                                           moebius_error** err) {
+  return guarded(err, [&] {
+    const std::string text = not_null(engine, "engine").engine.metrics_text();
+    if (out_needed != nullptr) *out_needed = text.size() + 1;
+    if (capacity == 0) return;
+    not_null(out_text, "out_text");
+    if (capacity < text.size() + 1) fail(Code::kInvalidArgument, "capacity is {}, the text needs {}", capacity, text.size() + 1);
+    std::memcpy(out_text, text.c_str(), text.size() + 1);
+  });
+}
+
+moebius_status moebius_engine_take_logits(moebius_engine* engine, uint64_t id, int32_t sample, float* out_logits, size_t capacity,
+                                          size_t* out_count, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    const auto count = static_cast<size_t>(e.engine.num_logits(id, sample));
+    if (out_logits != nullptr) {
+      if (capacity < count) fail(Code::kInvalidArgument, "capacity is {} floats, {} are kept", capacity, count);
+      const std::vector<float> logits = e.engine.take_logits(id, sample);
+      std::copy_n(logits.begin(), count, out_logits);  // more may have come meanwhile only if another thread steps
+    }
+    if (out_count != nullptr) *out_count = count;
+  });
+}
+
+}  // extern "C"

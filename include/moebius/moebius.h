@@ -1,0 +1,301 @@
+/* Moebius: serving Mixture-of-Experts models on several ranks, switching between tensor parallelism (TP) and expert
+ * parallelism (EP) while requests run.
+ *
+ * Conventions
+ *   Status     every function that can fail returns a moebius_status: 0 is success, below 0 an error. Its text comes through the
+ *              trailing `err`, which may be NULL; otherwise *err is set on failure and freed with moebius_error_destroy. On
+ *              failure no other out-parameter is touched.
+ *   Handles    opaque, made by a _create or _load function, given back to _destroy, which takes NULL.
+ *   Structs    begin with struct_size, which the caller sets to sizeof. Fields are only ever added at the end; 0 means default.
+ *              Bytes behind the fields a library knows must be 0, else MOEBIUS_E_UNSUPPORTED.
+ *   Strings    UTF-8, NUL-terminated. Borrowed unless said otherwise.
+ *   Threads    said per function; "any" means from any thread, at any time, on one handle.
+ *   Behaviour  nothing here prints, exits, installs handlers, reads the environment or lets an exception out.
+ */
+#ifndef MOEBIUS_MOEBIUS_H_
+#define MOEBIUS_MOEBIUS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(MOEBIUS_STATIC)
+#define MOEBIUS_API
+#else
+#define MOEBIUS_API __attribute__((visibility("default")))
+#endif
+
+#define MOEBIUS_VERSION_MAJOR 0
+#define MOEBIUS_VERSION_MINOR 1
+#define MOEBIUS_VERSION_PATCH 0
+
+typedef int32_t moebius_status;
+enum {
+  MOEBIUS_OK = 0,
+  MOEBIUS_E_INVALID_ARGUMENT = -1,
+  MOEBIUS_E_INVALID_STATE = -2,
+  MOEBIUS_E_NOT_FOUND = -3,
+  MOEBIUS_E_UNSUPPORTED = -4,
+  MOEBIUS_E_IO = -5,
+  MOEBIUS_E_CORRUPT_MODEL = -6,
+  MOEBIUS_E_OUT_OF_MEMORY = -7,
+  MOEBIUS_E_TIMEOUT = -8,
+  MOEBIUS_E_CANCELLED = -9,
+  MOEBIUS_E_QUEUE_FULL = -10,
+  MOEBIUS_E_CONTEXT_TOO_LONG = -11,
+  MOEBIUS_E_DOES_NOT_FIT = -12,
+  MOEBIUS_E_RANK_FAILED = -13,
+  MOEBIUS_E_INTERNAL = -14
+};
+
+/* Layouts. */
+typedef int32_t moebius_layout;
+enum { MOEBIUS_LAYOUT_TP = 0, MOEBIUS_LAYOUT_EP = 1 };
+
+/* Why a request ended. */
+enum { MOEBIUS_FINISH_NONE = 0, MOEBIUS_FINISH_STOP = 1, MOEBIUS_FINISH_LENGTH = 2, MOEBIUS_FINISH_ABORT = 3, MOEBIUS_FINISH_ERROR = 4 };
+
+/* Event types. */
+enum {
+  MOEBIUS_EVENT_ARRIVED = 1,         /* the request entered the queue */
+  MOEBIUS_EVENT_TOKEN = 2,           /* one more token of a request */
+  MOEBIUS_EVENT_FINISHED = 3,        /* final; finish_reason */
+  MOEBIUS_EVENT_PREEMPTED = 4,       /* it gave up its KV and will be recomputed */
+  MOEBIUS_EVENT_CANCELLED = 5,       /* a cancel took effect; FINISHED (abort) follows */
+  MOEBIUS_EVENT_SWITCH_STARTED = 6,
+  MOEBIUS_EVENT_SEAM = 7,            /* the seam moved to `seam` */
+  MOEBIUS_EVENT_SWITCH_FINISHED = 8, /* bytes, bytes_changed, seconds */
+  MOEBIUS_EVENT_SWITCH_REFUSED = 9,  /* nothing was changed; the reason says by how much it does not fit */
+  MOEBIUS_EVENT_ROLLED_BACK = 10,    /* a failure moved the seam back */
+  MOEBIUS_EVENT_DECISION = 11        /* a policy decided; the reason is its record */
+};
+
+typedef struct moebius_error moebius_error;
+typedef struct moebius_config moebius_config;
+typedef struct moebius_engine moebius_engine;
+typedef struct moebius_request moebius_request;
+typedef struct moebius_tokenizer moebius_tokenizer;
+typedef struct moebius_decoder moebius_decoder;
+
+/* ---- library. Any thread. Since 0.1. */
+
+MOEBIUS_API void moebius_version(int32_t *major, int32_t *minor, int32_t *patch); /* each may be NULL */
+MOEBIUS_API const char *moebius_status_name(moebius_status status);               /* e.g. "queue_full"; static */
+
+MOEBIUS_API moebius_status moebius_error_code(const moebius_error *err);
+MOEBIUS_API const char *moebius_error_message(const moebius_error *err); /* lives as long as err */
+MOEBIUS_API void moebius_error_destroy(moebius_error *err);
+
+/* ---- configuration: keys and values. One owner. Since 0.1.
+ * Keys: ranks, threads, layout ("tp", "ep"), memory_bytes, kv_tokens, isa, slices_per_expert, page_tokens, chunk_tokens,
+ * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
+ * plain_sums, policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
+ * policy_window_steps, policy_cooldown_s, policy_shadow. moebius_config_key enumerates them with types, defaults and meaning.
+ * An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names the nearest one. */
+
+MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);
+MOEBIUS_API void moebius_config_destroy(moebius_config *config);
+MOEBIUS_API moebius_status moebius_config_set_i64(moebius_config *config, const char *key, int64_t value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_config_set_f64(moebius_config *config, const char *key, double value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_config_set_str(moebius_config *config, const char *key, const char *value, moebius_error **err);
+
+/* Progress of a load: bytes done and in all; a value other than 0 cancels it (MOEBIUS_E_CANCELLED). Called on the loading
+ * threads, one at a time. */
+typedef int32_t (*moebius_progress_fn)(void *user, int64_t bytes_done, int64_t bytes_total);
+/* Warnings (e.g. tensors that are not used); on the calling thread of moebius_engine_create. */
+typedef void (*moebius_warning_fn)(void *user, const char *message);
+MOEBIUS_API moebius_status moebius_config_set_progress(moebius_config *config, moebius_progress_fn fn, void *user, moebius_error **err);
+MOEBIUS_API moebius_status moebius_config_set_warning(moebius_config *config, moebius_warning_fn fn, void *user, moebius_error **err);
+
+/* The index-th key; all strings are static. MOEBIUS_E_NOT_FOUND past the last. out-parameters may be NULL. */
+MOEBIUS_API moebius_status moebius_config_key(size_t index, const char **out_name, const char **out_type, const char **out_default,
+                                              const char **out_doc, moebius_error **err);
+
+/* ---- engine. Since 0.1. */
+
+/* Loads the model folder (config.json, *.safetensors) and builds both layouts. Blocks for as long as the load takes. The
+ * config is copied. By design: NOT_FOUND, UNSUPPORTED, CORRUPT_MODEL, DOES_NOT_FIT, CANCELLED. */
+MOEBIUS_API moebius_status moebius_engine_create(const char *model_dir, const moebius_config *config, moebius_engine **out_engine,
+                                                 moebius_error **err);
+/* Ends the own thread if there is one. Requests that still run are dropped. */
+MOEBIUS_API void moebius_engine_destroy(moebius_engine *engine);
+
+typedef struct moebius_model_info {
+  uint32_t struct_size;
+  int32_t num_layers;
+  int32_t vocab_size;
+  int32_t hidden;
+  int32_t num_experts;
+  int32_t top_k;
+  int64_t max_context;       /* tokens of a request, prompt included */
+  int32_t slices_per_expert; /* S */
+  int32_t head_groups;       /* A */
+} moebius_model_info;
+MOEBIUS_API moebius_status moebius_engine_model(const moebius_engine *engine, moebius_model_info *out_info, moebius_error **err);
+
+/* ---- requests: made, filled, submitted (which copies), destroyed. One owner. Since 0.1. */
+
+MOEBIUS_API moebius_status moebius_request_create(moebius_request **out_request, moebius_error **err);
+MOEBIUS_API void moebius_request_destroy(moebius_request *request);
+MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, const int32_t *token_ids, size_t num_tokens,
+                                                      moebius_error **err);
+/* Integer keys: max_tokens, min_tokens, top_k, seed, n, ignore_eos, logprobs, priority, keep_logits.
+ * Float keys: temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, deadline_ms.
+ * String keys: id (seeds the request where no seed is set).
+ * A known key of other engines that is not supported is MOEBIUS_E_UNSUPPORTED, any other MOEBIUS_E_INVALID_ARGUMENT. */
+MOEBIUS_API moebius_status moebius_request_set_i64(moebius_request *request, const char *key, int64_t value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_request_set_f64(moebius_request *request, const char *key, double value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_request_set_str(moebius_request *request, const char *key, const char *value, moebius_error **err);
+/* Keys: stop_token_ids, allowed_token_ids. */
+MOEBIUS_API moebius_status moebius_request_set_ids(moebius_request *request, const char *key, const int32_t *token_ids, size_t num_tokens,
+                                                   moebius_error **err);
+MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *request, int32_t token, float bias, moebius_error **err);
+
+/* Queues a request; *out_id names it in events. Any thread. By design: INVALID_ARGUMENT, CONTEXT_TOO_LONG, DOES_NOT_FIT,
+ * QUEUE_FULL, INVALID_STATE (the engine has failed). moebius_engine_check does the same checks (but the queue's) and queues
+ * nothing. */
+MOEBIUS_API moebius_status moebius_engine_submit(moebius_engine *engine, const moebius_request *request, uint64_t *out_id,
+                                                 moebius_error **err);
+MOEBIUS_API moebius_status moebius_engine_check(const moebius_engine *engine, const moebius_request *request, moebius_error **err);
+/* Ends a request wherever it is; its FINISHED event (abort) follows. NOT_FOUND: unknown or already finished. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_cancel(moebius_engine *engine, uint64_t id, moebius_error **err);
+
+/* ---- running. Either the host calls step, or the engine's own thread does after start. */
+
+typedef struct moebius_step_result {
+  uint32_t struct_size;
+  int32_t worked; /* 0: nothing was running, waiting or switching */
+  int32_t decode_rows;
+  int32_t prefill_rows;
+  double seconds;
+  double compute_seconds;
+  double switch_seconds;
+} moebius_step_result;
+/* Runs one step (an idle one counts too). The calling thread computes. One thread at a time. out_result may be NULL. An error
+ * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. */
+MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
+MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
+MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
+
+typedef struct moebius_event {
+  uint32_t struct_size;
+  int32_t type;
+  uint64_t step;       /* the step before or in which it happened, from 0 */
+  uint64_t request;    /* 0 where none */
+  int32_t sample;      /* of the request's n */
+  int32_t token;       /* TOKEN */
+  float logprob;       /* TOKEN, where logprobs was asked for */
+  int32_t num_top;     /* entries of top_tokens and top_logprobs */
+  int32_t top_tokens[20];
+  float top_logprobs[20];
+  int32_t finish_reason;
+  int32_t from;        /* layouts of a switch */
+  int32_t to;
+  int32_t seam;        /* layers [0, seam) run in TP */
+  int64_t bytes;         /* written by the switch: weights and KV, all ranks */
+  int64_t bytes_changed; /* of these, to a new owner */
+  double seconds;
+  char reason[256];    /* NUL-terminated, shortened if need be */
+} moebius_event;
+/* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
+ * element's struct_size is set by the library). Waits at most timeout_ms for the first. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
+                                               double timeout_ms, size_t *out_count, moebius_error **err);
+
+/* ---- switching. Any thread; taken up before the next step, the outcome is an event. */
+
+MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);
+/* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there. */
+MOEBIUS_API moebius_status moebius_engine_hold_seam(moebius_engine *engine, int32_t seam, moebius_error **err);
+/* 0: a switch moves everything at once; else the time that each step may lend to it. */
+MOEBIUS_API moebius_status moebius_engine_set_stall_budget(moebius_engine *engine, double ms, moebius_error **err);
+/* Takes the policy_* keys of the config. */
+MOEBIUS_API moebius_status moebius_engine_set_policy(moebius_engine *engine, const moebius_config *config, moebius_error **err);
+
+typedef struct moebius_switch_estimate {
+  uint32_t struct_size;
+  int32_t fits;
+  int64_t bytes;
+  int64_t bytes_changed;
+  double seconds;
+  char reason[256]; /* why it does not fit */
+} moebius_switch_estimate;
+/* What a switch would take now. Waits for a step under way. */
+MOEBIUS_API moebius_status moebius_engine_estimate_switch(moebius_engine *engine, moebius_layout to, moebius_switch_estimate *out_estimate,
+                                                          moebius_error **err);
+
+/* ---- reports. Any thread. */
+
+typedef struct moebius_stats {
+  uint32_t struct_size;
+  int32_t running;
+  int32_t waiting;
+  int32_t seam;
+  int32_t num_layers;
+  int32_t switching;
+  uint64_t step; /* steps run, idle ones included */
+  uint64_t switches;
+  uint64_t rollbacks;
+  uint64_t refusals;
+  uint64_t preemptions;
+  uint64_t prompt_tokens;
+  uint64_t generation_tokens;
+  uint64_t prefix_queries; /* tokens */
+  uint64_t prefix_hits;
+  int64_t bytes_moved;
+  double switch_seconds;
+  double kv_usage; /* 0 to 1 */
+} moebius_stats;
+MOEBIUS_API moebius_status moebius_engine_stats(const moebius_engine *engine, moebius_stats *out_stats, moebius_error **err);
+
+typedef struct moebius_memory {
+  uint32_t struct_size;
+  int32_t num_ranks;
+  int64_t arena_bytes;     /* of the largest rank; its parts: */
+  int64_t kept_bytes;      /*   slices owned in both layouts */
+  int64_t lead_bytes;      /*   what holding both layouts costs */
+  int64_t workspace_bytes; /* per rank */
+  int64_t shared_bytes;    /* replicated weights, once */
+  int64_t layer_bytes;     /* the largest layer's moving bytes */
+  int64_t tp_tokens;       /* KV tokens that TP holds in all */
+  int64_t ep_tokens;       /* that EP holds, all homes together */
+} moebius_memory;
+MOEBIUS_API moebius_status moebius_engine_memory(const moebius_engine *engine, moebius_memory *out_memory, moebius_error **err);
+
+/* Prometheus text. Writes up to `capacity` bytes (NUL included, never cut inside: INVALID_ARGUMENT when too small) and always
+ * *out_needed; call with capacity 0 to learn it. */
+MOEBIUS_API moebius_status moebius_engine_metrics_text(const moebius_engine *engine, char *out_text, size_t capacity, size_t *out_needed,
+                                                       moebius_error **err);
+
+/* Logits of a keep_logits request, float [positions, vocab_size], positions in order, since the last call that took them.
+ * With out_logits NULL only *out_count (floats) is set and nothing is taken. Waits for a step under way. */
+MOEBIUS_API moebius_status moebius_engine_take_logits(moebius_engine *engine, uint64_t id, int32_t sample, float *out_logits,
+                                                      size_t capacity, size_t *out_count, moebius_error **err);
+
+/* ---- tokenizer: byte-level BPE from a model folder's tokenizer.json; the engine itself speaks token ids. Since 0.1.
+ * A tokenizer is immutable: any thread. A decoder has one owner and must not outlive its tokenizer. */
+
+MOEBIUS_API moebius_status moebius_tokenizer_load(const char *model_dir, moebius_tokenizer **out_tokenizer, moebius_error **err);
+MOEBIUS_API void moebius_tokenizer_destroy(moebius_tokenizer *tokenizer);
+/* Writes up to `capacity` ids and always *out_count; INVALID_ARGUMENT when too small (nothing written but the count). */
+MOEBIUS_API moebius_status moebius_tokenizer_encode(const moebius_tokenizer *tokenizer, const char *text, size_t num_bytes,
+                                                    int32_t add_special_tokens, int32_t *out_ids, size_t capacity, size_t *out_count,
+                                                    moebius_error **err);
+MOEBIUS_API moebius_status moebius_tokenizer_decode(const moebius_tokenizer *tokenizer, const int32_t *ids, size_t num_ids,
+                                                    int32_t skip_special_tokens, char *out_text, size_t capacity, size_t *out_bytes,
+                                                    moebius_error **err);
+/* Streaming: each push gives the complete UTF-8 that has become certain, borrowed until the next call on the decoder. */
+MOEBIUS_API moebius_status moebius_decoder_create(const moebius_tokenizer *tokenizer, moebius_decoder **out_decoder, moebius_error **err);
+MOEBIUS_API void moebius_decoder_destroy(moebius_decoder *decoder);
+MOEBIUS_API moebius_status moebius_decoder_push(moebius_decoder *decoder, int32_t id, const char **out_text, size_t *out_bytes,
+                                                moebius_error **err);
+MOEBIUS_API moebius_status moebius_decoder_finish(moebius_decoder *decoder, const char **out_text, size_t *out_bytes, moebius_error **err);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* MOEBIUS_MOEBIUS_H_ */
