@@ -58,28 +58,34 @@ std::vector<std::byte*> ModelStore::arenas() const {
   return out;
 }
 
-// By default: weights and KV for max_batch requests of up to 4,096 tokens, in at most half of the memory that is free.
+// The wish is kv_tokens, or else KV for max_batch requests of up to 4,096 tokens; the limit is memory_bytes, or else half of the
+// memory that is free. A wish that fits is granted as it is; otherwise (or with memory_bytes alone) the limit is filled.
 ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes) {
   const int64_t slice = KvSlice{config.page_tokens, model.shape.head_dim}.bytes();
   shared_bytes_ = SharedWeights::bytes(model);
   const int64_t beside = workspace_bytes + shared_bytes_ / config.ranks;  // ranks share one read-only copy
-  memory_bytes_ = config.memory_bytes;
-  if (memory_bytes_ == 0) {
-    const int64_t context = std::min<int64_t>(config.max_context, 4096);
-    const int64_t one = div_up(context + 1, config.page_tokens), pages = config.max_batch * one;  // one request; all of them
-    const std::vector<int64_t> per_home(static_cast<size_t>(config.ranks), std::max(one, div_up(pages, config.ranks)));
-    const ArenaPlan wanted = plan_arena(slices_, tp_, ep_, slice, pages, per_home);
-    int64_t bytes = 0;
-    for (int r = 0; r < config.ranks; ++r) bytes = std::max(bytes, wanted.arena_bytes(r));
-    memory_bytes_ = std::min(bytes + beside, free_memory_bytes() / 2 / config.ranks);
-  }
+  memory_bytes_ = config.memory_bytes > 0 ? config.memory_bytes : free_memory_bytes() / 2 / config.ranks;
   const std::vector<int64_t> budget(static_cast<size_t>(config.ranks), memory_bytes_ - beside);
-  Capacity capacity = plan_capacity(slices_, tp_, ep_, slice, budget);
+
+  int64_t pages = 0, per_home = 0;
   if (config.kv_tokens > 0) {
-    const int64_t pages = div_up(config.kv_tokens, config.page_tokens);
-    capacity.tp_pages = std::min(capacity.tp_pages, pages);
-    for (int64_t& home : capacity.ep_pages) home = std::min(home, div_up(pages, config.ranks));
+    pages = div_up(config.kv_tokens, config.page_tokens);
+    per_home = div_up(pages, config.ranks);
+  } else if (config.memory_bytes == 0) {
+    const int64_t one = div_up(std::min<int64_t>(config.max_context, 4096) + 1, config.page_tokens);
+    pages = config.max_batch * one;
+    per_home = std::max(one, div_up(pages, config.ranks));  // a home holds any one request
   }
+  if (pages > 0) {
+    const ArenaPlan wished = plan_arena(slices_, tp_, ep_, slice, pages, std::vector<int64_t>(budget.size(), per_home));
+    int64_t bytes = 0;
+    for (int r = 0; r < config.ranks; ++r) bytes = std::max(bytes, wished.arena_bytes(r));
+    if (bytes <= budget[0]) {
+      memory_bytes_ = bytes + beside;
+      return wished;
+    }
+  }
+  const Capacity capacity = plan_capacity(slices_, tp_, ep_, slice, budget);
   return plan_arena(slices_, tp_, ep_, slice, capacity.tp_pages, capacity.ep_pages);
 }
 

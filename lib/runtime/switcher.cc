@@ -319,6 +319,7 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
     Copied done;
     if (!pieces.empty()) copy_weights(item, to, rank, thread, pieces, num_pieces, done);
     copy_blocks(item, to, rank, thread, done);
+    stream_fence();  // orders the copies before the region's end
     copied_[rank * parts_.world.threads() + thread] = done;
   });
   int64_t bytes = 0, changed = 0;

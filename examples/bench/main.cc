@@ -1,0 +1,393 @@
+// moebius-bench: each figure beside its floor, both measured in the same run. Links the library's inner parts (engine, kernels).
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <optional>
+#include <random>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include "examples/bench/floor.h"
+#include "lib/runtime/engine_impl.h"
+
+namespace moebius::bench {
+namespace {
+
+using nlohmann::json;
+
+struct Options {
+  std::string shape = "m", model, layout = "tp", format = "table", isa, compare;
+  bool dummy = false, plain_sums = false, profile = false;
+  int ranks = 1, threads = 0, slices = 0, steps = 32, requests = 64, rounds = 5;
+  std::vector<int> batches = {1, 8, 32};
+  int context = 64, tokens = 512;
+  int64_t memory_bytes = 0;
+};
+
+// A folder with the config.json of a bench shape, removed at the end.
+class ShapeFolder {
+ public:
+  explicit ShapeFolder(const std::string& shape) {
+    char name[] = "/tmp/moebius-bench-XXXXXX";
+    if (mkdtemp(name) == nullptr) throw std::runtime_error("cannot make a temporary folder");
+    path_ = name;
+    const bool medium = shape == "m";
+    const json config = {{"architectures", {"Qwen3MoeForCausalLM"}}, {"model_type", "qwen3_moe"}, {"hidden_act", "silu"},
+                         {"num_hidden_layers", medium ? 16 : 8}, {"hidden_size", medium ? 1024 : 512}, {"num_experts", 64},
+                         {"num_experts_per_tok", 8}, {"moe_intermediate_size", medium ? 512 : 256}, {"intermediate_size", 1024},
+                         {"num_attention_heads", 16}, {"num_key_value_heads", 4}, {"head_dim", 64}, {"vocab_size", 32000},
+                         {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6}, {"rope_theta", 1e6}, {"norm_topk_prob", true},
+                         {"tie_word_embeddings", false}, {"decoder_sparse_step", 1}, {"mlp_only_layers", json::array()}};
+    std::ofstream(path_ + "/config.json") << config;
+  }
+  ~ShapeFolder() { std::filesystem::remove_all(path_); }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+double median(std::vector<double> x) {
+  std::sort(x.begin(), x.end());
+  return x.empty() ? 0 : x.size() % 2 ? x[x.size() / 2] : (x[x.size() / 2 - 1] + x[x.size() / 2]) / 2;
+}
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+class Bench {
+ public:
+  explicit Bench(const Options& options) : o_(options) {
+    if (o_.model.empty()) folder_.emplace(o_.shape);
+    dir_ = o_.model.empty() ? folder_->path() : o_.model;
+    if (!o_.compare.empty()) read_earlier();
+  }
+
+  std::unique_ptr<Engine> engine(int max_batch, int64_t context) {
+    EngineConfig c;
+    c.ranks = o_.ranks;
+    c.threads = o_.threads;
+    c.layout = o_.layout == "tp" ? Layout::kTp : Layout::kEp;
+    c.isa = o_.isa;
+    c.slices_per_expert = o_.slices;
+    c.memory_bytes = o_.memory_bytes;
+    c.prefix_cache = false;
+    c.max_batch = max_batch;
+    c.dummy_weights = o_.model.empty() || o_.dummy;
+    c.plain_sums = o_.plain_sums;
+    c.max_context = std::min<int64_t>(context, read_config(dir_).max_position_embeddings);
+    if (o_.memory_bytes == 0) c.kv_tokens = (max_batch + o_.ranks) * round_up(context, 16);
+    return std::make_unique<Engine>(dir_, c);
+  }
+
+  json base(const std::string& what, Engine& e) {
+    const World& w = e.impl().world();
+    return {{"what", what}, {"shape", o_.model.empty() ? o_.shape : o_.model}, {"batch", 0}, {"tokens", 0}, {"context", 0},
+            {"ranks", w.ranks()}, {"threads", w.threads()}, {"layout", o_.layout}, {"isa", e.impl().ops().name},
+            {"slices_per_expert", e.model().slices_per_expert}, {"plain_sums", o_.plain_sums}};
+  }
+
+  void submit(Engine& e, int n, int length, int max_tokens) {
+    for (int i = 0; i < n; ++i) {
+      RequestSpec r;
+      r.sampling.temperature = 0;
+      r.sampling.max_tokens = max_tokens;
+      r.sampling.ignore_eos = true;
+      for (int t = 0; t < length; ++t) r.prompt_ids.push_back(static_cast<int32_t>(random_() % static_cast<uint64_t>(e.model().vocab_size)));
+      e.submit(r);
+    }
+  }
+
+  void drain(Engine& e) {
+    std::vector<Event> events(1024);
+    while (e.poll(events, 0) == events.size()) {}
+  }
+
+  void decode() {
+    for (int batch : o_.batches) {
+      auto e = engine(batch, o_.context + o_.steps + 16);
+      submit(*e, batch, o_.context, o_.steps + 12);
+      while (e->step().prefill_rows > 0 || e->stats().running < batch) drain(*e);
+      for (int i = 0; i < 3; ++i) e->step();
+      std::vector<double> seconds, floors;
+      FloorInputs work = inputs_of(*e);
+      Rates rates = measure_rates(e->impl().world(), e->impl().ops());
+      for (int i = 0; i < o_.steps; ++i) {
+        const StepResult r = e->step();
+        if (r.decode_rows != batch) break;
+        work.rows = work.logit_rows = batch;
+        work.kv_tokens_read = static_cast<int64_t>(batch) * (o_.context + 4 + i);
+        work.experts_reached = r.experts_reached;
+        seconds.push_back(r.seconds);
+        floors.push_back(floor_seconds(work, rates));
+        drain(*e);
+        if (i % 8 == 7) rates = better(rates, measure_rates(e->impl().world(), e->impl().ops()));
+      }
+      json row = base("decode", *e);
+      row["batch"] = batch;
+      row["context"] = o_.context;
+      add_speed(row, batch / median(seconds), batch / median(floors), rates);
+      print(row);
+    }
+  }
+
+  void prefill() {
+    const int tokens = o_.tokens;
+    auto e = engine(1, tokens + 16);
+    const FloorInputs shape = inputs_of(*e);
+    std::vector<double> seconds, floors;
+    Rates rates = measure_rates(e->impl().world(), e->impl().ops());
+    for (int round = 0; round < o_.rounds; ++round) {
+      submit(*e, 1, tokens, 1);
+      double total = 0, floor = 0;
+      for (int done = 0; done < tokens;) {
+        const StepResult r = e->step();
+        FloorInputs work = shape;
+        work.rows = r.prefill_rows + r.decode_rows;
+        work.logit_rows = done + work.rows >= tokens ? 1 : 0;
+        work.kv_tokens_read = done + work.rows;
+        work.attention_pairs = work.rows * done + work.rows * (work.rows + 1) / 2;
+        work.experts_reached = r.experts_reached;
+        floor += floor_seconds(work, rates);
+        total += r.seconds;
+        done += static_cast<int>(work.rows);
+      }
+      drain(*e);
+      seconds.push_back(total);
+      floors.push_back(floor);
+      rates = better(rates, measure_rates(e->impl().world(), e->impl().ops()));
+    }
+    json row = base("prefill", *e);
+    row["batch"] = 1;
+    row["tokens"] = tokens;
+    add_speed(row, tokens / median(seconds), tokens / median(floors), rates);
+    print(row);
+  }
+
+  // One switch of everything there and back; seconds and bytes from its event.
+  Event switch_once(Engine& e, Layout to) {
+    drain(e);
+    e.request_switch(to);
+    e.step();
+    std::vector<Event> events(4096);
+    for (size_t n; (n = e.poll(events, 0)) > 0;)
+      for (size_t i = 0; i < n; ++i) {
+        if (events[i].type == EventType::kSwitchFinished) return events[i];
+        if (events[i].type == EventType::kSwitchRefused) throw std::runtime_error("switch refused: " + events[i].reason);
+      }
+    throw std::runtime_error("no switch happened");
+  }
+
+  void switches() {
+    if (o_.ranks < 2) throw CLI::ValidationError("--ranks", "a switch needs at least 2 ranks");
+    auto e = engine(o_.requests, o_.context + 64 + 4 * o_.rounds);
+    std::map<std::pair<std::string, int>, std::vector<Event>> seen;
+    std::map<std::pair<std::string, int>, std::vector<double>> copies;
+    const auto round = [&](const std::string& part) {
+      for (int i = 0; i < 2 * o_.rounds; ++i) {
+        const Layout to = (o_.layout == "tp") == (i % 2 == 0) ? Layout::kEp : Layout::kTp;
+        const auto key = std::pair(part, static_cast<int>(to));
+        seen[key].push_back(switch_once(*e, to));
+        copies[key].push_back(memcpy_seconds(e->impl().world(), seen[key].back().bytes));
+      }
+    };
+    switch_once(*e, Layout::kEp), switch_once(*e, Layout::kTp);  // touches both layouts' pages
+    if (o_.layout == "ep") switch_once(*e, Layout::kEp);
+    round("weights");
+    submit(*e, o_.requests, o_.context, 60 + 4 * o_.rounds);
+    while (e->step().prefill_rows > 0 || e->stats().running < o_.requests) drain(*e);
+    round("all");
+    for (int to : {0, 1}) {
+      const auto seconds_of = [](const std::vector<Event>& events) {
+        std::vector<double> s;
+        for (const Event& x : events) s.push_back(x.seconds);
+        return median(s);
+      };
+      struct Part {
+        int64_t bytes, changed;
+        double seconds, memcpy;
+      };
+      const auto part = [&](const std::string& name) {
+        const auto& events = seen[{name, to}];
+        return Part{events.back().bytes, events.back().bytes_changed, seconds_of(events), median(copies[{name, to}])};
+      };
+      const Part weights = part("weights"), all = part("all");
+      const Part kv{all.bytes - weights.bytes, all.changed - weights.changed, all.seconds - weights.seconds, all.memcpy - weights.memcpy};
+      for (const auto& [name, p] : {std::pair<const char*, Part>{"weights", weights}, {"kv", kv}, {"all", all}}) {
+        json row = base("switch", *e);
+        row["batch"] = o_.requests;
+        row["context"] = o_.context;
+        row["from"] = name_of(other(static_cast<Layout>(to)));
+        row["to"] = name_of(static_cast<Layout>(to));
+        row["part"] = name;
+        row["bytes"] = p.bytes;
+        row["bytes_changed"] = p.changed;
+        row["seconds"] = p.seconds;
+        row["memcpy_seconds"] = p.memcpy;
+        row["share_of_memcpy"] = p.seconds > 0 ? p.memcpy / p.seconds : 0;
+        row["lead_bytes"] = e->memory().lead_bytes;
+        row["layer_bytes"] = e->memory().layer_bytes;
+        print(row);
+      }
+    }
+  }
+
+  void load() {
+    std::vector<double> seconds;
+    int64_t bytes = 0;
+    std::unique_ptr<Engine> e;
+    for (int i = 0; i < o_.rounds; ++i) {
+      e.reset();
+      const double begin = now();
+      e = engine(1, 256);
+      seconds.push_back(now() - begin);
+    }
+    const FloorInputs w = inputs_of(*e);
+    bytes = w.total_weight_bytes;
+    json row = base("load", *e);
+    row["bytes"] = bytes;
+    row["seconds"] = median(seconds);
+    row["bytes_per_second"] = static_cast<double>(bytes) / median(seconds);
+    print(row);
+  }
+
+ private:
+  FloorInputs inputs_of(Engine& e) { return floor_inputs(read_config(dir_), e.model().slices_per_expert, o_.ranks, o_.layout == "tp"); }
+
+  void add_speed(json& row, double speed, double floor, const Rates& rates) {
+    row["tokens_per_second"] = speed;
+    row["floor_tokens_per_second"] = floor;
+    row["share_of_floor"] = speed / floor;
+    row["read_bytes_per_second"] = rates.read;
+    row["bf16_flops"] = rates.flops;
+  }
+
+  static std::string key_of(const json& row) {
+    std::string key;
+    for (const char* k : {"what", "shape", "batch", "tokens", "context", "ranks", "threads", "layout", "from", "to", "part"})
+      key += row.contains(k) ? row[k].dump() + "|" : "|";
+    return key;
+  }
+
+  void read_earlier() {
+    std::ifstream in(o_.compare);
+    if (!in) throw CLI::ValidationError("--compare", "cannot read " + o_.compare);
+    for (std::string line; std::getline(in, line);)
+      if (const json row = json::parse(line, nullptr, false); row.is_object()) earlier_[key_of(row)].push_back(row);
+  }
+
+  void print(json row) {
+    const char* figure = row.contains("tokens_per_second") ? "tokens_per_second" : "seconds";
+    if (const auto it = earlier_.find(key_of(row)); it != earlier_.end()) {
+      std::vector<double> before;
+      for (const json& r : it->second) before.push_back(r[figure]);
+      const auto [low, high] = std::minmax_element(before.begin(), before.end());
+      row["against_earlier"] = row[figure].get<double>() / median(before);
+      row["earlier_spread"] = *high / *low;
+    }
+    if (o_.format == "json") {
+      fmt::print("{}\n", row.dump());
+    } else if (row.contains("tokens_per_second")) {
+      fmt::print("{:8} {:2} batch {:4} tokens {:5} context {:5}  P={} T={} {}  {:9.1f} tok/s  floor {:9.1f}  {:5.1f} %   read {:5.1f} GB/s  bf16 {:6.1f} GFLOP/s",
+                 row["what"].get<std::string>(), row["shape"].get<std::string>(), row["batch"].get<int>(), row["tokens"].get<int>(),
+                 row["context"].get<int>(), row["ranks"].get<int>(), row["threads"].get<int>(), row["layout"].get<std::string>(),
+                 row["tokens_per_second"].get<double>(), row["floor_tokens_per_second"].get<double>(), 100 * row["share_of_floor"].get<double>(),
+                 row["read_bytes_per_second"].get<double>() / 1e9, row["bf16_flops"].get<double>() / 1e9);
+      end_line(row);
+    } else if (row["what"] == "switch") {
+      fmt::print("switch {}→{} {:7}  {:8.1f} MiB, {:8.1f} MiB to a new owner  {:8.2f} ms  memcpy {:8.2f} ms  {:5.1f} %",
+                 row["from"].get<std::string>(), row["to"].get<std::string>(), row["part"].get<std::string>(), row["bytes"].get<double>() / 1048576,
+                 row["bytes_changed"].get<double>() / 1048576, 1e3 * row["seconds"].get<double>(), 1e3 * row["memcpy_seconds"].get<double>(),
+                 100 * row["share_of_memcpy"].get<double>());
+      end_line(row);
+    } else {
+      fmt::print("load {}  {:.1f} MiB in {:.3f} s, {:.2f} GB/s", row["shape"].get<std::string>(), row["bytes"].get<double>() / 1048576,
+                 row["seconds"].get<double>(), row["bytes_per_second"].get<double>() / 1e9);
+      end_line(row);
+    }
+    std::fflush(stdout);
+  }
+
+  static void end_line(const json& row) {
+    if (row.contains("against_earlier"))
+      fmt::print("  {:.3f}× earlier (spread {:.2f})", row["against_earlier"].get<double>(), row["earlier_spread"].get<double>());
+    fmt::print("\n");
+  }
+
+  Options o_;
+  std::optional<ShapeFolder> folder_;
+  std::string dir_;
+  std::mt19937_64 random_{1};
+  std::map<std::string, std::vector<json>> earlier_;
+};
+
+int run(int argc, char** argv) {
+  Options o;
+  CLI::App app{
+      "Measures moebius: each figure beside its floor, max(bytes ÷ read rate, operations ÷ bf16 rate), with both rates measured in the same\n"
+      "run. Links the library's inner parts (engine, kernels).\nShapes: m = 16 layers, hidden 1024, 64 experts top-8, intermediate 512, 16/4 "
+      "heads × 64, vocabulary 32,000; s = 8 layers, hidden 512,\nintermediate 256, else the same. Weights of a shape are seeded random ones."};
+  app.require_subcommand(1);
+  const auto common = [&](CLI::App* sub) {
+    sub->add_option("--shape", o.shape, "shape with dummy weights: s or m")->check(CLI::IsMember({"s", "m"}))->capture_default_str();
+    sub->add_option("--model", o.model, "a model folder instead of a shape");
+    sub->add_flag("--dummy", o.dummy, "with --model: seeded random weights, only config.json is read");
+    sub->add_option("--layout", o.layout, "layout: tp or ep")->check(CLI::IsMember({"tp", "ep"}))->capture_default_str();
+    sub->add_option("--ranks", o.ranks, "ranks")->check(CLI::Range(1, 64))->capture_default_str();
+    sub->add_option("--threads", o.threads, "threads per rank (0: cores ÷ ranks)")->check(CLI::Range(0, 1024))->capture_default_str();
+    sub->add_option("--isa", o.isa, "kernel path (default: the best there is)");
+    sub->add_option("--slices-per-expert", o.slices, "cuts of each MLP (0: the default rule)")->capture_default_str();
+    sub->add_option("--memory-bytes", o.memory_bytes, "per rank (0: what the run needs)")->capture_default_str();
+    sub->add_flag("--plain-sums", o.plain_sums, "ordinary float sums instead of exact ones, to measure what exactness costs");
+    sub->add_option("--format", o.format, "table or json (one object a line)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
+    sub->add_option("--compare", o.compare, "an earlier run's JSON lines: adds the ratio and the spread of those");
+    sub->add_option("--rounds", o.rounds, "repetitions where a figure is a median")->check(CLI::Range(1, 1000))->capture_default_str();
+    return sub;
+  };
+  auto* decode = common(app.add_subcommand("decode", "decode steps at given batch sizes"));
+  decode->add_option("--batch", o.batches, "batch sizes, e.g. 1,8,32")->delimiter(',')->check(CLI::Range(1, 65536))->capture_default_str();
+  decode->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  decode->add_option("--steps", o.steps, "timed steps")->check(CLI::Range(1, 100000))->capture_default_str();
+  auto* prefill = common(app.add_subcommand("prefill", "one prompt"));
+  prefill->add_option("--tokens", o.tokens, "tokens of the prompt")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  auto* switches = common(app.add_subcommand("switch", "switches at once, there and back, beside a memcpy of as many bytes"));
+  switches->add_option("--requests", o.requests, "live requests")->check(CLI::Range(1, 65536))->capture_default_str();
+  switches->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  auto* load = common(app.add_subcommand("load", "loading a model"));
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 2;
+  }
+  Bench bench(o);
+  if (*decode) bench.decode();
+  if (*prefill) bench.prefill();
+  if (*switches) bench.switches();
+  if (*load) bench.load();
+  return 0;
+}
+
+}  // namespace
+}  // namespace moebius::bench
+
+int main(int argc, char** argv) {
+  try {
+    return moebius::bench::run(argc, argv);
+  } catch (const CLI::Error& e) {
+    fmt::print(stderr, "moebius-bench: {}\n", e.what());
+    return 2;
+  } catch (const moebius::Error& e) {
+    fmt::print(stderr, "moebius-bench: {}\n", e.what());
+    return 2;
+  } catch (const std::exception& e) {
+    fmt::print(stderr, "moebius-bench: {}\n", e.what());
+    return 1;
+  }
+}
