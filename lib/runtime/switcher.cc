@@ -285,14 +285,12 @@ void Switcher::finish_item() {
   run_copies({pieces_done_, pieces}, pieces);
   seam_ += to == Layout::kTp ? 1 : -1;
   pieces_done_ = 0;
-  if (moving() || undoing_) {
-    Event event;
-    event.type = EventType::kSeam;
-    event.from = from_;
-    event.to = to;
-    event.seam = seam_;
-    parts_.emit(std::move(event));
-  }
+  Event event;
+  event.type = EventType::kSeam;
+  event.from = from_;
+  event.to = to;
+  event.seam = seam_;
+  parts_.emit(std::move(event));
   if (!moving()) arrive();
 }
 

@@ -1,0 +1,95 @@
+#include "examples/common/options.h"
+
+#include <csignal>
+#include <cstdio>
+#include <unistd.h>
+
+#include <fmt/format.h>
+
+namespace moebius_examples {
+
+void EngineOptions::add_to(CLI::App& app, bool model_required) {
+  auto* m = app.add_option("--model", model, "model folder: config.json, *.safetensors, tokenizer.json for text");
+  if (model_required) m->required();
+  app.add_option("--ranks", ranks, "ranks that share the model")->check(CLI::Range(1, 64))->capture_default_str();
+  app.add_option("--threads", threads, "computing threads per rank (0: cores ÷ ranks)")->check(CLI::Range(0, 4096))->capture_default_str();
+  app.add_option("--layout", layout, "layout to start in: tp or ep")->check(CLI::IsMember({"tp", "ep"}))->capture_default_str();
+  app.add_option("--memory-bytes", memory_bytes,
+                 "per rank, weights + KV (0: weights + KV for max-batch requests of min(context, 4096) tokens, at most half of the free memory)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--isa", isa, "kernel path: avx512bf16, avx512, avx2, portable (default: the best there is)");
+  app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--chunk-tokens", chunk_tokens, "prompt tokens that a step takes over all requests")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--stall-budget-ms", stall_budget_ms, "time that each step may lend to a switch (0: all at once)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  app.add_option("--prefix-cache", prefix_cache, "share KV pages of equal prefixes (1 or 0)")->capture_default_str();
+  app.add_flag("--preempt-to-fit", preempt_to_fit, "a switch that does not fit preempts requests instead of being refused");
+}
+
+moebius_cpp::Config EngineOptions::config() const {
+  moebius_cpp::Config c;
+  c.set("ranks", ranks).set("threads", threads).set("layout", layout).set("memory_bytes", memory_bytes);
+  c.set("slices_per_expert", slices_per_expert).set("chunk_tokens", chunk_tokens).set("max_batch", max_batch);
+  c.set("page_tokens", page_tokens).set("seed", seed).set("prefix_cache", prefix_cache).set("preempt_to_fit", preempt_to_fit);
+  c.set_real("stall_budget_ms", stall_budget_ms);
+  if (!isa.empty()) c.set("isa", isa);
+  return c;
+}
+
+namespace {
+
+int32_t show_progress(void*, int64_t done, int64_t total) {
+  static int64_t last = -1;
+  const int64_t percent = total > 0 ? done * 100 / total : 100;
+  if (percent == last) return 0;
+  last = percent;
+  fmt::print(stderr, "\rloading [{:<40}] {:3} %{}", std::string(static_cast<size_t>(percent * 2 / 5), '#'), percent, done == total ? "\n" : "");
+  std::fflush(stderr);
+  return 0;
+}
+
+void show_warning(void*, const char* text) { fmt::print(stderr, "warning: {}\n", text); }
+
+}  // namespace
+
+moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config) {
+  using moebius_cpp::check;
+  if (isatty(STDERR_FILENO)) check([&](moebius_error** e) { return moebius_config_set_progress(config.get(), show_progress, nullptr, e); });
+  check([&](moebius_error** e) { return moebius_config_set_warning(config.get(), show_warning, nullptr, e); });
+  try {
+    return moebius_cpp::Engine(options.model, config);
+  } catch (const moebius_cpp::Error& e) {
+    throw BadInput(e.what());
+  }
+}
+
+int run_program(const char* name, const std::function<void()>& body) {
+  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of ours, never a signal
+  try {
+    body();
+    if (std::fflush(stdout) != 0) throw std::runtime_error("cannot write to standard output");
+    return 0;
+  } catch (const BadInput& e) {
+    fmt::print(stderr, "{}: {}\n", name, e.what());
+    return 2;
+  } catch (const std::exception& e) {
+    fmt::print(stderr, "{}: {}\n", name, e.what());
+    return 1;
+  }
+}
+
+void parse_or_exit(CLI::App& app, int argc, char** argv) {
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    std::exit(app.exit(e) == 0 ? 0 : 2);
+  }
+}
+
+}  // namespace moebius_examples

@@ -1,0 +1,38 @@
+// What every program that serves takes: flags of the engine and of sampling, a progress bar, exit codes.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "moebius/moebius.hpp"
+
+namespace moebius_examples {
+
+// Bad usage or bad input found before anything ran: exit status 2.
+class BadInput : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Unset flags keep the library's defaults.
+struct EngineOptions {
+  std::string model, layout = "tp", isa;
+  int64_t ranks = 1, threads = 0, memory_bytes = 0, slices_per_expert = 0, chunk_tokens = 512, max_batch = 64, seed = 0, page_tokens = 16;
+  double stall_budget_ms = 0;
+  bool prefix_cache = true, preempt_to_fit = false;
+
+  void add_to(CLI::App& app, bool model_required);
+  moebius_cpp::Config config() const;
+};
+
+// Loads with a progress bar where stderr is a terminal; errors become BadInput (the model was not there or not right).
+moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config);
+
+// Runs a program's body with the contract's exit status: 0, 2 for bad usage or input, 1 for a later failure.
+int run_program(const char* name, const std::function<void()>& body);
+// Parses, exiting with 0 after --help and 2 on bad usage.
+void parse_or_exit(CLI::App& app, int argc, char** argv);
+
+}  // namespace moebius_examples

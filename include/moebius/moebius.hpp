@@ -1,0 +1,210 @@
+// Moebius for C++17: owners over the C ABI, statuses as exceptions. Header-only; everything said in moebius.h holds here.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "moebius/moebius.h"
+
+namespace moebius_cpp {
+
+class Error : public std::runtime_error {
+ public:
+  Error(moebius_status code, const std::string& message) : std::runtime_error(message), code_(code) {}
+  moebius_status code() const { return code_; }
+
+ private:
+  moebius_status code_;
+};
+
+// Throws what a call left behind: check([&](moebius_error** e) { return moebius_engine_start(engine, e); })
+template <class Call>
+void check(Call&& call) {
+  moebius_error* error = nullptr;
+  const moebius_status status = call(&error);
+  if (status == MOEBIUS_OK) return;
+  const std::string message = moebius_error_message(error);
+  moebius_error_destroy(error);
+  throw Error(status, message);
+}
+
+template <class T, void (*Destroy)(T*)>
+struct Destroyer {
+  void operator()(T* handle) const { Destroy(handle); }
+};
+template <class T, void (*Destroy)(T*)>
+using Handle = std::unique_ptr<T, Destroyer<T, Destroy>>;
+
+class Config {
+ public:
+  Config() {
+    moebius_config* c = nullptr;
+    check([&](moebius_error** e) { return moebius_config_create(&c, e); });
+    handle_.reset(c);
+  }
+  Config& set(const char* key, int64_t value) {
+    check([&](moebius_error** e) { return moebius_config_set_i64(get(), key, value, e); });
+    return *this;
+  }
+  Config& set_real(const char* key, double value) {
+    check([&](moebius_error** e) { return moebius_config_set_f64(get(), key, value, e); });
+    return *this;
+  }
+  Config& set(const char* key, const std::string& value) {
+    check([&](moebius_error** e) { return moebius_config_set_str(get(), key, value.c_str(), e); });
+    return *this;
+  }
+  moebius_config* get() const { return handle_.get(); }
+
+ private:
+  Handle<moebius_config, moebius_config_destroy> handle_;
+};
+
+class Request {
+ public:
+  explicit Request(const std::vector<int32_t>& prompt_ids) {
+    moebius_request* r = nullptr;
+    check([&](moebius_error** e) { return moebius_request_create(&r, e); });
+    handle_.reset(r);
+    check([&](moebius_error** e) { return moebius_request_set_prompt(r, prompt_ids.data(), prompt_ids.size(), e); });
+  }
+  Request& set(const char* key, int64_t value) {
+    check([&](moebius_error** e) { return moebius_request_set_i64(get(), key, value, e); });
+    return *this;
+  }
+  Request& set_real(const char* key, double value) {
+    check([&](moebius_error** e) { return moebius_request_set_f64(get(), key, value, e); });
+    return *this;
+  }
+  Request& set(const char* key, const std::string& value) {
+    check([&](moebius_error** e) { return moebius_request_set_str(get(), key, value.c_str(), e); });
+    return *this;
+  }
+  Request& set_ids(const char* key, const std::vector<int32_t>& ids) {
+    check([&](moebius_error** e) { return moebius_request_set_ids(get(), key, ids.data(), ids.size(), e); });
+    return *this;
+  }
+  Request& add_logit_bias(int32_t token, float bias) {
+    check([&](moebius_error** e) { return moebius_request_add_logit_bias(get(), token, bias, e); });
+    return *this;
+  }
+  moebius_request* get() const { return handle_.get(); }
+
+ private:
+  Handle<moebius_request, moebius_request_destroy> handle_;
+};
+
+class Engine {
+ public:
+  Engine(const std::string& model_dir, const Config& config) {
+    moebius_engine* engine = nullptr;
+    check([&](moebius_error** e) { return moebius_engine_create(model_dir.c_str(), config.get(), &engine, e); });
+    handle_.reset(engine);
+  }
+  uint64_t submit(const Request& request) {
+    uint64_t id = 0;
+    check([&](moebius_error** e) { return moebius_engine_submit(get(), request.get(), &id, e); });
+    return id;
+  }
+  void validate(const Request& request) const {
+    check([&](moebius_error** e) { return moebius_engine_check(get(), request.get(), e); });
+  }
+  void cancel(uint64_t id) {
+    check([&](moebius_error** e) { return moebius_engine_cancel(get(), id, e); });
+  }
+  moebius_step_result step() {
+    moebius_step_result result{};
+    result.struct_size = sizeof result;
+    check([&](moebius_error** e) { return moebius_engine_step(get(), &result, e); });
+    return result;
+  }
+  void start() {
+    check([&](moebius_error** e) { return moebius_engine_start(get(), e); });
+  }
+  void stop() {
+    check([&](moebius_error** e) { return moebius_engine_stop(get(), e); });
+  }
+  // Replaces `events` by those that wait (up to its capacity, at least 1,024).
+  void poll(std::vector<moebius_event>& events, double timeout_ms = 0) {
+    events.resize(events.capacity() < 1024 ? 1024 : events.capacity());
+    size_t count = 0;
+    check([&](moebius_error** e) {
+      return moebius_engine_poll(get(), events.data(), events.size(), sizeof(moebius_event), timeout_ms, &count, e);
+    });
+    events.resize(count);
+  }
+  void request_switch(moebius_layout to) {
+    check([&](moebius_error** e) { return moebius_engine_switch(get(), to, e); });
+  }
+  void hold_seam(int32_t seam) {
+    check([&](moebius_error** e) { return moebius_engine_hold_seam(get(), seam, e); });
+  }
+  moebius_model_info model() const {
+    moebius_model_info info{};
+    info.struct_size = sizeof info;
+    check([&](moebius_error** e) { return moebius_engine_model(get(), &info, e); });
+    return info;
+  }
+  moebius_stats stats() const {
+    moebius_stats stats{};
+    stats.struct_size = sizeof stats;
+    check([&](moebius_error** e) { return moebius_engine_stats(get(), &stats, e); });
+    return stats;
+  }
+  std::vector<float> take_logits(uint64_t id, int32_t sample = 0) {
+    size_t count = 0;
+    check([&](moebius_error** e) { return moebius_engine_take_logits(get(), id, sample, nullptr, 0, &count, e); });
+    std::vector<float> out(count + 1);  // never empty, so that the call takes them
+    check([&](moebius_error** e) { return moebius_engine_take_logits(get(), id, sample, out.data(), count, &count, e); });
+    out.resize(count);
+    return out;
+  }
+  moebius_engine* get() const { return handle_.get(); }
+
+ private:
+  Handle<moebius_engine, moebius_engine_destroy> handle_;
+};
+
+class Tokenizer {
+ public:
+  explicit Tokenizer(const std::string& model_dir) {
+    moebius_tokenizer* t = nullptr;
+    check([&](moebius_error** e) { return moebius_tokenizer_load(model_dir.c_str(), &t, e); });
+    handle_.reset(t);
+  }
+  std::vector<int32_t> encode(std::string_view text, bool add_special_tokens = true) const {
+    size_t count = 0;
+    check([&](moebius_error** e) {
+      return moebius_tokenizer_encode(get(), text.data(), text.size(), add_special_tokens, nullptr, 0, &count, e);
+    });
+    std::vector<int32_t> ids(count);
+    if (count > 0)
+      check([&](moebius_error** e) {
+        return moebius_tokenizer_encode(get(), text.data(), text.size(), add_special_tokens, ids.data(), count, &count, e);
+      });
+    return ids;
+  }
+  std::string decode(const std::vector<int32_t>& ids, bool skip_special_tokens = false) const {
+    size_t bytes = 0;
+    check([&](moebius_error** e) {
+      return moebius_tokenizer_decode(get(), ids.data(), ids.size(), skip_special_tokens, nullptr, 0, &bytes, e);
+    });
+    std::string text(bytes, '\0');
+    if (bytes > 0)
+      check([&](moebius_error** e) {
+        return moebius_tokenizer_decode(get(), ids.data(), ids.size(), skip_special_tokens, text.data(), bytes, &bytes, e);
+      });
+    return text;
+  }
+  moebius_tokenizer* get() const { return handle_.get(); }
+
+ private:
+  Handle<moebius_tokenizer, moebius_tokenizer_destroy> handle_;
+};
+
+}  // namespace moebius_cpp
