@@ -284,7 +284,7 @@ struct DummyReader final : MatrixReader {
     const uint64_t seed = seed_;
     const float scale = scale_ * 0x1p-31f;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const auto first = static_cast<uint32_t>(static_cast<uint64_t>(r * row_length_ + columns.begin) ^ seed);
+      const auto first = static_cast<uint32_t>(static_cast<uint64_t>(r * row_length_ + columns.begin) + seed);
       const auto high = static_cast<uint32_t>((static_cast<uint64_t>(r * row_length_) + seed) >> 32);
       for (int64_t c = 0; c < columns.size(); ++c) {  // a 32-bit mixer: vectorises
         uint32_t x = first + static_cast<uint32_t>(c);

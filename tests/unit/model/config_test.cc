@@ -1,0 +1,116 @@
+#include "lib/model/config.h"
+
+#include <nlohmann/json.hpp>
+
+#include "lib/base/error.h"
+#include "tests/catch.h"
+#include "tests/unit/model/files.h"
+
+namespace moebius::test {
+namespace {
+
+using Catch::Contains;
+using nlohmann::json;
+
+const std::string kData = MOEBIUS_TEST_DATA;
+
+json config_json(const std::string& model) { return json::parse(std::ifstream(kData + "/" + model + "/config.json")); }
+
+std::string refusal(json config, const json& changes) {
+  for (const auto& [key, value] : changes.items()) config[key] = value;
+  try {
+    parse_config(config.dump(), "config.json");
+    return "";
+  } catch (const Error& e) {
+    CHECK_THAT(e.what(), Contains("config.json"));
+    return e.what();
+  }
+}
+
+}  // namespace
+
+TEST_CASE("both families and both spellings are read") {
+  const ModelConfig qwen = read_config(kData + "/tiny-qwen3-moe");
+  CHECK(qwen.family == "qwen3_moe");
+  CHECK(qwen.shape.num_layers() == 4);
+  CHECK(qwen.shape.mlps[0].num_experts == 16);
+  CHECK(qwen.shape.mlps[0].intermediate == 128);
+  CHECK(qwen.top_k == 4);
+  CHECK(qwen.norm_topk_prob);
+  CHECK(qwen.qk_norm);
+  CHECK(qwen.rope_theta == 1e6);
+  CHECK(qwen.eos_token_ids == std::vector<int32_t>{2});
+
+  const ModelConfig dense = read_config(kData + "/tiny-qwen3-moe-dense");  // transformers 5: rope_parameters, num_local_experts, dtype
+  std::vector<int> experts;
+  for (const MlpShape& m : dense.shape.mlps) experts.push_back(m.num_experts);
+  CHECK(experts == std::vector<int>{0, 8, 0, 0, 0, 8});
+  CHECK(dense.shape.mlps[0].intermediate == 256);
+  CHECK(dense.rope_theta == 1e4);
+  CHECK(dense.tie_word_embeddings);
+  CHECK_FALSE(dense.norm_topk_prob);
+
+  const ModelConfig mixtral = read_config(kData + "/tiny-mixtral");
+  CHECK(mixtral.family == "mixtral");
+  CHECK(mixtral.shape.head_dim == 16);  // null: hidden ÷ heads
+  CHECK(mixtral.norm_topk_prob);
+  CHECK_FALSE(mixtral.qk_norm);
+}
+
+TEST_CASE("a value that changes the arithmetic and is not implemented is refused by key and value") {
+  const json qwen = config_json("tiny-qwen3-moe"), v5 = config_json("tiny-qwen3-moe-dense"), mixtral = config_json("tiny-mixtral");
+  CHECK(refusal(qwen, json::object()) == "");
+  for (const auto& [key, value] : std::vector<std::pair<std::string, json>>{{"hidden_act", "gelu"},
+                                                                           {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}},
+                                                                           {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}},
+                                                                           {"attention_bias", true},
+                                                                           {"quantization_config", {{"quant_method", "fp8"}}},
+                                                                           {"partial_rotary_factor", 0.5},
+                                                                           {"attn_logit_softcapping", 30.0},
+                                                                           {"clip_qkv", 8.0},
+                                                                           {"n_shared_experts", 1},
+                                                                           {"layer_types", {"full_attention", "sliding_attention"}},
+                                                                           {"use_sliding_window", true},
+                                                                           {"torch_dtype", "float8"}})
+    CHECK_THAT(refusal(qwen, {{key, value}}), Contains(key));
+  CHECK_THAT(refusal(v5, {{"rope_parameters", {{"rope_theta", 1e4}, {"rope_type", "llama3"}, {"factor", 8.0}}}}), Contains("rope_parameters"));
+  CHECK_THAT(refusal(mixtral, {{"sliding_window", 4096}}), Contains("sliding_window") && Contains("4096"));
+  CHECK_THAT(refusal(qwen, {{"sliding_window", 4096}, {"use_sliding_window", false}}), Catch::Equals(""));
+  CHECK_THAT(refusal(qwen, {{"model_type", "gpt_oss"}}), Contains("gpt_oss") && Contains("qwen3_moe") && Contains("mixtral"));
+  CHECK_THAT(refusal(qwen, {{"architectures", {"OtherModel"}}}), Contains("OtherModel"));
+}
+
+TEST_CASE("12: a config that lies about sizes is refused with the numbers") {
+  const json qwen = config_json("tiny-qwen3-moe");
+  for (const char* key : {"num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings"})
+    for (const json& value : {json(0), json(-1), json(1.5), json("7"), json(uint64_t{1} << 60), json(json::array())})
+      CHECK_THAT(refusal(qwen, {{key, value}}), Contains(key));
+  CHECK_THAT(refusal(qwen, {{"num_attention_heads", 7}}), Contains("7"));
+  CHECK_THAT(refusal(qwen, {{"num_experts_per_tok", 17}}), Contains("17"));
+  CHECK_THAT(refusal(qwen, {{"num_experts", 100}, {"num_experts_per_tok", 65}}), Contains("65"));
+  CHECK_THAT(refusal(qwen, {{"head_dim", 31}}), Contains("31"));
+  CHECK_THAT(refusal(qwen, {{"mlp_only_layers", {4}}}), Contains("4 layers"));
+  CHECK_THAT(refusal(qwen, {{"eos_token_id", {2, 512}}}), Contains("512"));
+  CHECK_THAT(refusal(qwen, {{"rms_norm_eps", "nan"}}), Contains("rms_norm_eps"));
+  json absent = qwen;
+  absent.erase("norm_topk_prob");
+  CHECK_THAT(refusal(absent, json::object()), Contains("norm_topk_prob"));
+}
+
+TEST_CASE("broken JSON and missing folders are named") {
+  CHECK_THROWS_WITH(parse_config("{", "config.json"), Contains("config.json") && Contains("JSON"));
+  CHECK_THROWS_WITH(parse_config("[]", "config.json"), Contains("config.json"));
+  CHECK_THROWS_WITH(parse_config(std::string(100000, '['), "config.json"), Contains("nested"));
+  CHECK_THROWS_WITH(read_config("/nowhere/at/all"), Contains("/nowhere/at/all"));
+  const TempFolder empty;
+  CHECK_THROWS_WITH(read_config(empty.path()), Contains("config.json"));
+}
+
+TEST_CASE("generation_config.json widens the end-of-text tokens and nothing else") {
+  const TempFolder folder;
+  write_file(folder / "config.json", config_json("tiny-qwen3-moe").dump());
+  write_file(folder / "generation_config.json", R"({"eos_token_id":[2,5,7],"temperature":0.1})");
+  CHECK(read_config(folder.path()).eos_token_ids == std::vector<int32_t>{2, 5, 7});
+}
+
+}  // namespace moebius::test

@@ -1,0 +1,166 @@
+// The attack list: each broken file is rejected with a message that names the file, the tensor and the numbers.
+#include "lib/model/safetensors.h"
+
+#include <sys/stat.h>
+
+#include "lib/base/error.h"
+#include "tests/catch.h"
+#include "tests/unit/model/files.h"
+
+namespace moebius::test {
+namespace {
+
+using Catch::Contains;
+
+// Opens a file with these bytes; the message of the refusal ("" when it is accepted).
+std::string refusal(const std::string& bytes) {
+  const TempFolder folder;
+  const auto path = folder / "attacked.safetensors";
+  write_file(path, bytes);
+  try {
+    SafetensorsFile file(path);
+    return "";
+  } catch (const Error& e) {
+    CHECK_THAT(e.what(), Contains("attacked.safetensors"));
+    return e.what();
+  }
+}
+
+std::string refusal_of_header(const std::string& header, size_t data_bytes) { return refusal(safetensors(header, data_bytes)); }
+
+std::string with_length(uint64_t n, size_t rest) {
+  std::string out(8, '\0');
+  std::memcpy(out.data(), &n, 8);
+  return out + std::string(rest, ' ');
+}
+
+}  // namespace
+
+TEST_CASE("a good file is read, with whitespace around the header, empty tensors, scalars and metadata") {
+  const TempFolder folder;
+  write_file(folder / "good.safetensors",
+             safetensors(" \n{\"__metadata__\":{\"format\":\"pt\"}," + entry("a", "BF16", "2,3", "0,12") + "," + entry("empty", "F32", "0,7", "12,12") + "," +
+                             entry("scalar", "F32", "", "12,16") + "}   ",
+                         16));
+  const SafetensorsFile file(folder / "good.safetensors");
+  REQUIRE(file.tensors().size() == 3);
+  CHECK(file.tensors().at("a").shape == std::vector<int64_t>{2, 3});
+  CHECK(file.tensors().at("a").dtype == Dtype::kBf16);
+  CHECK(file.tensors().at("empty").begin == file.tensors().at("empty").end);
+}
+
+TEST_CASE("1: impossible header lengths") {
+  CHECK_THAT(refusal("1234567"), Contains("7 bytes"));
+  CHECK_THAT(refusal(with_length(0, 20)), Contains("header length 0"));
+  CHECK_THAT(refusal(with_length(21, 20)), Contains("header length 21"));
+  CHECK_THAT(refusal(with_length(100000001, 20)), Contains("100000001"));
+  for (uint64_t n : {UINT64_MAX, UINT64_MAX - 4, UINT64_MAX - 7}) CHECK_THAT(refusal(with_length(n, 20)), Contains(std::to_string(n)));
+}
+
+TEST_CASE("2: headers that are no JSON object, or nested, or followed by something") {
+  CHECK_THAT(refusal_of_header("", 0), Contains("header length 0"));
+  CHECK_THAT(refusal_of_header("[]", 0), Contains("no JSON object"));
+  CHECK_THAT(refusal_of_header("{", 0), Contains("JSON"));
+  CHECK_THAT(refusal_of_header("{} x", 0), Contains("JSON"));
+  CHECK_THAT(refusal_of_header("{\"a\xff\":1}", 0), Contains("JSON"));
+  CHECK_THAT(refusal_of_header("{\"a\":" + std::string(1000, '[') + std::string(1000, ']') + "}", 0), Contains("'a'"));
+  CHECK_THAT(refusal_of_header("{\"a\":{\"dtype\":\"F32\",\"shape\":[[1]],\"data_offsets\":[0,4]}}", 4), Contains("'a'"));
+  CHECK_THAT(refusal_of_header("{\"a\":{\"dtype\":{\"x\":1}}}", 4), Contains("'a'"));
+}
+
+TEST_CASE("3: offsets that are no two ascending 64-bit integers") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "4,0") + "}", 4), Contains("'a'") && Contains("[4, 0]"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "-1,3") + "}", 4), Contains("'a'") && Contains("-1"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "0,4.0") + "}", 4), Contains("'a'") && Contains("4.0"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "0,\"4\"") + "}", 4), Contains("'a'"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "0,18446744073709551616") + "}", 4), Contains("18446744073709551616"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "0,4,8") + "}", 4), Contains("3 numbers"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "0") + "}", 4), Contains("1 numbers"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "-1", "0,4") + "}", 4), Contains("-1"));
+}
+
+TEST_CASE("4: ends past the file") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "0,8") + "}", 4), Contains("'a'") && Contains("8") && Contains("4"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "U8", "18446744073709551615", "0,18446744073709551615") + "}", 4), Contains("'a'"));
+}
+
+TEST_CASE("5: shapes whose product overflows, to a small number or to 0") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "4294967296,4294967296", "0,0") + "}", 0), Contains("'a'") && Contains("64 bits"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "4611686018427387905,4", "0,16") + "}", 16), Contains("'a'"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "9223372036854775808", "0,0") + "}", 0), Contains("'a'"));
+}
+
+TEST_CASE("6: shape and offsets that disagree") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "3", "0,8") + "}", 8), Contains("'a'") && Contains("12 bytes") && Contains("make 8"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "0", "0,8") + "}", 8), Contains("0 bytes"));
+}
+
+TEST_CASE("7: tensors that overlap") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "1", "4,8") + "}", 8), Contains("'b'") && Contains("overlap"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "2", "0,8") + "}", 8), Contains("overlap"));
+  CHECK_THAT(refusal_of_header("{" + entry(std::string(5000, 'n'), "F32", "2", "0,8") + "}", 8), Contains("5000 bytes"));
+}
+
+TEST_CASE("8: holes and trailing bytes") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "4,8") + "}", 8), Contains("'a'") && Contains("hole"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "0,4") + "}", 9), Contains("end at byte 4") && Contains("9"));
+}
+
+TEST_CASE("9: names and fields given twice, metadata that is no text") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "1", "0,4") + "," + entry("a", "F32", "1", "0,4") + "}", 4), Contains("'a' is defined twice"));
+  CHECK_THAT(refusal_of_header("{\"__metadata__\":{},\"__metadata__\":{}}", 0), Contains("twice"));
+  CHECK_THAT(refusal_of_header("{\"__metadata__\":{\"a\":1}}", 0), Contains("__metadata__"));
+  CHECK_THAT(refusal_of_header("{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4), Contains("dtype is given twice"));
+  CHECK_THAT(refusal_of_header("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"more\":[]}}", 4), Contains("'more'"));
+  CHECK_THAT(refusal_of_header("{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4), Contains("'a' lacks"));
+}
+
+TEST_CASE("10: dtypes that are not known or not whole bytes") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F12", "1", "0,4") + "}", 4), Contains("'F12'"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F4", "3", "0,2") + "}", 2), Contains("12 bits"));
+}
+
+TEST_CASE("13: a truncated file") {
+  const std::string whole = safetensors("{" + entry("a", "F32", "4", "0,16") + "}", 16);
+  for (size_t n = 0; n < whole.size(); ++n) CHECK(refusal(whole.substr(0, n)) != "");
+  CHECK(refusal(whole) == "");
+}
+
+TEST_CASE("14: indices that lead out of the folder, and shards that are no regular files") {
+  const auto index_refusal = [](const std::string& shard, auto&& prepare) {
+    const TempFolder folder;
+    write_file(folder / "model.safetensors.index.json", "{\"weight_map\":{\"a\":\"" + shard + "\"}}");
+    prepare(folder);
+    try {
+      Checkpoint c(folder.path());
+      return std::string();
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+  };
+  const auto nothing = [](const TempFolder&) {};
+  for (const char* bad : {"../x.safetensors", "/etc/passwd", "sub/x", "", ".", ".."})
+    CHECK_THAT(index_refusal(bad, nothing), Contains("no plain file name"));
+  CHECK_THAT(index_refusal("x.safetensors", nothing), Contains("x.safetensors"));
+  CHECK_THAT(index_refusal("fifo", [](const TempFolder& f) { mkfifo((f / "fifo").c_str(), 0600); }), Contains("not a regular file"));
+  CHECK_THAT(index_refusal("loop", [](const TempFolder& f) { std::filesystem::create_symlink(f / "loop", f / "loop"); }), Contains("loop"));
+  CHECK_THAT(index_refusal("b.safetensors", [](const TempFolder& f) {
+               write_file(f / "b.safetensors", safetensors("{" + entry("b", "F32", "1", "0,4") + "}", 4));
+             }),
+             Contains("'a' is not in its file"));
+}
+
+TEST_CASE("several shards are one checkpoint, and a folder without any says so") {
+  const TempFolder folder;
+  write_file(folder / "x.safetensors", safetensors("{" + entry("a", "F32", "1", "0,4") + "}", 4));
+  write_file(folder / "y.safetensors", safetensors("{" + entry("b", "F32", "1", "0,4") + "}", 4));
+  write_file(folder / "model.safetensors.index.json", R"({"weight_map":{"a":"x.safetensors","b":"y.safetensors"}})");
+  const Checkpoint c(folder.path());
+  CHECK(c.find("a") != nullptr);
+  CHECK(c.find("b") != nullptr);
+  CHECK(c.find("c") == nullptr);
+  const TempFolder empty;
+  CHECK_THROWS_WITH(Checkpoint(empty.path()), Contains("neither"));
+}
+
+}  // namespace moebius::test

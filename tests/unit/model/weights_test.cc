@@ -1,0 +1,159 @@
+#include "lib/model/weights.h"
+
+#include <cmath>
+
+#include <nlohmann/json.hpp>
+
+#include "lib/base/error.h"
+#include "lib/model/scale.h"
+#include "lib/tensor/packed.h"
+#include "tests/catch.h"
+#include "tests/unit/model/files.h"
+
+namespace moebius::test {
+namespace {
+
+using Catch::Contains;
+using nlohmann::json;
+
+const std::string kData = MOEBIUS_TEST_DATA;
+
+std::vector<bf16> whole(const MatrixReader& m, int64_t rows, int64_t columns) {
+  std::vector<bf16> out(static_cast<size_t>(rows * columns));
+  m.read({0, rows}, {0, columns}, out.data());
+  return out;
+}
+
+std::vector<bf16> packed(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice) {
+  std::vector<bf16> out(static_cast<size_t>(slice.bytes / 2), 0xdead);
+  pack_slice(source, model, table, slice, reinterpret_cast<std::byte*>(out.data()));
+  return out;
+}
+
+// Every element of every slice lands where packed.h says, and the rest is 0.
+void check_slices(const WeightSource& source, const ModelConfig& model, int cuts) {
+  const SliceTable table(model.shape, slice_counts(model.shape, cuts));
+  const ModelShape& s = model.shape;
+  const auto expect_zero_elsewhere = [](const std::vector<bf16>& out, const std::vector<bool>& seen) {
+    for (size_t i = 0; i < out.size(); ++i)
+      if (!seen[i] && out[i] != 0) FAIL("element " << i << " of the padding is " << out[i]);
+  };
+  for (int l : {0, s.num_layers() - 1}) {
+    const std::string prefix = "model.layers." + std::to_string(l) + ".self_attn.";
+    const int64_t q_rows = int64_t{s.num_heads} * s.head_dim, width = q_rows / table.counts().head_groups;
+    const auto q = whole(*source.matrix(prefix + "q_proj.weight", q_rows, s.hidden), q_rows, s.hidden);
+    const auto o = whole(*source.matrix(prefix + "o_proj.weight", s.hidden, q_rows), s.hidden, q_rows);
+    for (int a = 0; a < table.counts().head_groups; ++a) {
+      const AttentionGroup g{s.num_heads / table.counts().head_groups, s.head_dim, s.hidden};
+      const auto out = packed(source, model, table, table.layer(l)[static_cast<size_t>(table.attention(l, a))]);
+      std::vector<bool> seen(out.size());
+      for (int64_t n = 0; n < width; ++n)
+        for (int64_t k = 0; k < s.hidden; ++k) {
+          REQUIRE(out[static_cast<size_t>(g.q().index(n, k))] == q[static_cast<size_t>((a * width + n) * s.hidden + k)]);
+          const int64_t at = g.q().elements() + g.o().index(k, n);
+          REQUIRE(out[static_cast<size_t>(at)] == o[static_cast<size_t>(k * q_rows + a * width + n)]);
+          seen[static_cast<size_t>(g.q().index(n, k))] = seen[static_cast<size_t>(at)] = true;
+        }
+      expect_zero_elsewhere(out, seen);
+    }
+    const MlpShape& mlp = s.mlps[static_cast<size_t>(l)];
+    const int expert = mlp.num_experts > 0 ? mlp.num_experts - 1 : -1;
+    using Part = WeightSource::ExpertPart;
+    const auto gate = whole(*source.expert(l, expert, Part::kGate), mlp.intermediate, s.hidden);
+    const auto up = whole(*source.expert(l, expert, Part::kUp), mlp.intermediate, s.hidden);
+    const auto down = whole(*source.expert(l, expert, Part::kDown), s.hidden, mlp.intermediate);
+    for (int c = 0; c < cuts; ++c) {
+      const MlpCut cut{mlp.intermediate / cuts, s.hidden};
+      const auto out = packed(source, model, table, table.layer(l)[static_cast<size_t>(table.expert_cut(l, std::max(0, expert), c))]);
+      std::vector<bool> seen(out.size());
+      for (int64_t n = 0; n < cut.neurons; ++n)
+        for (int64_t k = 0; k < s.hidden; ++k) {
+          const int64_t row = c * cut.neurons + n, at = cut.gate_up_elements() + cut.down().index(k, n);
+          REQUIRE(out[static_cast<size_t>(cut.gate_index(n, k))] == gate[static_cast<size_t>(row * s.hidden + k)]);
+          REQUIRE(out[static_cast<size_t>(cut.up_index(n, k))] == up[static_cast<size_t>(row * s.hidden + k)]);
+          REQUIRE(out[static_cast<size_t>(at)] == down[static_cast<size_t>(k * mlp.intermediate + row)]);
+          for (int64_t i : {cut.gate_index(n, k), cut.up_index(n, k), at}) seen[static_cast<size_t>(i)] = true;
+        }
+      expect_zero_elsewhere(out, seen);
+    }
+  }
+}
+
+// A copy of a test model whose config.json or tensors differ.
+void copy_model(const std::string& model, const TempFolder& to) {
+  for (const auto& file : std::filesystem::directory_iterator(kData + "/" + model)) std::filesystem::copy(file, to.path());
+}
+
+}  // namespace
+
+TEST_CASE("checkpoints are packed slice by slice as the geometry says") {
+  for (const std::string name : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral"}) {
+    const ModelConfig model = read_config(kData + "/" + name);
+    const auto source = open_checkpoint(kData + "/" + name, model, nullptr);
+    for (int cuts : {1, 4, 8}) check_slices(*source, model, cuts);  // 8 cuts of 16 neurons in tiny-qwen3-moe, 8 in its dense twin: padded
+  }
+}
+
+TEST_CASE("dummy weights of an element do not depend on the slice that asks") {
+  const ModelConfig model = read_config(kData + "/tiny-qwen3-moe");
+  const auto source = make_dummy_source(model, 7);
+  check_slices(*source, model, 4);
+  const auto m = source->matrix("x", 100, 96);
+  const auto all = whole(*m, 100, 96);
+  bf16 some[3 * 5];
+  m->read({50, 53}, {20, 25}, some);
+  for (int r = 0; r < 3; ++r)
+    for (int c = 0; c < 5; ++c) CHECK(some[r * 5 + c] == all[static_cast<size_t>((50 + r) * 96 + 20 + c)]);
+  double squares = 0;
+  for (bf16 x : all) squares += std::pow(to_float(x), 2);
+  CHECK(squares / static_cast<double>(all.size()) == Approx(1.0 / 96).epsilon(0.1));
+  CHECK(whole(*make_dummy_source(model, 8)->matrix("x", 100, 96), 100, 96) != all);
+}
+
+TEST_CASE("f16 and f32 on disk become bf16 by rounding to nearest") {
+  CHECK(to_float(to_bf16(1.00390625f)) == 1.0f);           // halfway: to even
+  CHECK(to_float(to_bf16(1.01171875f)) == 1.015625f);
+  CHECK(half_to_float(0x3c00) == 1.0f);
+  CHECK(half_to_float(0xc000) == -2.0f);
+  CHECK(half_to_float(0x0001) == 0x1p-24f);
+  CHECK(std::isinf(half_to_float(0x7c00)));
+  CHECK(std::isnan(to_float(to_bf16(std::nanf("")))));
+}
+
+TEST_CASE("a tensor that is missing or of another shape than config.json says is refused before anything is read") {
+  const TempFolder folder;
+  copy_model("tiny-qwen3-moe", folder);
+  json config = json::parse(std::ifstream(folder / "config.json"));
+  config["moe_intermediate_size"] = 64;
+  CHECK_THROWS_WITH(open_checkpoint(folder.path(), parse_config(config.dump(), "c"), nullptr), Contains("mlp.experts.0.gate_proj") && Contains("128"));
+  config["moe_intermediate_size"] = 128;
+  config["num_hidden_layers"] = 5;
+  CHECK_THROWS_WITH(open_checkpoint(folder.path(), parse_config(config.dump(), "c"), nullptr), Contains("model.layers.4") && Contains("missing"));
+  config["num_hidden_layers"] = 4;
+  config["vocab_size"] = 16000000;  // would be 4 GB
+  CHECK_THROWS_WITH(open_checkpoint(folder.path(), parse_config(config.dump(), "c"), nullptr), Contains("embed_tokens") && Contains("16000000"));
+}
+
+TEST_CASE("tensors that are not used are reported, not refused") {
+  const TempFolder folder;
+  copy_model("tiny-qwen3-moe", folder);
+  json config = json::parse(std::ifstream(folder / "config.json"));
+  config["num_hidden_layers"] = 3;
+  std::vector<std::string> warnings;
+  open_checkpoint(folder.path(), parse_config(config.dump(), "c"), [&](const std::string& w) { warnings.push_back(w); });
+  REQUIRE_FALSE(warnings.empty());
+  CHECK_THAT(warnings[0], Contains("model.layers.3."));
+}
+
+TEST_CASE("the fixed-point scale is 2^28 for usual layers and follows unusual ones") {
+  const ModelConfig model = read_config(kData + "/tiny-qwen3-moe");
+  CHECK(mlp_exponent({0.5f, 0.5f, 0.5f}, model, 0) == 28);
+  CHECK(attention_exponent({0.5f, 0.5f, 0.5f}, model, 0) == 28);
+  const int tiny = mlp_exponent({0.5f, 0.5f, 1e-7f}, model, 0);
+  CHECK(tiny > 40);
+  CHECK(tiny <= 60);
+  CHECK(mlp_exponent({0.5f, 1e4f, 1e4f}, model, 0) < 28);
+  CHECK(mlp_exponent({0, 0, 0}, model, 0) == 28);
+}
+
+}  // namespace moebius::test
