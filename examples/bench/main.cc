@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -378,6 +379,7 @@ int run(int argc, char** argv) {
 }  // namespace moebius::bench
 
 int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);
   try {
     return moebius::bench::run(argc, argv);
   } catch (const CLI::Error& e) {

@@ -1,0 +1,279 @@
+// The C ABI: NULL everywhere, wrong sizes, ownership, and a run of everything together.
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "moebius/moebius.hpp"
+#include "tests/catch.h"
+
+namespace {
+
+const std::string kModel = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
+
+struct Message {
+  moebius_error* error = nullptr;
+  ~Message() { moebius_error_destroy(error); }
+  std::string text() const { return moebius_error_message(error); }
+};
+
+moebius_cpp::Engine small_engine(int ranks = 2) {
+  moebius_cpp::Config c;
+  c.set("ranks", int64_t{ranks}).set("threads", int64_t{1}).set("kv_tokens", int64_t{4096}).set("max_batch", int64_t{8});
+  return moebius_cpp::Engine(kModel, c);
+}
+
+}  // namespace
+
+TEST_CASE("statuses have names, errors can be destroyed twice over nothing") {
+  CHECK(std::string(moebius_status_name(MOEBIUS_OK)) == "ok");
+  CHECK(std::string(moebius_status_name(MOEBIUS_E_QUEUE_FULL)) == "queue_full");
+  CHECK(std::string(moebius_status_name(MOEBIUS_E_INTERNAL)) == "internal");
+  CHECK(std::string(moebius_status_name(-99)) == "unknown");
+  CHECK(std::string(moebius_status_name(1)) == "unknown");
+  moebius_error_destroy(nullptr);
+  CHECK(moebius_error_code(nullptr) == MOEBIUS_OK);
+  CHECK(std::string(moebius_error_message(nullptr)) == "");
+  int32_t major = -1;
+  moebius_version(&major, nullptr, nullptr);
+  CHECK(major == MOEBIUS_VERSION_MAJOR);
+}
+
+TEST_CASE("every function takes NULL for any pointer and says so") {
+  moebius_engine* engine = nullptr;
+  moebius_config* config = nullptr;
+  moebius_request* request = nullptr;
+  moebius_event event{};
+  size_t count = 0;
+  uint64_t id = 0;
+  const int32_t ids[1] = {1};
+  const std::vector<moebius_status> statuses = {
+      moebius_config_create(nullptr, nullptr),
+      moebius_config_set_i64(config, "ranks", 1, nullptr),
+      moebius_config_set_f64(config, "stall_budget_ms", 1, nullptr),
+      moebius_config_set_str(config, "layout", "tp", nullptr),
+      moebius_config_set_str(config, "layout", nullptr, nullptr),
+      moebius_config_set_progress(config, nullptr, nullptr, nullptr),
+      moebius_config_set_warning(config, nullptr, nullptr, nullptr),
+      moebius_engine_create(nullptr, nullptr, &engine, nullptr),
+      moebius_engine_create("x", nullptr, nullptr, nullptr),
+      moebius_engine_model(engine, nullptr, nullptr),
+      moebius_request_create(nullptr, nullptr),
+      moebius_request_set_prompt(request, ids, 1, nullptr),
+      moebius_request_set_i64(request, "n", 1, nullptr),
+      moebius_request_set_f64(request, "top_p", 1, nullptr),
+      moebius_request_set_str(request, "id", "a", nullptr),
+      moebius_request_set_ids(request, "stop_token_ids", ids, 1, nullptr),
+      moebius_request_add_logit_bias(request, 1, 1, nullptr),
+      moebius_engine_submit(engine, request, &id, nullptr),
+      moebius_engine_check(engine, request, nullptr),
+      moebius_engine_cancel(engine, 1, nullptr),
+      moebius_engine_step(engine, nullptr, nullptr),
+      moebius_engine_start(engine, nullptr),
+      moebius_engine_stop(engine, nullptr),
+      moebius_engine_poll(engine, &event, 1, sizeof event, 0, &count, nullptr),
+      moebius_engine_switch(engine, MOEBIUS_LAYOUT_TP, nullptr),
+      moebius_engine_hold_seam(engine, 0, nullptr),
+      moebius_engine_set_stall_budget(engine, 0, nullptr),
+      moebius_engine_set_policy(engine, config, nullptr),
+      moebius_engine_estimate_switch(engine, MOEBIUS_LAYOUT_TP, nullptr, nullptr),
+      moebius_engine_stats(engine, nullptr, nullptr),
+      moebius_engine_memory(engine, nullptr, nullptr),
+      moebius_engine_metrics_text(engine, nullptr, 0, nullptr, nullptr),
+      moebius_engine_take_logits(engine, 1, 0, nullptr, 0, nullptr, nullptr),
+      moebius_tokenizer_load(nullptr, nullptr, nullptr),
+      moebius_tokenizer_encode(nullptr, nullptr, 0, 0, nullptr, 0, nullptr, nullptr),
+      moebius_tokenizer_decode(nullptr, nullptr, 0, 0, nullptr, 0, nullptr, nullptr),
+      moebius_decoder_create(nullptr, nullptr, nullptr),
+      moebius_decoder_push(nullptr, 0, nullptr, nullptr, nullptr),
+      moebius_decoder_finish(nullptr, nullptr, nullptr, nullptr),
+  };
+  for (size_t i = 0; i < statuses.size(); ++i) {
+    INFO("call " << i);
+    CHECK(statuses[i] == MOEBIUS_E_INVALID_ARGUMENT);
+  }
+  moebius_config_destroy(nullptr);
+  moebius_engine_destroy(nullptr);
+  moebius_request_destroy(nullptr);
+  moebius_tokenizer_destroy(nullptr);
+  moebius_decoder_destroy(nullptr);
+}
+
+TEST_CASE("config keys are enumerated; an unknown one names the nearest, a wrong type its own") {
+  moebius_cpp::Config c;
+  size_t n = 0;
+  const char *name = nullptr, *type = nullptr, *fallback = nullptr, *doc = nullptr;
+  for (; moebius_config_key(n, &name, &type, &fallback, &doc, nullptr) == MOEBIUS_OK; ++n) {
+    CHECK(std::strlen(doc) > 0);
+    moebius_status status = MOEBIUS_E_INTERNAL;  // every key takes a value of its type
+    if (std::string(type) == "i64") status = moebius_config_set_i64(c.get(), name, 1, nullptr);
+    if (std::string(type) == "f64") status = moebius_config_set_f64(c.get(), name, 1, nullptr);
+    if (std::string(type) == "str" && *fallback) status = moebius_config_set_str(c.get(), name, fallback, nullptr);
+    if (std::string(type) == "str" && !*fallback) status = MOEBIUS_OK;
+    INFO(name);
+    CHECK(status == MOEBIUS_OK);
+  }
+  CHECK(n > 20);
+  Message m;
+  CHECK(moebius_config_set_i64(c.get(), "thread", 1, &m.error) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK_THAT(m.text(), Catch::Contains("'threads'"));
+  Message wrong;
+  CHECK(moebius_config_set_str(c.get(), "threads", "two", &wrong.error) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK_THAT(wrong.text(), Catch::Contains("i64"));
+  CHECK(moebius_config_set_str(c.get(), "layout", "pp", nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_config_set_i64(c.get(), "ranks", -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+}
+
+TEST_CASE("requests refuse unknown keys, and by name those of other engines") {
+  moebius_cpp::Request r({1, 2});
+  CHECK(moebius_request_set_i64(r.get(), "max_token", 1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  Message m;
+  CHECK(moebius_request_set_str(r.get(), "stop", "x", &m.error) == MOEBIUS_E_UNSUPPORTED);
+  CHECK_THAT(m.text(), Catch::Contains("'stop'"));
+  CHECK(moebius_request_set_f64(r.get(), "max_tokens", 1.5, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_request_set_i64(r.get(), "temperature", 0, nullptr) == MOEBIUS_OK);  // a whole number will do
+}
+
+TEST_CASE("a bad path is an error with a message, and nothing is handed out") {
+  moebius_engine* engine = reinterpret_cast<moebius_engine*>(1);
+  Message m;
+  CHECK(moebius_engine_create("/no/such/model", nullptr, &engine, &m.error) == MOEBIUS_E_NOT_FOUND);
+  CHECK_THAT(m.text(), Catch::Contains("/no/such/model"));
+  CHECK(engine == reinterpret_cast<moebius_engine*>(1));
+}
+
+TEST_CASE("a load can be watched and cancelled") {
+  moebius_cpp::Config c;
+  struct Seen {
+    int64_t last = 0, total = 0;
+  } seen;
+  moebius_config_set_progress(c.get(), [](void* user, int64_t done, int64_t total) -> int32_t {
+    auto& s = *static_cast<Seen*>(user);
+    CHECK(done >= s.last);
+    s = {done, total};
+    return 0;
+  }, &seen, nullptr);
+  moebius_cpp::Engine engine(kModel, c);
+  CHECK(seen.last == seen.total);
+  CHECK(seen.total > 0);
+  moebius_config_set_progress(c.get(), [](void*, int64_t, int64_t) -> int32_t { return 1; }, nullptr, nullptr);
+  moebius_engine* none = nullptr;
+  CHECK(moebius_engine_create(kModel.c_str(), c.get(), &none, nullptr) == MOEBIUS_E_CANCELLED);
+}
+
+TEST_CASE("struct sizes: too small is refused, larger must be zero behind what is known") {
+  const auto engine = small_engine();
+  moebius_stats stats{};
+  stats.struct_size = 8;
+  CHECK(moebius_engine_stats(engine.get(), &stats, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  struct {
+    moebius_stats stats;
+    uint64_t future;
+  } larger{};
+  larger.stats.struct_size = sizeof larger;
+  CHECK(moebius_engine_stats(engine.get(), &larger.stats, nullptr) == MOEBIUS_OK);
+  CHECK(larger.stats.num_layers == 6);
+  larger.future = 1;
+  CHECK(moebius_engine_stats(engine.get(), &larger.stats, nullptr) == MOEBIUS_E_UNSUPPORTED);
+  moebius_event event{};
+  size_t count = 0;
+  CHECK(moebius_engine_poll(engine.get(), &event, 1, sizeof event - 8, 0, &count, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+}
+
+TEST_CASE("requests run, stream, switch and end; logits, metrics, memory and estimates can be had") {
+  auto engine = small_engine();
+  const moebius_cpp::Tokenizer tokenizer(kModel);
+  moebius_cpp::Request r(tokenizer.encode("ROMEO:"));
+  r.set("max_tokens", int64_t{12}).set_real("temperature", 0).set("keep_logits", int64_t{1}).set("logprobs", int64_t{3}).set("ignore_eos", int64_t{1});
+  const uint64_t id = engine.submit(r);
+  moebius_cpp::Request other(std::vector<int32_t>{1, 2, 3});
+  other.set("max_tokens", int64_t{200}).set("ignore_eos", int64_t{1});
+  const uint64_t cancelled = engine.submit(other);
+  std::vector<moebius_event> events;
+  std::vector<int32_t> tokens;
+  int finished = 0, switched = 0;
+  for (int step = 0; finished < 2 && step < 500; ++step) {
+    if (step == 3) engine.request_switch(MOEBIUS_LAYOUT_EP);
+    if (step == 6) engine.cancel(cancelled);
+    engine.step();
+    engine.poll(events);
+    for (const moebius_event& e : events) {
+      CHECK(e.struct_size == sizeof(moebius_event));
+      if (e.type == MOEBIUS_EVENT_TOKEN && e.request == id) {
+        tokens.push_back(e.token);
+        CHECK(e.num_top == 3);
+        CHECK(e.top_tokens[0] == e.token);
+        CHECK(e.logprob == e.top_logprobs[0]);
+      }
+      if (e.type == MOEBIUS_EVENT_FINISHED) {
+        ++finished;
+        CHECK(e.finish_reason == (e.request == id ? MOEBIUS_FINISH_LENGTH : MOEBIUS_FINISH_ABORT));
+      }
+      if (e.type == MOEBIUS_EVENT_SWITCH_FINISHED) {
+        ++switched;
+        CHECK(e.bytes >= e.bytes_changed);
+        CHECK(std::strlen(e.reason) > 0);
+      }
+    }
+  }
+  CHECK(finished == 2);
+  CHECK(switched == 1);
+  CHECK(tokens.size() == 12);
+  CHECK(engine.take_logits(id).size() == (tokenizer.encode("ROMEO:").size() + 12 - 1) * 1024);
+  CHECK_THROWS_AS(engine.take_logits(id), moebius_cpp::Error);
+  CHECK_THROWS_AS(engine.cancel(id), moebius_cpp::Error);
+  CHECK(engine.stats().seam == 0);
+  CHECK(engine.stats().switches == 1);
+
+  size_t needed = 0;
+  CHECK(moebius_engine_metrics_text(engine.get(), nullptr, 0, &needed, nullptr) == MOEBIUS_OK);
+  std::string text(needed, '?');
+  CHECK(moebius_engine_metrics_text(engine.get(), text.data(), needed - 1, nullptr, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_engine_metrics_text(engine.get(), text.data(), needed, nullptr, nullptr) == MOEBIUS_OK);
+  CHECK_THAT(text, Catch::Contains("moebius_generation_tokens_total"));
+
+  moebius_memory memory{};
+  memory.struct_size = sizeof memory;
+  CHECK(moebius_engine_memory(engine.get(), &memory, nullptr) == MOEBIUS_OK);
+  CHECK(memory.lead_bytes > 0);
+  CHECK(memory.lead_bytes <= memory.layer_bytes);  // at most one layer
+  moebius_switch_estimate estimate{};
+  estimate.struct_size = sizeof estimate;
+  CHECK(moebius_engine_estimate_switch(engine.get(), MOEBIUS_LAYOUT_TP, &estimate, nullptr) == MOEBIUS_OK);
+  CHECK(estimate.fits == 1);
+  CHECK(estimate.bytes > 0);
+  CHECK(moebius_engine_estimate_switch(engine.get(), 5, &estimate, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_engine_hold_seam(engine.get(), 7, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+}
+
+TEST_CASE("with one rank a switch succeeds and moves nothing") {
+  auto engine = small_engine(1);
+  engine.request_switch(MOEBIUS_LAYOUT_EP);
+  engine.step();
+  std::vector<moebius_event> events;
+  engine.poll(events);
+  REQUIRE(events.size() == 2);
+  CHECK(events[1].type == MOEBIUS_EVENT_SWITCH_FINISHED);
+  CHECK(events[1].bytes == 0);
+  CHECK(engine.stats().seam == 0);
+}
+
+TEST_CASE("text is streamed in whole characters and equals what is decoded at once") {
+  const moebius_cpp::Tokenizer tokenizer(kModel);
+  const std::string text = "naïve café — 日本 👩‍👩‍👧";
+  const std::vector<int32_t> ids = tokenizer.encode(text);
+  CHECK(tokenizer.decode(ids) == text);
+  moebius_decoder* decoder = nullptr;
+  REQUIRE(moebius_decoder_create(tokenizer.get(), &decoder, nullptr) == MOEBIUS_OK);
+  std::string streamed;
+  const char* piece = nullptr;
+  size_t bytes = 0;
+  for (int32_t id : ids) {
+    REQUIRE(moebius_decoder_push(decoder, id, &piece, &bytes, nullptr) == MOEBIUS_OK);
+    streamed.append(piece, bytes);
+  }
+  REQUIRE(moebius_decoder_finish(decoder, &piece, &bytes, nullptr) == MOEBIUS_OK);
+  streamed.append(piece, bytes);
+  CHECK(streamed == text);
+  moebius_decoder_destroy(decoder);
+}

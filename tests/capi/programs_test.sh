@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# The contract of the programs: exit statuses, what stops a run before it starts, records, events, logits.
+set -uo pipefail
+bin=$1 model=$2
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failures=0
+fail() { echo "FAILED: $*"; failures=$((failures + 1)); }
+expect() {  # expect STATUS TEXT-ON-STDERR COMMAND…
+  local status=$1 text=$2; shift 2
+  "$@" >"$work/out" 2>"$work/err" </dev/null
+  local got=$?
+  [ "$got" -eq "$status" ] || fail "status $got, not $status: $* ($(head -c 300 "$work/err"))"
+  grep -qF -- "$text" "$work/err" || fail "stderr lacks '$text': $* ($(head -c 300 "$work/err"))"
+  if [ "$status" -eq 2 ] && [ -s "$work/out" ]; then fail "printed a result although it did not run: $*"; fi
+}
+generate="$bin/moebius-generate --model $model"
+
+for program in moebius-generate moebius-demo moebius-bench; do
+  "$bin/$program" --help >"$work/out" 2>&1 || fail "$program --help"
+  expect 2 "" "$bin/$program" --no-such-flag
+done
+expect 2 "no-such-model" "$bin/moebius-generate" --model "$work/no-such-model" --prompt-ids 1
+expect 2 "" $generate
+expect 2 "" $generate --prompt a --prompt-ids 1
+expect 2 "no token id" $generate --prompt-ids 1,x
+expect 2 "1024" $generate --prompt-ids 1,1024
+expect 2 "--switch-at" $generate --prompt-ids 1 --switch-at 3:xy
+expect 2 "--seam" $generate --prompt-ids 1 --seam 7
+expect 2 "cannot write" $generate --prompt-ids 1 --events "$work/none/e"
+expect 2 "cannot write" $generate --prompt-ids 1 --logits-out "$work/none/l"
+expect 2 "ranks" $generate --prompt-ids 1 --ranks 5
+expect 2 "top_p" $generate --prompt-ids 1 --top-p 2
+expect 2 "isa" $generate --prompt-ids 1 --isa sse9
+
+bad() {  # bad TEXT LINE: the second line of a prompts file is wrong; the message names it
+  printf '{"prompt_ids":[1]}\n%s\n' "$2" >"$work/p.jsonl"
+  expect 2 "$1" $generate --prompts "$work/p.jsonl"
+  grep -q 'p.jsonl:2' "$work/err" || fail "the message does not name line 2: $2 ($(cat "$work/err"))"
+}
+bad "empty" '{"prompt_ids":[]}'
+bad "empty" '{"prompt":""}'
+bad "5000" '{"prompt_ids":[5000]}'
+bad "-1" '{"prompt_ids":[-1]}'
+bad "twice" '{"id":0,"prompt_ids":[1]}'
+bad "colour" '{"prompt_ids":[1],"colour":1}'
+bad "max_token" '{"prompt_ids":[1],"max_token":1}'
+bad "not supported" '{"prompt_ids":[1],"stop":["x"]}'
+bad "2048" '{"prompt_ids":[1],"max_tokens":2048}'
+bad "neither" '{"id":"a"}'
+bad "both" '{"prompt":"a","prompt_ids":[1]}'
+bad "JSON" '{"prompt_ids":[1]'
+bad "object" '[1]'
+bad "integer" '{"prompt_ids":[1],"max_tokens":1.5}'
+bad "temperature" '{"prompt_ids":[1],"temperature":-1}'
+bad "twice" '{"prompt_ids":[1],"seed":1,"seed":2}'
+bad "arrival_step" '{"prompt_ids":[1],"arrival_step":-1}'
+expect 2 "cannot read" $generate --prompts "$work/none.jsonl"
+: >"$work/empty.jsonl"
+expect 2 "no prompt" $generate --prompts "$work/empty.jsonl"
+
+cat >"$work/p.jsonl" <<'P'
+{"id":"a","prompt":"ROMEO:","max_tokens":8,"temperature":0}
+{"id":7,"prompt_ids":[5,6,7],"max_tokens":40,"arrival_step":3,"cancel_step":9,"ignore_eos":true}
+{"prompt_ids":[5,6],"max_tokens":3,"arrival_step":5,"cancel_step":5}
+{"id":"late","prompt_ids":[9],"max_tokens":4,"arrival_step":30,"logprobs":1,"seed":0}
+P
+run() { $generate --prompts "$work/p.jsonl" --format json "$@" 2>"$work/err" || fail "generate $* ($(cat "$work/err"))"; }
+run --events "$work/ev" --logits-out "$work/l" --ranks 2 --switch-at 4:ep,12:tp,99:ep >"$work/r1"
+grep -qF 'was not reached' "$work/err" || fail "a switch after the last step is not named"
+[ "$(wc -l <"$work/r1")" -eq 4 ] || fail "not one record a request"
+grep -q '"id":7,.*"finish_reason":"abort"' "$work/r1" || fail "the cancelled request has no abort record"
+grep -q '"id":2,"prompt_ids":\[5,6\],"token_ids":\[\],"logprobs":null,"finish_reason":"abort"' "$work/r1" || fail "cancel at the arrival step: no record without tokens"
+grep -q '"id":"late".*"logprobs":\[{' "$work/r1" || fail "no logprobs"
+for type in arrived finished cancelled switch_started seam switch_finished; do
+  grep -q "\"type\":\"$type\"" "$work/ev" || fail "no event $type"
+done
+grep -q '"step":30,"type":"arrived","id":"late"' "$work/ev" || fail "idle steps are not counted"
+for flags in "--ranks 1" "--ranks 2 --layout ep" "--ranks 4 --threads 2" "--ranks 2 --seam 3" "--ranks 2 --stall-budget-ms 0.01 --switch-at 2:ep,7:tp"; do
+  run $flags --logits-out "$work/l2" >"$work/r2"
+  cmp -s "$work/r1" "$work/r2" || fail "records differ with $flags"
+done
+run --ranks 2 --logits-out "$work/l2" >/dev/null
+cmp -s "$work/l" "$work/l2" || fail "logits differ"
+printf '{"id":1,"prompt_ids":[1],"ignore_eos":true,"max_tokens":3}\n{"id":2,"prompt_ids":[2],"ignore_eos":true,"max_tokens":3}\n' >"$work/p.jsonl"
+run --max-batch 1 >"$work/r3"
+[ "$(wc -l <"$work/r3")" -eq 2 ] || fail "a small batch drops requests"
+$generate --prompt-ids 5,6,7 --max-tokens 500 --ignore-eos --prompts /dev/null 2>/dev/null && fail "two prompt sources are taken"
+"$bin/moebius-generate" --model "$model" --prompt "What " --max-tokens 5 >/dev/full 2>/dev/null; [ $? -eq 1 ] || fail "a full disk is no status 1"
+
+"$bin/moebius-demo" --requests 12 >"$work/demo" || fail "demo"
+[ "$(tail -n 1 "$work/demo")" = "tokens: identical in 3 of 3 runs" ] || fail "the demo's last line"
+"$bin/moebius-c-example" "$model" | grep -q 'now in EP' || fail "the C example does not switch"
+"$bin/moebius-c-example" "$work" >/dev/null 2>"$work/err"; [ $? -eq 2 ] || fail "the C example's status for a bad path"
+grep -q 'config.json' "$work/err" || fail "the C example's message for a bad path"
+"$bin/moebius-bench" decode --model "$model" --batch 2 --steps 4 --format json | grep -q '"share_of_floor"' || fail "bench decode"
+"$bin/moebius-bench" prefill --model "$model" --tokens 40 --rounds 1 --format json | grep -q '"floor_tokens_per_second"' || fail "bench prefill"
+"$bin/moebius-bench" switch --model "$model" --ranks 2 --requests 3 --context 20 --rounds 1 --format json | grep -q '"part":"kv"' || fail "bench switch"
+[ "$failures" -eq 0 ] && echo "all as promised"
+exit "$((failures > 0))"
