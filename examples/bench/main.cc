@@ -17,6 +17,7 @@
 #include <nlohmann/json.hpp>
 
 #include "examples/bench/floor.h"
+#include "examples/bench/profile.h"
 #include "lib/runtime/engine_impl.h"
 
 namespace moebius::bench {
@@ -120,6 +121,8 @@ class Bench {
       std::vector<double> seconds, floors;
       FloorInputs work = inputs_of(*e);
       Rates rates = measure_rates(e->impl().world(), e->impl().ops());
+      if (o_.profile) e->impl().use_ops(profiled(e->impl().ops()));
+      reset_profile();
       for (int i = 0; i < o_.steps; ++i) {
         const StepResult r = e->step();
         if (r.decode_rows != batch) break;
@@ -136,7 +139,26 @@ class Bench {
       row["context"] = o_.context;
       add_speed(row, batch / median(seconds), batch / median(floors), rates);
       print(row);
+      if (o_.profile) print_profile(seconds, e->impl().world());
     }
+  }
+
+  // Per step and thread; what is no op (plan, barriers, LM head's sampling, waiting) is the rest.
+  void print_profile(const std::vector<double>& steps, const World& world) {
+    double total = 0, inside = 0;
+    for (double s : steps) total += s;
+    const auto print_line = [&](const char* name, double seconds) {
+      if (o_.format == "json")
+        fmt::print("{}\n", json{{"what", "profile"}, {"op", name}, {"seconds", seconds / static_cast<double>(steps.size())}, {"share", seconds / total}}.dump());
+      else
+        fmt::print("    {:16} {:9.3f} ms  {:5.1f} %\n", name, 1e3 * seconds / static_cast<double>(steps.size()), 100 * seconds / total);
+    };
+    for (const OpTime& op : profile()) {
+      const double seconds = op.seconds / (world.ranks() * world.threads());
+      inside += seconds;
+      print_line(op.name, seconds);
+    }
+    print_line("outside ops", total - inside);
   }
 
   void prefill() {
@@ -172,7 +194,9 @@ class Bench {
     print(row);
   }
 
-  // One switch of everything there and back; seconds and bytes from its event.
+  Layout flipped(int i) const { return (o_.layout == "tp") == (i % 2 == 0) ? Layout::kEp : Layout::kTp; }
+
+  // One switch of everything; seconds and bytes from its event.
   Event switch_once(Engine& e, Layout to) {
     drain(e);
     e.request_switch(to);
@@ -189,39 +213,32 @@ class Bench {
   void switches() {
     if (o_.ranks < 2) throw CLI::ValidationError("--ranks", "a switch needs at least 2 ranks");
     auto e = engine(o_.requests, o_.context + 64 + 4 * o_.rounds);
-    std::map<std::pair<std::string, int>, std::vector<Event>> seen;
-    std::map<std::pair<std::string, int>, std::vector<double>> copies;
-    const auto round = [&](const std::string& part) {
-      for (int i = 0; i < 2 * o_.rounds; ++i) {
-        const Layout to = (o_.layout == "tp") == (i % 2 == 0) ? Layout::kEp : Layout::kTp;
-        const auto key = std::pair(part, static_cast<int>(to));
-        seen[key].push_back(switch_once(*e, to));
-        copies[key].push_back(memcpy_seconds(e->impl().world(), seen[key].back().bytes));
-      }
-    };
-    switch_once(*e, Layout::kEp), switch_once(*e, Layout::kTp);  // touches both layouts' pages
-    if (o_.layout == "ep") switch_once(*e, Layout::kEp);
-    round("weights");
     submit(*e, o_.requests, o_.context, 60 + 4 * o_.rounds);
     while (e->step().prefill_rows > 0 || e->stats().running < o_.requests) drain(*e);
-    round("all");
-    for (int to : {0, 1}) {
-      const auto seconds_of = [](const std::vector<Event>& events) {
-        std::vector<double> s;
-        for (const Event& x : events) s.push_back(x.seconds);
-        return median(s);
+    for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));  // touches both layouts' pages
+    struct Part {
+      int64_t bytes = 0, changed = 0;
+      std::vector<double> seconds, memcpy;
+    };
+    std::map<std::string, Part> parts[2];  // [to]
+    for (int i = 0; i < 2 * o_.rounds; ++i) {
+      const Layout to = flipped(i);
+      const Event all = switch_once(*e, to);
+      const Switcher& switcher = e->impl().switcher();
+      const auto record = [&](const char* name, int64_t bytes, int64_t changed, double seconds) {
+        Part& p = parts[static_cast<int>(to)][name];
+        p.bytes = bytes;
+        p.changed = changed;
+        p.seconds.push_back(seconds);
+        p.memcpy.push_back(memcpy_seconds(e->impl().world(), bytes));
       };
-      struct Part {
-        int64_t bytes, changed;
-        double seconds, memcpy;
-      };
-      const auto part = [&](const std::string& name) {
-        const auto& events = seen[{name, to}];
-        return Part{events.back().bytes, events.back().bytes_changed, seconds_of(events), median(copies[{name, to}])};
-      };
-      const Part weights = part("weights"), all = part("all");
-      const Part kv{all.bytes - weights.bytes, all.changed - weights.changed, all.seconds - weights.seconds, all.memcpy - weights.memcpy};
-      for (const auto& [name, p] : {std::pair<const char*, Part>{"weights", weights}, {"kv", kv}, {"all", all}}) {
+      record("weights", switcher.weights_part().bytes, switcher.weights_part().bytes_changed, switcher.weights_part().seconds);
+      record("kv", switcher.kv_part().bytes, switcher.kv_part().bytes_changed, switcher.kv_part().seconds);
+      record("all", all.bytes, all.bytes_changed, all.seconds);
+    }
+    for (int to : {0, 1})
+      for (const char* name : {"weights", "kv", "all"}) {
+        const Part& p = parts[to][name];
         json row = base("switch", *e);
         row["batch"] = o_.requests;
         row["context"] = o_.context;
@@ -230,14 +247,13 @@ class Bench {
         row["part"] = name;
         row["bytes"] = p.bytes;
         row["bytes_changed"] = p.changed;
-        row["seconds"] = p.seconds;
-        row["memcpy_seconds"] = p.memcpy;
-        row["share_of_memcpy"] = p.seconds > 0 ? p.memcpy / p.seconds : 0;
+        row["seconds"] = median(p.seconds);
+        row["memcpy_seconds"] = median(p.memcpy);
+        row["share_of_memcpy"] = median(p.memcpy) / median(p.seconds);
         row["lead_bytes"] = e->memory().lead_bytes;
         row["layer_bytes"] = e->memory().layer_bytes;
         print(row);
       }
-    }
   }
 
   void load() {
@@ -355,6 +371,7 @@ int run(int argc, char** argv) {
   auto* decode = common(app.add_subcommand("decode", "decode steps at given batch sizes"));
   decode->add_option("--batch", o.batches, "batch sizes, e.g. 1,8,32")->delimiter(',')->check(CLI::Range(1, 65536))->capture_default_str();
   decode->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  decode->add_flag("--profile", o.profile, "where a step's time goes, op by op");
   decode->add_option("--steps", o.steps, "timed steps")->check(CLI::Range(1, 100000))->capture_default_str();
   auto* prefill = common(app.add_subcommand("prefill", "one prompt"));
   prefill->add_option("--tokens", o.tokens, "tokens of the prompt")->check(CLI::Range(1, 1 << 20))->capture_default_str();

@@ -57,6 +57,9 @@ class Engine::Impl {
   KvManager& kv() { return kv_; }
   const Scheduler& scheduler() const { return scheduler_; }
   const Ops& ops() const { return ops_; }
+  void use_ops(const Ops& ops) {  // for the forward pass; a benchmark's wrapped table of the same path
+    for (const auto& executor : executors_) executor->context().ops = &ops;
+  }
   std::function<void(int rank, int thread)> step_hook;  // called by every thread at the start of a step's region; may throw
 
  private:

@@ -133,6 +133,7 @@ bool Switcher::begin(int target, bool preempt_to_fit) {
   started_ = start;
   bytes_ = bytes_changed_ = 0;
   seconds_ = 0;
+  weights_part_ = kv_part_ = {};
   origin_ = seam_;
   target_ = target;
   if (moving() && parts_.kv.phase() != Phase::kBoth) {
@@ -315,13 +316,29 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
     if (thread == 0 && hook) hook(item, rank, to, undoing_);
     parts_.world.check_abort();  // a rank that slept writes nothing into a world that has gone back
     Copied done;
-    if (!pieces.empty()) copy_weights(item, to, rank, thread, pieces, num_pieces, done);
-    copy_blocks(item, to, rank, thread, done);
+    const auto begin = Clock::now();
+    if (!pieces.empty()) copy_weights(item, to, rank, thread, pieces, num_pieces, done.weights);
+    stream_fence();
+    done.weights.seconds = seconds_since(begin);
+    copy_blocks(item, to, rank, thread, done.kv);
     stream_fence();  // orders the copies before the region's end
+    done.kv.seconds = seconds_since(begin) - done.weights.seconds;
     copied_[rank * parts_.world.threads() + thread] = done;
   });
   int64_t bytes = 0, changed = 0;
-  for (const Copied& c : copied_) bytes += c.bytes, changed += c.changed;
+  const auto add = [&](Part& total, Part Copied::*part) {
+    double slowest = 0;
+    for (const Copied& c : copied_) {
+      total.bytes += (c.*part).bytes;
+      total.bytes_changed += (c.*part).bytes_changed;
+      bytes += (c.*part).bytes;
+      changed += (c.*part).bytes_changed;
+      slowest = std::max(slowest, (c.*part).seconds);
+    }
+    total.seconds += slowest;
+  };
+  add(weights_part_, &Copied::weights);
+  add(kv_part_, &Copied::kv);
   const double seconds = seconds_since(start);
   bytes_ += bytes;
   bytes_changed_ += changed;
@@ -330,7 +347,7 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
 }
 
 // This thread's share of weight pieces [pieces.begin, pieces.end) of num_pieces: a range of the rank's bytes of the item.
-void Switcher::copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Copied& done) const {
+void Switcher::copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Part& done) const {
   const std::vector<BlockCopy>& copies = plan_to(to).items[item].to[rank];
   if (copies.empty()) return;
   const std::vector<int64_t>& ends = ends_[static_cast<int>(to)][item][rank];
@@ -348,16 +365,16 @@ void Switcher::copy_weights(int item, Layout to, int rank, int thread, Range pie
     at += bytes;
   }
   done.bytes += share.size();
-  done.changed += share.size();
+  done.bytes_changed += share.size();
 }
 
-void Switcher::copy_blocks(int item, Layout to, int rank, int thread, Copied& done) const {
+void Switcher::copy_blocks(int item, Layout to, int rank, int thread, Part& done) const {
   for (size_t i = static_cast<size_t>(thread); i < list_.size(); i += static_cast<size_t>(parts_.world.threads())) {
     if ((i & 63) == 0) parts_.world.check_abort();
     for_each_kv_block(parts_.arena, to, item, rank, pair_of(list_[i]), [&](const BlockCopy& c, bool local) {
       stream_copy(parts_.arenas[rank] + c.dst_offset, parts_.arenas[c.src_rank] + c.src_offset, c.bytes);
       done.bytes += c.bytes;
-      if (!local) done.changed += c.bytes;
+      if (!local) done.bytes_changed += c.bytes;
     });
   }
 }

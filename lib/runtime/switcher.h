@@ -67,6 +67,14 @@ class Switcher {
   std::pair<int64_t, int64_t> bytes_to(Layout to) const;
   double copy_rate() const { return copy_rate_; }  // bytes per second of the copies so far
 
+  // Of the last or present switch: weights and KV apart. Seconds are of the slowest thread, summed over regions.
+  struct Part {
+    int64_t bytes = 0, bytes_changed = 0;
+    double seconds = 0;
+  };
+  const Part& weights_part() const { return weights_part_; }
+  const Part& kv_part() const { return kv_part_; }
+
   CopyHook hook;
 
  private:
@@ -74,8 +82,8 @@ class Switcher {
   int next_item() const { return direction() == Layout::kTp ? seam_ : seam_ - 1; }
   const TransferPlan& plan_to(Layout to) const { return to == Layout::kTp ? parts_.to_tp : parts_.to_ep; }
 
-  struct alignas(64) Copied {
-    int64_t bytes = 0, changed = 0;
+  struct alignas(64) Copied {  // by one thread in one region
+    Part weights, kv;
   };
   bool choose_homes(std::string* reason, std::vector<int32_t>& homes) const;
   void open(Layout to, const std::vector<int32_t>& homes);
@@ -89,8 +97,8 @@ class Switcher {
   int64_t num_pieces() const;
   PagePair pair_of(int32_t block) const;
   void run_copies(Range pieces, int64_t num_pieces);
-  void copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Copied& done) const;
-  void copy_blocks(int item, Layout to, int rank, int thread, Copied& done) const;
+  void copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Part& done) const;
+  void copy_blocks(int item, Layout to, int rank, int thread, Part& done) const;
 
   Parts parts_;
   int num_layers_;
@@ -106,6 +114,7 @@ class Switcher {
   Clock::time_point started_{};
   int64_t bytes_ = 0, bytes_changed_ = 0;
   double seconds_ = 0, plan_seconds_ = 0;
+  Part weights_part_, kv_part_;
   double copy_rate_ = 5e9;                              // until measured
   Layout from_ = Layout::kTp;
   mutable std::vector<uint64_t> homes_of_block_;        // choose_homes: the homes that a shared block is on so far
