@@ -134,28 +134,67 @@ void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
   }
 }
 
+// One block of rows × C tiles through all cuts of a job: the cuts' contributions meet in `local`, in the first-level cache, and
+// are added to the rows' sums once. (Integers: the same bits as adding each by itself.)
+template <int C>
+MOEBIUS_INLINE void down_block(const ExpertsArgs& args, const ExpertJob& job, const MlpCut& cut, const RowBlocks& x, Range rows, int64_t t,
+                               float scale) {
+  const PackedMatrix down = cut.down();
+  const int64_t pairs = down.k_pairs(), n0 = t * kTile;
+  alignas(64) int64_t local[Vec::kRows * C * kTile];
+  const int32_t* row_of = args.pair_rows + job.pair_begin + rows.begin;
+  __builtin_memset(local, 0, static_cast<size_t>(rows.size()) * C * kTile * sizeof(int64_t));
+  for (int32_t s = 0; s < args.num_cuts; ++s)
+    run_block<C>(rows.size(), x.of(rows) + s * pairs * rows.size(), job.cuts[s] + cut.gate_up_elements() + t * down.tile_elements(),
+                 2 * kTile, down.tile_elements(), pairs, [&](int64_t r, const F(&acc)[C]) {
+                   const F factor = Vec::set1(args.pair_weights[job.pair_begin + rows.begin + r] * scale);
+                   for (int c = 0; c < C; ++c) {
+                     const F v = Vec::mul(acc[c], factor);
+                     const uint32_t good = Vec::less(Vec::abs(v), Vec::set1(args.out.limit));
+                     if (good != 0xffffu) __atomic_store_n(args.out.flags + row_of[r], uint8_t{1}, __ATOMIC_RELAXED);
+                     Vec::add_fixed(local + (r * C + c) * kTile, v, good);
+                   }
+                 });
+  const int64_t width = args.hidden - n0 < C * kTile ? args.hidden - n0 : C * kTile;  // outputs past hidden are products with 0
+  for (int64_t r = 0; r < rows.size(); ++r) {
+    int64_t* sum = args.out.sum + row_of[r] * args.hidden + n0;
+    for (int64_t i = 0; i < width; ++i) sum[i] = static_cast<int64_t>(static_cast<uint64_t>(sum[i]) + static_cast<uint64_t>(local[r * C * kTile + i]));
+  }
+}
+
+MOEBIUS_INLINE void down_block_plain(const ExpertsArgs& args, const ExpertJob& job, const MlpCut& cut, const RowBlocks& x, Range rows,
+                                     Range tiles) {
+  const PackedMatrix down = cut.down();
+  for (int32_t s = 0; s < args.num_cuts; ++s)
+    for (int64_t t = tiles.begin; t < tiles.end; ++t)
+      run_block<1>(rows.size(), x.of(rows) + s * down.k_pairs() * rows.size(),
+                   job.cuts[s] + cut.gate_up_elements() + t * down.tile_elements(), 2 * kTile, 0, down.k_pairs(),
+                   [&](int64_t r, const F(&acc)[1]) {
+                     const int64_t pair = job.pair_begin + rows.begin + r;
+                     add_contributions(args.out, args.pair_rows[pair], args.hidden, t * kTile, Vec::mul(acc[0], Vec::set1(args.pair_weights[pair])));
+                   });
+}
+
 void experts_down(const ExpertsArgs& args, const Lane& lane) {
   const MlpCut cut{args.neurons_per_cut, args.hidden};
-  const PackedMatrix down = cut.down();
   const int64_t act_width = args.num_cuts * cut.padded();
-  const Range tiles = share_of(down.tiles(), lane.thread, lane.num_threads);
+  const Range tiles = share_of(cut.down().tiles(), lane.thread, lane.num_threads);
   if (tiles.empty()) return;
   clear_sums(args.out, args.zero_rows, args.hidden, columns_of(tiles, args.hidden));
-  const float scale = args.out.plain ? 1.0f : args.out.scale;
   for (int j = 0; j < args.num_jobs; ++j) {
     const ExpertJob& job = args.jobs[j];
-    for (int32_t s = 0; s < args.num_cuts && job.num_pairs > 0; ++s) {
-      const RowBlocks x = gather_rows(lane.scratch, job.num_pairs, down.k_pairs(), [&](int64_t r) {
-        return args.act + (job.pair_begin + r) * act_width + s * cut.padded();
-      });
-      multiply_tiles(x, job.cuts[s] + cut.gate_up_elements(), down.tile_elements(), tiles,
-                     [&](int64_t r, int64_t n0, const F* acc, int c) {
-                       const F factor = Vec::set1(args.pair_weights[job.pair_begin + r] * scale);
-                       for (int i = 0; i < c; ++i)
-                         add_contributions(args.out, args.pair_rows[job.pair_begin + r], args.hidden, n0 + i * kTile,
-                                           Vec::mul(acc[i], factor));
-                     });
+    if (job.num_pairs == 0) continue;
+    const RowBlocks x =
+        gather_rows(lane.scratch, job.num_pairs, act_width / 2, [&](int64_t r) { return args.act + (job.pair_begin + r) * act_width; });
+    if (args.out.plain) {
+      for (int64_t b = 0; b < x.blocks; ++b) down_block_plain(args, job, cut, x, x.block(b), tiles);
+      continue;
     }
+    for (int64_t t = tiles.begin; t < tiles.end; t += 2)
+      for (int64_t b = 0; b < x.blocks; ++b) {
+        if (t + 1 < tiles.end) down_block<2>(args, job, cut, x, x.block(b), t, args.out.scale);
+        else down_block<1>(args, job, cut, x, x.block(b), t, args.out.scale);
+      }
   }
 }
 

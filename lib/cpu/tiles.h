@@ -26,7 +26,7 @@ MOEBIUS_INLINE void tile_block(const Pair* a, const bf16* w, int64_t kstep, int6
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       tile[c] = Vec::load_w(w + p * kstep + c * cstep);
-      if (R <= 4) __builtin_prefetch(w + p * kstep + c * cstep + kPrefetchBytes / 2);
+      __builtin_prefetch(w + p * kstep + c * cstep + kPrefetchBytes / 2);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {

@@ -99,7 +99,7 @@ TEST_CASE("a slow thread learns of the abort before it goes on") {
 }
 
 TEST_CASE("a thread that never answers makes the world dead within two deadlines") {
-  std::atomic<bool> release{false};
+  static std::atomic<bool> release{false};  // outlives the detached thread's last look at it
   {
     World world(2, 1, 100);
     const auto begin = std::chrono::steady_clock::now();

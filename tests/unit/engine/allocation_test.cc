@@ -21,7 +21,7 @@ void operator delete[](void* p, size_t) noexcept { std::free(p); }
 
 namespace moebius::test {
 
-TEST_CASE("the step loop allocates nothing, in a steady decode and while the seam moves") {
+TEST_CASE("the step loop allocates nothing in a steady decode, greedy and sampled, in either layout") {
   for (Layout layout : {Layout::kTp, Layout::kEp}) {
     EngineConfig config = small_config(2, 2, layout);
     Engine engine(kQwen, config);

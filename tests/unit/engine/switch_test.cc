@@ -184,8 +184,8 @@ TEST_CASE("a rank that never answers ends every request with a status, and later
   EngineConfig config = small_config(2, 1, Layout::kTp);
   config.wait_deadline_ms = 100;
   Engine engine(kQwen, config);
-  std::atomic<bool> release{false};
-  engine.impl().switcher().hook = [&](int, int rank, Layout, bool) {
+  static std::atomic<bool> release{false};  // outlives the detached thread's last look at it
+  engine.impl().switcher().hook = [](int, int rank, Layout, bool) {
     if (rank == 1)
       while (!release) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   };
