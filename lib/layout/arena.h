@@ -14,6 +14,9 @@
 
 namespace moebius {
 
+inline constexpr int64_t kSliceAlignment = 64;   // a cache line; the bytes of slices are multiples of it
+inline constexpr int64_t kPoolAlignment = 4096;  // a page of memory: KV pools and regions begin on one
+
 // The rule alone, for one rank: sizes of items in TP and EP → their regions (relative to the stream) and the lead.
 struct StreamLayout {
   std::vector<Range> tp, ep;  // [items]
@@ -63,6 +66,7 @@ class ArenaPlan {
     std::vector<int> kv_heads[2];
     int64_t kept_bytes = 0, lead = 0, bytes = 0;
   };
+  void place(int rank, const StreamLayout& stream, int64_t kept_bytes);
   ArenaPlan(const SliceTable& table, const Owners& tp, const Owners& ep) : table_(table), tp_(tp), ep_(ep) {}
   static size_t index(Layout layout) { return static_cast<size_t>(layout); }
   const Rank& of(int rank) const { return ranks_[static_cast<size_t>(rank)]; }
@@ -75,7 +79,7 @@ class ArenaPlan {
 };
 
 // kv_slice_bytes: K and V of one page for one head in one layer. tp_pages: one number for all ranks; ep_pages: [rank].
-// The plan has passed the verifier (verify.h).
+// The plan has passed the verifier (verify.h). Throws kDoesNotFit when its size has no 64-bit number.
 ArenaPlan plan_arena(const SliceTable& table, const Owners& tp, const Owners& ep, int64_t kv_slice_bytes, int64_t tp_pages,
                      const std::vector<int64_t>& ep_pages);
 

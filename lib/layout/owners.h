@@ -18,10 +18,10 @@ struct Owners {
 };
 
 // Expert and dense cut s: rank ⌊s·P/S⌋. Head groups: contiguous runs, dealt so that the largest number of KV heads on a rank
-// is smallest (⌊a·P/A⌋ where that is as good). K/V of a head: every rank whose groups read it.
+// is smallest, then that of groups (⌊a·P/A⌋ where its KV heads are as few). K/V of a head: every rank whose groups read it.
 Owners tp_owners(const SliceTable& table, int ranks);
 
-// placement: [layer][expert] → rank, empty for ⌊e·P/E⌋ everywhere. Attention and dense cuts: every rank.
+// placement: [layer][expert] → rank (none in a dense layer), empty for ⌊e·P/E⌋ everywhere. Attention and dense cuts: every rank.
 Owners ep_owners(const SliceTable& table, int ranks, const std::vector<std::vector<int>>& placement = {});
 
 }  // namespace moebius

@@ -1,6 +1,9 @@
 #include "lib/layout/slices.h"
 
 #include <algorithm>
+#include <limits>
+#include <numeric>
+#include <string>
 
 #include "lib/base/error.h"
 #include "lib/tensor/packed.h"
@@ -16,11 +19,33 @@ bool divides_all(const ModelShape& model, int cuts) {
 }
 
 int default_cuts(const ModelShape& model) {
-  const bool wide = std::all_of(model.mlps.begin(), model.mlps.end(),
-                                [](const MlpShape& m) { return m.intermediate / 8 >= kMinNeuronsOfEight; });
+  const bool wide =
+      std::all_of(model.mlps.begin(), model.mlps.end(), [](const MlpShape& m) { return m.intermediate / 8 >= kMinNeuronsOfEight; });
   for (int cuts = wide ? 8 : 4; cuts > 1; cuts /= 2)
     if (divides_all(model, cuts)) return cuts;
   return 1;
+}
+
+constexpr int kMaxRanks = 64;  // bits of a RankSet
+constexpr int kUnlimited = std::numeric_limits<int>::max();
+
+// Of the sparse layers; a model without experts is not limited by them.
+int fewest_experts(const ModelShape& model) {
+  int fewest = kUnlimited;
+  for (const MlpShape& m : model.mlps)
+    if (m.num_experts > 0) fewest = std::min(fewest, m.num_experts);
+  return fewest;
+}
+
+// The smallest setting with S ≥ ranks; A ≥ min(S, query heads) follows.
+std::string setting_that_helps(const ModelShape& model, int ranks) {
+  int widths = 0;  // what S may divide
+  for (const MlpShape& m : model.mlps) widths = std::gcd(widths, m.intermediate);
+  const int most = std::min({widths, model.num_heads, fewest_experts(model), kMaxRanks});
+  for (int cuts = ranks; ranks <= most && cuts <= widths; ++cuts)
+    if (widths % cuts == 0) return fmt::format("slices_per_expert {} allows it", cuts);
+  return fmt::format("no slices_per_expert allows them: it must divide MLPs of {} neurons, and {} query heads limit them too", widths,
+                     model.num_heads);
 }
 
 int head_groups(const ModelShape& model, int cuts) {
@@ -33,26 +58,26 @@ int head_groups(const ModelShape& model, int cuts) {
 }  // namespace
 
 SliceCounts slice_counts(const ModelShape& model, int slices_per_expert) {
-  if (model.num_kv_heads < 1 || model.num_heads % model.num_kv_heads != 0)
+  if (model.num_kv_heads < 1 || model.num_heads < 1 || model.num_heads % model.num_kv_heads != 0)
     fail(Code::kInvalidArgument, "{} query heads cannot share {} KV heads evenly", model.num_heads, model.num_kv_heads);
+  if (slices_per_expert < 0)
+    fail(Code::kInvalidArgument, "slices_per_expert is {}, must be 1 or more (0: by the model)", slices_per_expert);
   const int cuts = slices_per_expert > 0 ? slices_per_expert : default_cuts(model);
   for (size_t l = 0; l < model.mlps.size(); ++l)
-    if (model.mlps[l].intermediate % cuts != 0)
-      fail(Code::kInvalidArgument, "slices_per_expert {} does not divide the {} neurons of layer {}", cuts,
-           model.mlps[l].intermediate, l);
+    if (model.mlps[l].intermediate < 1 || model.mlps[l].intermediate % cuts != 0)
+      fail(Code::kInvalidArgument, "slices_per_expert {} does not divide the {} neurons of layer {}", cuts, model.mlps[l].intermediate, l);
   return {cuts, head_groups(model, cuts)};
 }
 
 void check_ranks(const ModelShape& model, SliceCounts counts, int ranks) {
-  int experts = 64;
-  for (const MlpShape& m : model.mlps)
-    if (m.num_experts > 0) experts = std::min(experts, m.num_experts);
-  const int most = std::min({counts.cuts, counts.head_groups, experts, 64});
-  if (ranks >= 1 && ranks <= most) return;
+  if (ranks < 1) fail(Code::kInvalidArgument, "{} ranks: at least 1 is needed", ranks);
+  const int experts = fewest_experts(model);
+  const int most = std::min({counts.cuts, counts.head_groups, experts, kMaxRanks});
+  if (ranks <= most) return;
   fail(Code::kInvalidArgument,
-       "{} ranks are too many: a model with {} slices per expert, {} head groups and {} experts can be divided over at most {}; "
-       "a larger slices_per_expert allows more, up to the query heads ({}) and experts",
-       ranks, counts.cuts, counts.head_groups, experts, most, model.num_heads);
+       "{} ranks are too many: a model with {} slices per expert, {} head groups and {} can be divided over at most {}; {}", ranks,
+       counts.cuts, counts.head_groups, experts == kUnlimited ? "no experts" : fmt::format("{} experts", experts), most,
+       setting_that_helps(model, ranks));
 }
 
 SliceTable::SliceTable(const ModelShape& model, SliceCounts counts) : model_(model), counts_(counts) {

@@ -26,10 +26,11 @@ struct SliceCounts {
 
 // S: the setting, or (0) 8 where that leaves cuts of at least 96 neurons in every MLP, else 4, or the largest power of two
 // that divides every width. A: the smallest divisor of the query heads that is a multiple of the KV heads and at least
-// min(S, query heads). Throws when the setting does not divide every MLP width.
+// min(S, query heads). Throws when the setting (any divisor will do) does not divide every MLP width.
 SliceCounts slice_counts(const ModelShape& model, int slices_per_expert);
 
-// P ≤ min(S, A, E) and ≤ 64; throws with the numbers and the setting that would help.
+// P ≤ min(S, A, E) and ≤ 64, E being the fewest experts of a sparse layer; throws with the numbers and the setting that would
+// help.
 void check_ranks(const ModelShape& model, SliceCounts counts, int ranks);
 
 class SliceTable {

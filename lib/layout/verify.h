@@ -11,13 +11,14 @@
 namespace moebius {
 
 // At every seam: kept zone, TP regions of items before it and EP regions from it on are disjoint and inside the arena, also
-// while the next item's new region (either direction) is being filled ahead; every owned slice and KV pool lies in its
-// item's region, or in the kept zone at one place for both layouts, and none overlaps another. Throws Error(kInternal)
-// naming rank, item and intervals.
+// while the next item's new region (either direction) is being filled ahead; every owned slice and KV pool lies aligned in its
+// item's region, or in the kept zone at one place for both layouts, and none overlaps another. Every slice has an owner in
+// both layouts, and who has a head group has its KV head. Throws Error(kInternal) naming rank, item and intervals.
 void verify_arena(const ArenaPlan& arena);
 
-// Every copy of the plan reads bytes that its source owns in the old layout, writes inside the destination's new region of
-// the same item, writes nothing twice, touches no source of the same item, and together they bring each gained slice once.
+// Every copy of the plan reads whole slices that its source owns in the old layout, writes each to its place in the new one,
+// inside the destination's new region of the same item, writes nothing twice, touches no source of the same item, and together
+// they bring each gained slice once, and nothing else.
 void verify_transfer(const ArenaPlan& arena, const TransferPlan& plan);
 
 // Pages in range, and no destination page of a move to `to` written twice (a bitmap).

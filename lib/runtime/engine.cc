@@ -549,11 +549,12 @@ void Engine::Impl::publish_stats() {
   stats_.prefix_hits = scheduler_.prefix_hits;
   stats_.kv_usage = kv_.usage();
   metrics_.set_gauges(stats_);
+  published_ = stats_;
 }
 
 EngineStats Engine::Impl::stats() const {
   std::lock_guard lock(inbox_mutex_);
-  EngineStats s = stats_;
+  EngineStats s = published_;
   s.waiting = static_cast<int32_t>(waiting_hint_);
   return s;
 }
@@ -643,7 +644,7 @@ std::vector<float> Engine::Impl::take_logits(uint64_t number, int32_t sample) {
 
 bool Engine::Impl::has_work() {
   std::lock_guard lock(inbox_mutex_);
-  return !inbox_.empty() || !cancels_.empty() || wished_seam_ || stats_.running > 0 || stats_.waiting > 0 || stats_.switching;
+  return !inbox_.empty() || !cancels_.empty() || wished_seam_ || published_.running > 0 || published_.waiting > 0 || published_.switching;
 }
 
 void Engine::Impl::start() {

@@ -124,7 +124,8 @@ class Engine::Impl {
   int64_t waiting_hint_ = 0;     // waiting sequences, for the queue limit
   std::vector<Request*> arriving_;
   std::vector<uint64_t> cancelling_;
-  EngineStats stats_;            // as of the last step
+  EngineStats stats_;            // the stepping thread's own
+  EngineStats published_;        // a copy as of the last step, guarded by inbox_mutex_
 
   std::thread own_thread_;
   std::atomic<bool> own_thread_stops_{false};
