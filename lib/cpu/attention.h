@@ -108,8 +108,11 @@ MOEBIUS_INLINE void attend_block(const KvView& kv, int64_t local_head, const int
       const bf16* keys = page_at(t) + (t % kv.page_tokens) / kTile * kTile * round_up(dim, 2);
       for (int64_t b = 0; b < q.blocks; ++b) {
         const Range rows = q.block(b);
-        run_block<1>(rows.size(), q.of(rows), keys, 2 * kTile, 0, q.pairs, [&](int64_t r, const F(&acc)[1]) {
-          Vec::store(s.scores + (rows.begin + r) * kAttentionSplit + (t - begin), Vec::mul(acc[0], Vec::set1(softmax_scale)));
+        with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+          F acc[R][1];
+          tile_block<R, 1>(q.of(rows), R, keys, 2 * kTile, 0, q.pairs, {reinterpret_cast<const char*>(keys), 0}, acc);
+          for (int r = 0; r < R; ++r)
+            Vec::store(s.scores + (rows.begin + r) * kAttentionSplit + (t - begin), Vec::mul(acc[r][0], Vec::set1(softmax_scale)));
         });
       }
     }

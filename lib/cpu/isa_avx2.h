@@ -12,6 +12,7 @@ struct Vec {
     __m256 a, b;
   };
   static constexpr int kRows = 2;     // 2 rows × 2 tiles × 2 registers, and as many for the widened weights of one tile
+  static constexpr int kWideRows = 0;
   static constexpr int kRowsOut = 1;
 
   MOEBIUS_INLINE static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -98,11 +99,34 @@ struct Vec {
     const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
   }
-  MOEBIUS_INLINE static void add_fixed(int64_t* dst, F v, uint32_t good) {
-    alignas(32) float t[16];
-    store(t, v);
-    for (int i = 0; i < 16; ++i)  // cvtss2si: to nearest even, any value below 2^63
-      if (good >> i & 1) dst[i] = static_cast<int64_t>(static_cast<uint64_t>(dst[i]) + static_cast<uint64_t>(_mm_cvtss_si64(_mm_set_ss(t[i]))));
+  // dst[i] += nearest integer of v[i], |v[i]| < kFixedLimit; anything for others. There is no conversion to 64 bits: adding
+  // 1.5·2^52 leaves the integer in a double's low bits, to nearest even.
+  static constexpr float kFixedLimit = 0x1p51f;
+  MOEBIUS_INLINE static void add_fixed(int64_t* dst, F v) {
+    const __m256d magic = _mm256_set1_pd(0x1.8p52);
+    const auto add = [&](int64_t* to, __m128 x) MOEBIUS_INLINE_LAMBDA {
+      const __m256i i = _mm256_sub_epi64(_mm256_castpd_si256(_mm256_add_pd(_mm256_cvtps_pd(x), magic)), _mm256_castpd_si256(magic));
+      __m256i* at = reinterpret_cast<__m256i*>(to);
+      _mm256_store_si256(at, _mm256_add_epi64(_mm256_load_si256(at), i));
+    };
+    add(dst, _mm256_castps256_ps128(v.a));
+    add(dst + 4, _mm256_extractf128_ps(v.a, 1));
+    add(dst + 8, _mm256_castps256_ps128(v.b));
+    add(dst + 12, _mm256_extractf128_ps(v.b, 1));
+  }
+  // Gathers the largest magnitude: as bits without the sign, where infinity and NaN are the largest.
+  struct Seen {
+    __m256i most;
+  };
+  MOEBIUS_INLINE static Seen nothing_seen() { return {_mm256_setzero_si256()}; }
+  MOEBIUS_INLINE static void see(Seen& seen, F v) {
+    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    seen.most = _mm256_max_epu32(seen.most, _mm256_max_epu32(_mm256_and_si256(_mm256_castps_si256(v.a), mask),
+                                                             _mm256_and_si256(_mm256_castps_si256(v.b), mask)));
+  }
+  MOEBIUS_INLINE static bool all_below(Seen seen, float limit) {
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(__builtin_bit_cast(uint32_t, limit)));
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(bits, seen.most)) == -1;
   }
 
   struct W {

@@ -11,6 +11,7 @@ struct Vec {
   using F = __m512;
   using M = __mmask16;
   static constexpr int kRows = 12;  // rows × 2 tiles of accumulators + 2 weights = 26 of 32 registers
+  static constexpr int kWideRows = 5;  // up to so many rows × 4 tiles + 4 weights = 24
   static constexpr int kRowsOut = 6;  // attention's P·V: rows × 4 accumulators + 4 values
 
   MOEBIUS_INLINE static F zero() { return _mm512_setzero_ps(); }
@@ -67,12 +68,22 @@ struct Vec {
   MOEBIUS_INLINE static uint32_t equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   MOEBIUS_INLINE static F abs(F a) { return _mm512_abs_ps(a); }
 
-  // dst[i] += nearest integer of v[i] for the lanes in `good`.
-  MOEBIUS_INLINE static void add_fixed(int64_t* dst, F v, uint32_t good) {
-    const __m512i lo = _mm512_maskz_cvtps_epi64(static_cast<__mmask8>(good), _mm512_castps512_ps256(v));
-    const __m512i hi = _mm512_maskz_cvtps_epi64(static_cast<__mmask8>(good >> 8), _mm512_extractf32x8_ps(v, 1));
-    _mm512_storeu_si512(dst, _mm512_add_epi64(_mm512_loadu_si512(dst), lo));
-    _mm512_storeu_si512(dst + 8, _mm512_add_epi64(_mm512_loadu_si512(dst + 8), hi));
+  // dst[i] += nearest integer of v[i], |v[i]| < kFixedLimit; anything for others.
+  static constexpr float kFixedLimit = 0x1p62f;
+  MOEBIUS_INLINE static void add_fixed(int64_t* dst, F v) {
+    const __m512i lo = _mm512_cvtps_epi64(_mm512_castps512_ps256(v)), hi = _mm512_cvtps_epi64(_mm512_extractf32x8_ps(v, 1));
+    _mm512_store_si512(dst, _mm512_add_epi64(_mm512_load_si512(dst), lo));
+    _mm512_store_si512(dst + 8, _mm512_add_epi64(_mm512_load_si512(dst + 8), hi));
+  }
+  // Gathers the largest magnitude: as bits without the sign, where infinity and NaN are the largest.
+  using Seen = __m512i;
+  MOEBIUS_INLINE static Seen nothing_seen() { return _mm512_setzero_si512(); }
+  MOEBIUS_INLINE static void see(Seen& seen, F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    seen = _mm512_max_epu32(seen, _mm512_add_epi32(bits, bits));
+  }
+  MOEBIUS_INLINE static bool all_below(Seen seen, float limit) {
+    return _mm512_cmpge_epu32_mask(seen, _mm512_set1_epi32(static_cast<int>(__builtin_bit_cast(uint32_t, limit) << 1))) == 0;
   }
 
 #ifdef __AVX512BF16__

@@ -14,3 +14,6 @@
 #include "lib/device/ops.h"
 #include "lib/tensor/dtype.h"
 #include "lib/tensor/packed.h"
+
+// Kernels' lambdas see registers: one that is left out of line sends them through memory.
+#define MOEBIUS_INLINE_LAMBDA __attribute__((always_inline))

@@ -10,6 +10,7 @@ struct Vec {
     float v[16];
   };
   static constexpr int kRows = 2;
+  static constexpr int kWideRows = 0;
   static constexpr int kRowsOut = 1;
 
   template <class Op>
@@ -69,11 +70,25 @@ struct Vec {
     return m;
   }
   MOEBIUS_INLINE static F abs(F a) { return each([&](int i) { return __builtin_fabsf(a.v[i]); }); }
-  MOEBIUS_INLINE static void add_fixed(int64_t* dst, F a, uint32_t good) {
+  // dst[i] += nearest integer of v[i], |v[i]| < kFixedLimit; nothing for others.
+  static constexpr float kFixedLimit = 0x1p62f;
+  MOEBIUS_INLINE static void add_fixed(int64_t* dst, F a) {
     for (int i = 0; i < 16; ++i)
-      if (good >> i & 1)
+      if (__builtin_fabsf(a.v[i]) < kFixedLimit)
         dst[i] = static_cast<int64_t>(static_cast<uint64_t>(dst[i]) + static_cast<uint64_t>(static_cast<int64_t>(__builtin_rintf(a.v[i]))));
   }
+  // Gathers the largest magnitude: as bits without the sign, where infinity and NaN are the largest.
+  struct Seen {
+    uint32_t most;
+  };
+  MOEBIUS_INLINE static Seen nothing_seen() { return {0}; }
+  MOEBIUS_INLINE static void see(Seen& seen, F a) {
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, a.v[i]) & 0x7fffffffu;
+      seen.most = bits > seen.most ? bits : seen.most;
+    }
+  }
+  MOEBIUS_INLINE static bool all_below(Seen seen, float limit) { return seen.most < __builtin_bit_cast(uint32_t, limit); }
 
   struct W {
     F even, odd;

@@ -26,10 +26,10 @@ uint64_t probe_read(const void* data, size_t bytes) {
     b = Vec::max(Vec::load(p + quarter + i), b);
     c = Vec::max(Vec::load(p + 2 * quarter + i), c);
     d = Vec::max(Vec::load(p + 3 * quarter + i), d);
-    __builtin_prefetch(p + i + kPrefetchBytes / 4);
-    __builtin_prefetch(p + quarter + i + kPrefetchBytes / 4);
-    __builtin_prefetch(p + 2 * quarter + i + kPrefetchBytes / 4);
-    __builtin_prefetch(p + 3 * quarter + i + kPrefetchBytes / 4);
+    __builtin_prefetch(p + i + 512);
+    __builtin_prefetch(p + quarter + i + 512);
+    __builtin_prefetch(p + 2 * quarter + i + 512);
+    __builtin_prefetch(p + 3 * quarter + i + 512);
   }
   const float most = Vec::max_of(Vec::max(Vec::max(a, b), Vec::max(c, d)));
   return __builtin_bit_cast(uint32_t, most);

@@ -22,7 +22,7 @@ void linear(const LinearArgs& args, const Lane& lane) {
     const int64_t tiles = m.tiles();
     const Range range{mine.begin > first ? mine.begin - first : 0, (mine.end < first + tiles ? mine.end - first : tiles)};
     if (!range.empty())
-      multiply_tiles(x, part.w, m.tile_elements(), range, [&](int64_t r, int64_t n0, const F* acc, int c) {
+      multiply_tiles(x, part.w, m.tile_elements(), range, [&](int64_t r, int64_t n0, const F* acc, int c) MOEBIUS_INLINE_LAMBDA {
         float* y = part.y + (args.rows.begin + r) * part.ldy + n0;
         for (int i = 0; i < c; ++i) {
           const int64_t left = part.n - n0 - i * kTile;
@@ -36,28 +36,6 @@ void linear(const LinearArgs& args, const Lane& lane) {
 
 // ---- exact sums
 
-// Adds 16 contributions (already times the router weight and the scale) of a row; `left` of them exist.
-MOEBIUS_INLINE void add_contributions(const ExactSum& out, int64_t row, int64_t hidden, int64_t n0, F scaled) {
-  const int64_t left = hidden - n0 < kTile ? hidden - n0 : kTile;
-  if (out.plain) {
-    float* sum = reinterpret_cast<float*>(out.sum) + row * hidden + n0;
-    Vec::store_n(sum, Vec::add(Vec::load_n(sum, static_cast<int>(left), 0), scaled), static_cast<int>(left));
-    return;
-  }
-  const uint32_t all = left == kTile ? 0xffffu : (1u << left) - 1;
-  const uint32_t good = Vec::less(Vec::abs(scaled), Vec::set1(out.limit)) & all;
-  if (good != all) __atomic_store_n(out.flags + row, uint8_t{1}, __ATOMIC_RELAXED);
-  int64_t* sum = out.sum + row * hidden + n0;
-  if (left == kTile) {
-    Vec::add_fixed(sum, scaled, good);
-    return;
-  }
-  int64_t tail[kTile] = {};
-  for (int64_t i = 0; i < left; ++i) tail[i] = sum[i];
-  Vec::add_fixed(tail, scaled, good);
-  for (int64_t i = 0; i < left; ++i) sum[i] = tail[i];
-}
-
 // Clears columns [n0, n1) of the rows' sums.
 MOEBIUS_INLINE void clear_sums(const ExactSum& out, Range rows, int64_t hidden, Range columns) {
   const int64_t element = out.plain ? 4 : 8;
@@ -70,27 +48,103 @@ MOEBIUS_INLINE Range columns_of(Range tiles, int64_t hidden) {
   return {tiles.begin * kTile, tiles.end * kTile < hidden ? tiles.end * kTile : hidden};
 }
 
+// Slices of one sum over the same rows: slice s is a packed matrix n = hidden, k = 2·pairs, that multiplies `pairs` pairs of a row.
+struct SlicePart {
+  const bf16* w;
+  int64_t first_pair;
+};
+
+// The slow way for a block that holds contributions out of range or no numbers: lane by lane, those left out and their rows flagged.
+template <int C, class SliceOf, class RowOf>
+void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const Pair* x, int64_t rows,
+                 int64_t t, const float* factors, const RowOf& row_of) {
+  const int64_t n0 = t * kTile, tile_elements = pairs * 2 * kTile;
+  for (int64_t r = 0; r < rows; ++r) {
+    uint64_t* to = reinterpret_cast<uint64_t*>(out.sum) + row_of(r) * hidden + n0;
+    for (int s = 0; s < num_slices; ++s) {
+      const SlicePart part = slice(s);
+      const bf16* w = part.w + t * tile_elements;
+      F acc[1][C];
+      tile_block<1, C>(x + part.first_pair * rows + r, rows, w, 2 * kTile, tile_elements, pairs, {reinterpret_cast<const char*>(w), 0}, acc);
+      float v[C * kTile];
+      for (int c = 0; c < C; ++c) Vec::store(v + c * kTile, Vec::mul(acc[0][c], Vec::set1(factors[r])));
+      for (int64_t i = 0; i < C * kTile && n0 + i < hidden; ++i) {
+        if (__builtin_fabsf(v[i]) < out.limit) to[i] += static_cast<uint64_t>(static_cast<int64_t>(__builtin_rintf(v[i])));
+        else __atomic_store_n(out.flags + row_of(r), uint8_t{1}, __ATOMIC_RELAXED);
+      }
+    }
+  }
+}
+
+// Adds all slices' contributions for block b of the rows × C tiles, each rounded to an integer by itself. They meet in the
+// first-level cache and reach the rows' sums once. Whether all were in range is looked at once a block.
+template <int C, class SliceOf, class NextOf, class FactorOf, class RowOf>
+MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const NextOf& next,
+                               const RowBlocks& x, int64_t b, int64_t t, const FactorOf& factor_of, const RowOf& row_of) {
+  const int64_t n0 = t * kTile, tile_elements = pairs * 2 * kTile;
+  const int64_t width = hidden - n0 < C * kTile ? hidden - n0 : C * kTile;  // outputs past hidden are products with 0
+  const Range rows = x.block(b);
+  const float limit = out.limit < Vec::kFixedLimit ? out.limit : Vec::kFixedLimit;
+  with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+    if constexpr (R <= Vec::kWideRows || C < 4) {
+      float factors[R];
+      for (int r = 0; r < R; ++r) factors[r] = factor_of(rows.begin + r);
+      alignas(64) int64_t sum[R * C * kTile] = {};
+      float* const plain = reinterpret_cast<float*>(sum);
+      typename Vec::Seen seen = Vec::nothing_seen();
+      for (int s = 0; s < num_slices; ++s) {
+        const SlicePart part = slice(s);
+        F acc[R][C];
+        tile_block<R, C>(x.of(rows) + part.first_pair * R, R, part.w + t * tile_elements, 2 * kTile, tile_elements, pairs,
+                         part_of<C>(next(s), pairs, b, x.blocks), acc);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int c = 0; c < C; ++c) {
+            const int at = (r * C + c) * kTile;
+            const F v = Vec::mul(acc[r][c], Vec::set1(factors[r]));
+            if (out.plain) Vec::store(plain + at, Vec::add(Vec::load(plain + at), v));
+            else Vec::see(seen, v), Vec::add_fixed(sum + at, v);
+          }
+      }
+      if (!out.plain && !Vec::all_below(seen, limit)) {
+        add_checked<C>(out, hidden, num_slices, pairs, slice, x.of(rows), R, t, factors, [&](int64_t r) { return row_of(rows.begin + r); });
+        return;
+      }
+      for (int r = 0; r < R; ++r) {
+        const int64_t to = row_of(rows.begin + r) * hidden + n0, from = r * C * kTile;
+        if (out.plain)
+          for (int64_t i = 0; i < width; ++i) reinterpret_cast<float*>(out.sum)[to + i] += plain[from + i];
+        else
+          for (int64_t i = 0; i < width; ++i)
+            out.sum[to + i] = static_cast<int64_t>(static_cast<uint64_t>(out.sum[to + i]) + static_cast<uint64_t>(sum[from + i]));
+      }
+    }
+  });
+}
+
 void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
-  if (args.rows.empty()) return;
+  if (args.rows.empty() || args.num_parts == 0) return;
   const Range tiles = share_of(div_up(args.hidden, kTile), lane.thread, lane.num_threads);
   if (tiles.empty()) return;
   clear_sums(args.out, args.rows, args.hidden, columns_of(tiles, args.hidden));
-  const F scale = Vec::set1(args.out.plain ? 1.0f : args.out.scale);
-  for (int p = 0; p < args.num_parts; ++p) {
-    const ExactLinearPart& part = args.parts[p];
-    const RowBlocks x = gather_rows(lane.scratch, args.rows.size(), div_up(part.k, 2), [&](int64_t r) {
-      return args.x + (args.rows.begin + r) * args.ldx + part.column;
-    });
-    multiply_tiles(x, part.w, PackedMatrix{args.hidden, part.k}.tile_elements(), tiles, [&](int64_t r, int64_t n0, const F* acc, int c) {
-      for (int i = 0; i < c; ++i)
-        add_contributions(args.out, args.rows.begin + r, args.hidden, n0 + i * kTile, Vec::mul(acc[i], scale));
-    });
-  }
+  const RowBlocks x = gather_rows(lane.scratch, args.rows.size(), args.ldx / 2,
+                                  [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.x + (args.rows.begin + r) * args.ldx; });
+  const int64_t pairs = args.k / 2, tile_elements = pairs * 2 * kTile;
+  const auto slice = [&](int s) MOEBIUS_INLINE_LAMBDA { return SlicePart{args.parts[s].w, args.parts[s].column / 2}; };
+  const auto factor_of = [&](int64_t) MOEBIUS_INLINE_LAMBDA { return args.out.plain ? 1.0f : args.out.scale; };
+  const auto row_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.rows.begin + r; };
+  for_tiles(tiles, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
+    const int64_t next_t = t + C < tiles.end ? t + C : tiles.begin;
+    const auto next = [&](int s) MOEBIUS_INLINE_LAMBDA { return args.parts[s].w + next_t * tile_elements; };
+    for (int64_t b = 0; b < x.blocks; ++b)
+      add_slices<C>(args.out, args.hidden, args.num_parts, pairs, slice, next, x, b, t, factor_of, row_of);
+  });
 }
 
 // ---- experts
 
-// A tile's cost is about max(time to read it, rows · time to multiply it): with some 12 GB/s and 150 GFLOP/s a core the two meet
+// A tile's cost is about max(time to read it, rows · time to multiply it): with some 40 GB/s and 500 GFLOP/s a core the two meet
 // near 12 rows (2026-11, Zen 5). It only balances the lanes.
 constexpr int64_t kRowsPerTileRead = 12;
 
@@ -98,15 +152,27 @@ MOEBIUS_INLINE int64_t cost_of(const ExpertJob& job) {
   return job.num_pairs == 0 ? 0 : job.num_pairs < kRowsPerTileRead ? kRowsPerTileRead : job.num_pairs;
 }
 
-MOEBIUS_INLINE void gate_up_tile(const ExpertsArgs& args, const ExpertJob& job, const RowBlocks& x, const MlpCut& cut, int32_t s,
-                                 int64_t t) {
-  const int64_t act_width = args.num_cuts * cut.padded();
-  const bf16* w = job.cuts[s] + t * cut.gate_up_tile_elements();
+// act = silu(gate)·up of one tile for the rows of a block, stored as experts_down takes it: the rows' pairs side by side.
+// (No part of the loop above it: its constants would push accumulators out of their registers.)
+[[gnu::noinline]] void activate(const float (*gate_up)[2][kTile], int64_t rows, Pair* act) {
+  for (int64_t r = 0; r < rows; ++r) {
+    alignas(64) bf16 out[kTile];
+    Vec::store_bf16(out, Vec::mul(silu(Vec::load(gate_up[r][0])), Vec::load(gate_up[r][1])));
+    for (int i = 0; i < kTile / 2; ++i) act[i * rows + r] = reinterpret_cast<const Pair*>(out)[i];
+  }
+}
+
+// One tile of 16 neurons of a cut, for all rows of a job: act [act_pairs] per row, from pair first_pair on.
+MOEBIUS_INLINE void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* next, Pair* act, int64_t act_pairs, int64_t first_pair) {
   for (int64_t b = 0; b < x.blocks; ++b) {
     const Range rows = x.block(b);
-    run_block<2>(rows.size(), x.of(rows), w, 4 * kTile, 2 * kTile, x.pairs, [&](int64_t r, const F(&acc)[2]) {
-      bf16* act = args.act + (job.pair_begin + rows.begin + r) * act_width + s * cut.padded() + t * kTile;
-      Vec::store_bf16(act, Vec::mul(silu(acc[0]), acc[1]));
+    with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+      F acc[R][2];
+      tile_block<R, 2>(x.of(rows), R, w, 4 * kTile, 2 * kTile, x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
+      alignas(64) float gate_up[R][2][kTile];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) Vec::store(gate_up[r][0], acc[r][0]), Vec::store(gate_up[r][1], acc[r][1]);
+      activate(gate_up, R, act + rows.begin * act_pairs + first_pair * R);
     });
   }
 }
@@ -114,6 +180,7 @@ MOEBIUS_INLINE void gate_up_tile(const ExpertsArgs& args, const ExpertJob& job, 
 void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
   const MlpCut cut{args.neurons_per_cut, args.hidden};
   const int64_t units = args.num_cuts * cut.tiles();  // per job
+  const int64_t act_pairs = args.num_cuts * cut.padded() / 2;
   int64_t total = 0;
   for (int j = 0; j < args.num_jobs; ++j) total += cost_of(args.jobs[j]) * units;
   const int64_t from = total * lane.thread / lane.num_threads, to = total * (lane.thread + 1) / lane.num_threads;
@@ -127,74 +194,40 @@ void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
     at += cost * units;
     if (cost == 0 || first >= last) continue;
     const int32_t* rows = args.pair_rows + job.pair_begin;
-    const RowBlocks x =
-        gather_rows(lane.scratch, job.num_pairs, div_up(args.hidden, 2), [&](int64_t r) { return args.x + rows[r] * args.hidden; });
+    const RowBlocks x = gather_rows(lane.scratch, job.num_pairs, div_up(args.hidden, 2),
+                                    [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.x + rows[r] * args.hidden; });
+    const auto weights = [&](int64_t u) { return job.cuts[u / cut.tiles()] + u % cut.tiles() * cut.gate_up_tile_elements(); };
+    const bf16* after = j + 1 < args.num_jobs ? args.jobs[j + 1].cuts[0] : weights(first);
+    Pair* act = reinterpret_cast<Pair*>(args.act) + job.pair_begin * act_pairs;
     for (int64_t u = first; u < last; ++u)
-      gate_up_tile(args, job, x, cut, static_cast<int32_t>(u / cut.tiles()), u % cut.tiles());
+      gate_up_tile(x, weights(u), u + 1 < units ? weights(u + 1) : after, act, act_pairs,
+                   (u / cut.tiles() * cut.padded() + u % cut.tiles() * kTile) / 2);
   }
-}
-
-// One block of rows × C tiles through all cuts of a job: the cuts' contributions meet in `local`, in the first-level cache, and
-// are added to the rows' sums once. (Integers: the same bits as adding each by itself.)
-template <int C>
-MOEBIUS_INLINE void down_block(const ExpertsArgs& args, const ExpertJob& job, const MlpCut& cut, const RowBlocks& x, Range rows, int64_t t,
-                               float scale) {
-  const PackedMatrix down = cut.down();
-  const int64_t pairs = down.k_pairs(), n0 = t * kTile;
-  alignas(64) int64_t local[Vec::kRows * C * kTile];
-  const int32_t* row_of = args.pair_rows + job.pair_begin + rows.begin;
-  __builtin_memset(local, 0, static_cast<size_t>(rows.size()) * C * kTile * sizeof(int64_t));
-  for (int32_t s = 0; s < args.num_cuts; ++s)
-    run_block<C>(rows.size(), x.of(rows) + s * pairs * rows.size(), job.cuts[s] + cut.gate_up_elements() + t * down.tile_elements(),
-                 2 * kTile, down.tile_elements(), pairs, [&](int64_t r, const F(&acc)[C]) {
-                   const F factor = Vec::set1(args.pair_weights[job.pair_begin + rows.begin + r] * scale);
-                   for (int c = 0; c < C; ++c) {
-                     const F v = Vec::mul(acc[c], factor);
-                     const uint32_t good = Vec::less(Vec::abs(v), Vec::set1(args.out.limit));
-                     if (good != 0xffffu) __atomic_store_n(args.out.flags + row_of[r], uint8_t{1}, __ATOMIC_RELAXED);
-                     Vec::add_fixed(local + (r * C + c) * kTile, v, good);
-                   }
-                 });
-  const int64_t width = args.hidden - n0 < C * kTile ? args.hidden - n0 : C * kTile;  // outputs past hidden are products with 0
-  for (int64_t r = 0; r < rows.size(); ++r) {
-    int64_t* sum = args.out.sum + row_of[r] * args.hidden + n0;
-    for (int64_t i = 0; i < width; ++i) sum[i] = static_cast<int64_t>(static_cast<uint64_t>(sum[i]) + static_cast<uint64_t>(local[r * C * kTile + i]));
-  }
-}
-
-MOEBIUS_INLINE void down_block_plain(const ExpertsArgs& args, const ExpertJob& job, const MlpCut& cut, const RowBlocks& x, Range rows,
-                                     Range tiles) {
-  const PackedMatrix down = cut.down();
-  for (int32_t s = 0; s < args.num_cuts; ++s)
-    for (int64_t t = tiles.begin; t < tiles.end; ++t)
-      run_block<1>(rows.size(), x.of(rows) + s * down.k_pairs() * rows.size(),
-                   job.cuts[s] + cut.gate_up_elements() + t * down.tile_elements(), 2 * kTile, 0, down.k_pairs(),
-                   [&](int64_t r, const F(&acc)[1]) {
-                     const int64_t pair = job.pair_begin + rows.begin + r;
-                     add_contributions(args.out, args.pair_rows[pair], args.hidden, t * kTile, Vec::mul(acc[0], Vec::set1(args.pair_weights[pair])));
-                   });
 }
 
 void experts_down(const ExpertsArgs& args, const Lane& lane) {
   const MlpCut cut{args.neurons_per_cut, args.hidden};
-  const int64_t act_width = args.num_cuts * cut.padded();
-  const Range tiles = share_of(cut.down().tiles(), lane.thread, lane.num_threads);
+  const PackedMatrix down = cut.down();
+  const Range tiles = share_of(down.tiles(), lane.thread, lane.num_threads);
   if (tiles.empty()) return;
   clear_sums(args.out, args.zero_rows, args.hidden, columns_of(tiles, args.hidden));
+  const float scale = args.out.plain ? 1.0f : args.out.scale;
+  const int64_t pairs = down.k_pairs(), act_pairs = args.num_cuts * pairs;
   for (int j = 0; j < args.num_jobs; ++j) {
     const ExpertJob& job = args.jobs[j];
     if (job.num_pairs == 0) continue;
-    const RowBlocks x =
-        gather_rows(lane.scratch, job.num_pairs, act_width / 2, [&](int64_t r) { return args.act + (job.pair_begin + r) * act_width; });
-    if (args.out.plain) {
-      for (int64_t b = 0; b < x.blocks; ++b) down_block_plain(args, job, cut, x, x.block(b), tiles);
-      continue;
-    }
-    for (int64_t t = tiles.begin; t < tiles.end; t += 2)
-      for (int64_t b = 0; b < x.blocks; ++b) {
-        if (t + 1 < tiles.end) down_block<2>(args, job, cut, x, x.block(b), t, args.out.scale);
-        else down_block<1>(args, job, cut, x, x.block(b), t, args.out.scale);
-      }
+    const RowBlocks x(reinterpret_cast<const Pair*>(args.act) + job.pair_begin * act_pairs, job.num_pairs, act_pairs);
+    const auto slice = [&](int s) MOEBIUS_INLINE_LAMBDA { return SlicePart{job.cuts[s] + cut.gate_up_elements(), s * pairs}; };
+    const auto factor_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.pair_weights[job.pair_begin + r] * scale; };
+    const auto row_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return int64_t{args.pair_rows[job.pair_begin + r]}; };
+    for_tiles(tiles, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
+      const bool last = t + C >= tiles.end;
+      const bf16* const* cuts = last && j + 1 < args.num_jobs ? args.jobs[j + 1].cuts : job.cuts;
+      const int64_t at = cut.gate_up_elements() + (last ? tiles.begin : t + C) * down.tile_elements();
+      const auto next = [&](int s) MOEBIUS_INLINE_LAMBDA { return cuts[s] + at; };
+      for (int64_t b = 0; b < x.blocks; ++b)
+        add_slices<C>(args.out, args.hidden, args.num_cuts, pairs, slice, next, x, b, t, factor_of, row_of);
+    });
   }
 }
 

@@ -11,12 +11,26 @@ namespace MOEBIUS_ISA {
 using F = Vec::F;
 using Pair = uint32_t __attribute__((may_alias));  // two bf16 of a row
 
-// Weights are prefetched this far ahead where a product is bound by memory (few rows): about what one core has in flight.
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kLineBytes = 64;  // a cache line, and one pair of k of a tile
 
-// acc[r][c] = Σ_p w(c, p)·a(r, p). Row r's pair p is a[p·R + r]; tile c's pair p starts at w + p·kstep + c·cstep.
+// The weights of the next piece of work, fetched while this one is multiplied: pair p touches the lines from at + p·step on.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t step = 0;  // bytes
+};
+
+// What block b of `blocks` over a piece of weights fetches of the next piece: its b-th part, so that every block hides as much
+// of the memory's time as the others. (C tiles of `pairs` pairs are C·pairs lines, one after another.)
+template <int C>
+MOEBIUS_INLINE Ahead part_of(const bf16* next, int64_t pairs, int64_t b, int64_t blocks) {
+  return {reinterpret_cast<const char*>(next) + pairs * C * kLineBytes * b / blocks, C * kLineBytes / blocks};
+}
+
+// acc[r][c] = Σ_p w(c, p)·a(r, p). Row r's pair p is a[p·pitch + r]; tile c's pair p starts at w + p·kstep + c·cstep.
 template <int R, int C>
-MOEBIUS_INLINE void tile_block(const Pair* a, const bf16* w, int64_t kstep, int64_t cstep, int64_t pairs, F (&acc)[R][C]) {
+MOEBIUS_INLINE void tile_block(const Pair* a, int64_t pitch, const bf16* w, int64_t kstep, int64_t cstep, int64_t pairs, Ahead ahead,
+                               F (&acc)[R][C]) {
+  constexpr int kSecondLevelCache = 2;  // a piece may be larger than the first level
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -26,11 +40,11 @@ MOEBIUS_INLINE void tile_block(const Pair* a, const bf16* w, int64_t kstep, int6
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       tile[c] = Vec::load_w(w + p * kstep + c * cstep);
-      __builtin_prefetch(w + p * kstep + c * cstep + kPrefetchBytes / 2);
+      __builtin_prefetch(ahead.at + p * ahead.step + c * kLineBytes, 0, kSecondLevelCache);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec::A x = Vec::load_a(reinterpret_cast<const uint32_t*>(a + p * R + r));
+      const Vec::A x = Vec::load_a(reinterpret_cast<const uint32_t*>(a + p * pitch + r));
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r][c] = Vec::dot(acc[r][c], tile[c], x);
     }
@@ -39,26 +53,21 @@ MOEBIUS_INLINE void tile_block(const Pair* a, const bf16* w, int64_t kstep, int6
 
 // Rows laid out for tile_block: blocks of nearly equal numbers of rows, each with the rows' pairs side by side.
 struct RowBlocks {
-  const Pair* data = nullptr;
-  int64_t pairs = 0;
-  int64_t rows = 0;
-  int64_t blocks = 0;
+  const Pair* data;
+  int64_t rows, pairs, blocks;
 
+  MOEBIUS_INLINE RowBlocks(const void* at, int64_t num_rows, int64_t row_pairs)
+      : data(static_cast<const Pair*>(at)), rows(num_rows), pairs(row_pairs), blocks(div_up(num_rows, Vec::kRows)) {}
   MOEBIUS_INLINE Range block(int64_t b) const { return share_of(rows, b, blocks); }
   MOEBIUS_INLINE const Pair* of(Range rows_of_block) const { return data + rows_of_block.begin * pairs; }
 };
 
-MOEBIUS_INLINE int64_t num_blocks(int64_t rows) { return div_up(rows, Vec::kRows); }
-
 // row(i) → pointer to the bf16 of row i, 4-byte aligned. One row is used where it lies; more are copied into `scratch`
 // (rows · pairs · 4 bytes).
 template <class RowOf>
-MOEBIUS_INLINE RowBlocks gather_rows(std::byte* scratch, int64_t rows, int64_t pairs, RowOf row) {
-  RowBlocks out{reinterpret_cast<const Pair*>(scratch), pairs, rows, num_blocks(rows)};
-  if (rows == 1) {
-    out.data = reinterpret_cast<const Pair*>(row(0));
-    return out;
-  }
+MOEBIUS_INLINE RowBlocks gather_rows(std::byte* scratch, int64_t rows, int64_t pairs, const RowOf& row) {
+  if (rows == 1) return {row(0), 1, pairs};
+  const RowBlocks out{scratch, rows, pairs};
   for (int64_t b = 0; b < out.blocks; ++b) {
     const Range range = out.block(b);
     Pair* dst = reinterpret_cast<Pair*>(scratch) + range.begin * pairs;
@@ -71,32 +80,43 @@ MOEBIUS_INLINE RowBlocks gather_rows(std::byte* scratch, int64_t rows, int64_t p
   return out;
 }
 
-// Calls store(r, acc of row r) for every row of a block of n ≤ kRows rows: the run-time number becomes a constant here.
-template <int C, int R = Vec::kRows, class Store>
-MOEBIUS_INLINE void run_block(int64_t n, const Pair* a, const bf16* w, int64_t kstep, int64_t cstep, int64_t pairs, Store store) {
+// Calls body.operator()<R>() with R = n ≤ kRows: a block's number of rows becomes a constant.
+template <int R = Vec::kRows, class Body>
+MOEBIUS_INLINE void with_rows(int64_t n, const Body& body) {
   if constexpr (R > 1)
-    if (n < R) return run_block<C, R - 1>(n, a, w, kstep, cstep, pairs, store);
-  F acc[R][C];
-  tile_block<R, C>(a, w, kstep, cstep, pairs, acc);
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) store(r, acc[r]);
+    if (n < R) return with_rows<R - 1>(n, body);
+  body.template operator()<R>();
 }
 
-// Outputs of a tile range of one packed matrix for all rows: store(row, first output, acc[C], C) per block and C ≤ 2 tiles.
+// Calls body.operator()<C>(t) over a range of tiles, C at a time. Few rows take more, so that enough chains run side by side and
+// enough lines are under way.
+template <class Body>
+MOEBIUS_INLINE void for_tiles(Range tiles, int64_t rows, const Body& body) {
+  int64_t t = tiles.begin;
+  if (rows <= Vec::kWideRows)
+    for (; t + 4 <= tiles.end; t += 4) body.template operator()<4>(t);
+  for (; t + 2 <= tiles.end; t += 2) body.template operator()<2>(t);
+  if (t < tiles.end) body.template operator()<1>(t);
+}
+
+// Outputs of a tile range of one packed matrix for all rows: store(row, first output, acc[C], C).
 template <class Store>
-MOEBIUS_INLINE void multiply_tiles(const RowBlocks& x, const bf16* w, int64_t tile_elements, Range tiles, Store store) {
-  for (int64_t t = tiles.begin; t < tiles.end; t += 2) {
+MOEBIUS_INLINE void multiply_tiles(const RowBlocks& x, const bf16* w, int64_t tile_elements, Range tiles, const Store& store) {
+  for_tiles(tiles, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
     const bf16* tile = w + t * tile_elements;
+    const bf16* next = t + C < tiles.end ? tile + C * tile_elements : tile;
     for (int64_t b = 0; b < x.blocks; ++b) {
       const Range rows = x.block(b);
-      if (t + 1 < tiles.end)
-        run_block<2>(rows.size(), x.of(rows), tile, 2 * kTile, tile_elements, x.pairs,
-                     [&](int64_t r, const F(&acc)[2]) { store(rows.begin + r, t * kTile, acc, 2); });
-      else
-        run_block<1>(rows.size(), x.of(rows), tile, 2 * kTile, tile_elements, x.pairs,
-                     [&](int64_t r, const F(&acc)[1]) { store(rows.begin + r, t * kTile, acc, 1); });
+      with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+        if constexpr (R <= Vec::kWideRows || C < 4) {
+          F acc[R][C];
+          tile_block<R, C>(x.of(rows), R, tile, 2 * kTile, tile_elements, x.pairs, part_of<C>(next, x.pairs, b, x.blocks), acc);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) store(rows.begin + r, t * kTile, acc[r], C);
+        }
+      });
     }
-  }
+  });
 }
 
 }  // namespace MOEBIUS_ISA

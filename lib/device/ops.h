@@ -142,14 +142,14 @@ struct AttentionArgs {
 // acc = Σ_groups fixed(O[group]·a[:, group]): overwrites the rows' sums. Shares: tiles of hidden.
 struct ExactLinearPart {
   const bf16* w = nullptr;  // packed matrix n = hidden, k
-  int64_t k = 0;
-  int64_t column = 0;       // where the group's inputs start in a row of x
+  int64_t column = 0;       // where the group's inputs start in a row of x; even
 };
 struct ExactLinearArgs {
   Range rows;
   const bf16* x = nullptr;  // row r at x + r·ldx
-  int64_t ldx = 0;
+  int64_t ldx = 0;          // even
   int64_t hidden = 0;
+  int64_t k = 0;            // inputs of each group; even
   int num_parts = 0;
   const ExactLinearPart* parts = nullptr;
   ExactSum out;
@@ -184,7 +184,7 @@ struct ExpertsArgs {
   const int32_t* pair_rows = nullptr;   // [pairs] the step's row of each pair
   const float* pair_weights = nullptr;  // [pairs] router weights
   const bf16* x = nullptr;              // row r at x + r·hidden
-  bf16* act = nullptr;                  // [pairs, num_cuts·padded neurons]
+  bf16* act = nullptr;                  // [pairs, num_cuts·padded neurons]; the order inside a job is the path's own
   Range zero_rows;                      // experts_down: rows of the sum cleared before adding
   ExactSum out;
 };

@@ -166,7 +166,7 @@ void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank
       if (!owns(slices_.attention(l, a))) continue;
       const bf16* q = at(slices_.attention(l, a));
       w.q.push_back(q);
-      w.o.push_back({q + group.q().elements(), group.o().k, w.num_heads * int64_t{model.shape.head_dim}});
+      w.o.push_back({q + group.q().elements(), w.num_heads * int64_t{model.shape.head_dim}});
       const auto kv = std::find(kv_heads.begin(), kv_heads.end(), slices_.kv_head_of_group(a));
       MOEBIUS_ASSERT(kv != kv_heads.end());
       Range& heads = w.heads_of_kv[static_cast<size_t>(kv - kv_heads.begin())];

@@ -93,6 +93,7 @@ void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layou
   out.x = b.attention;
   out.ldx = q_width;
   out.hidden = model_.hidden;
+  out.k = q_width / std::max<int64_t>(1, static_cast<int64_t>(layer.o.size()));
   out.num_parts = static_cast<int>(layer.o.size());
   out.parts = layer.o.data();
   out.out = b.sums[static_cast<int>(Accumulator::kAttention)];

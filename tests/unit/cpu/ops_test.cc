@@ -205,7 +205,7 @@ TEST_CASE("sums that cross slices: any order gives the same bits, and what is no
     std::vector<int> order = {0, 1, 2};
     do {
       std::vector<ExactLinearPart> list;
-      for (int p : order) list.push_back({parts[p].data(), k, p * k});
+      for (int p : order) list.push_back({parts[p].data(), p * k});
       std::vector<int64_t> sum(static_cast<size_t>(rows * hidden), 77);
       std::vector<uint8_t> flags(rows, 0);
       ExactLinearArgs args;
@@ -213,6 +213,7 @@ TEST_CASE("sums that cross slices: any order gives the same bits, and what is no
       args.x = x.data();
       args.ldx = 3 * k;
       args.hidden = hidden;
+      args.k = k;
       args.num_parts = 3;
       args.parts = list.data();
       args.out = {sum.data(), flags.data(), 0x1p28f, 0x1p60f, false};
@@ -220,6 +221,13 @@ TEST_CASE("sums that cross slices: any order gives the same bits, and what is no
       CHECK(flags == std::vector<uint8_t>{0, 1, 1, 1});
       if (first.empty()) first = sum, first_flags = flags;
       CHECK(sum == first);
+
+      // Beside the others row 0 is added up lane by lane, alone it is not.
+      std::vector<int64_t> alone(static_cast<size_t>(rows * hidden), 77);
+      args.rows = {0, 1};
+      args.out.sum = alone.data();
+      on_lanes(ops.exact_linear, args, 2, scratch);
+      CHECK(std::equal(alone.begin(), alone.begin() + hidden, first.begin()));
     } while (std::next_permutation(order.begin(), order.end()));
 
     // Conversion back: the flagged rows become NaN, the other is the sum; partial sums wrap freely.
@@ -260,12 +268,13 @@ TEST_CASE("conversion to fixed point is to nearest even over the whole range") {
       x[0] = to_bf16(1.0f);
       std::vector<int64_t> sum(16, 0);
       uint8_t flag = 0;
-      const ExactLinearPart part{w.data(), 2, 0};
+      const ExactLinearPart part{w.data(), 0};
       ExactLinearArgs args;
       args.rows = {0, 1};
       args.x = x.data();
       args.ldx = 2;
       args.hidden = 16;
+      args.k = 2;
       args.num_parts = 1;
       args.parts = &part;
       args.out = {sum.data(), &flag, 1.0f, 0x1p62f, false};
