@@ -15,8 +15,11 @@ constexpr int64_t kBlockRows = 12;
 constexpr int64_t kValueTiles = 4;  // 16-float pieces of an output kept in registers
 
 struct QueryBlock {
-  int64_t num = 0;             // ≤ kBlockRows
-  int64_t end[kBlockRows];     // tokens the row sees: position + 1
+  int64_t num = 0;                 // ≤ kBlockRows
+  int64_t kv_head = 0;             // local
+  const int32_t* pages = nullptr;  // of the rows' sequence
+  int64_t longest = 0;             // the largest of end
+  int64_t end[kBlockRows];         // tokens the row sees: position + 1
   const bf16* q[kBlockRows];
   bf16* out[kBlockRows];
 };
@@ -28,24 +31,62 @@ struct BlockScratch {
   float* total;    // [kBlockRows][head_dim]
 };
 
-// part[r] = Σ_t p[t]·V[t] over tokens [0, count) of the split, in order, for one row's tiles [d0, d0 + C).
-template <int R, int C, class ValueAt>
-MOEBIUS_INLINE void add_values(const float* p, int64_t from, int64_t count, int64_t d0, float* part, int64_t stride, ValueAt value) {
+// Where the KV of one sequence's local head lies.
+struct KvWalk {
+  KvSlice slice;
+  const std::byte* base;  // of the head in page 0
+  int64_t page_bytes;
+  const int32_t* pages;
+
+  MOEBIUS_INLINE KvWalk(const KvView& kv, int64_t kv_head, const int32_t* page_table)
+      : slice{kv.page_tokens, kv.head_dim}, base(kv.base + kv_head * slice.bytes()), page_bytes(kv.num_kv_heads * slice.bytes()), pages(page_table) {}
+  MOEBIUS_INLINE const bf16* page_of(int64_t token) const {
+    return reinterpret_cast<const bf16*>(base + pages[token / slice.page_tokens] * page_bytes);
+  }
+  // The tile of keys that begins at `token`, a multiple of the tile.
+  MOEBIUS_INLINE const bf16* keys(int64_t token) const { return page_of(token) + slice.k_index(token % slice.page_tokens, 0); }
+  MOEBIUS_INLINE const bf16* values(int64_t token) const { return page_of(token) + slice.v_index(token % slice.page_tokens, 0); }
+  MOEBIUS_INLINE int64_t page_end(int64_t token) const { return (token / slice.page_tokens + 1) * slice.page_tokens; }
+
+  // Keys and values of a tile of tokens, towards the second-level cache.
+  MOEBIUS_INLINE void fetch(int64_t token) const {
+    const char *k = reinterpret_cast<const char*>(keys(token)), *v = reinterpret_cast<const char*>(values(token));
+    for (int64_t i = 0; i < kTile * slice.head_dim * 2; i += kLineBytes) {
+      __builtin_prefetch(k + i, 0, 2);
+      __builtin_prefetch(v + i, 0, 2);
+    }
+  }
+};
+
+// A block's first tiles are fetched while the block before is worked on, later ones this many tokens ahead: 8 KiB for heads of 64,
+// about what one core needs under way.
+constexpr int64_t kFetchTokens = 2 * kTile;
+
+MOEBIUS_INLINE void fetch_tokens(const KvWalk& kv, int64_t from, int64_t to) {
+  for (int64_t t = from; t < to; t += kTile) kv.fetch(t);
+}
+
+// part[r] += Σ_t p[t]·V[t] over tokens [from, to) of the split that starts at `begin`, in order, for R rows × C tiles from d0 on.
+template <int R, int C>
+MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const float* p, int64_t d0, float* part, int64_t stride) {
   F acc[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(part + r * stride + d0 + c * kTile);
-  for (int64_t t = from; t < count; ++t) {
-    const bf16* v = value(t) + d0;
-    F x[C];
+  for (int64_t t = from; t < to;) {
+    const bf16* v = kv.values(begin + t) + d0;
+    const int64_t page_end = kv.page_end(begin + t) - begin, run_end = page_end < to ? page_end : to;
+    for (; t < run_end; ++t, v += kv.slice.head_dim) {
+      F x[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) x[c] = Vec::load_bf16(v + c * kTile);
+      for (int c = 0; c < C; ++c) x[c] = Vec::load_bf16(v + c * kTile);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const F weight = Vec::set1(p[r * kAttentionSplit + t]);
+      for (int r = 0; r < R; ++r) {
+        const F weight = Vec::set1(p[r * kAttentionSplit + t]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[r][c] = Vec::fma(weight, x[c], acc[r][c]);
+        for (int c = 0; c < C; ++c) acc[r][c] = Vec::fma(weight, x[c], acc[r][c]);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -54,15 +95,16 @@ MOEBIUS_INLINE void add_values(const float* p, int64_t from, int64_t count, int6
     for (int c = 0; c < C; ++c) Vec::store(part + r * stride + d0 + c * kTile, acc[r][c]);
 }
 
-template <int R, class ValueAt>
-MOEBIUS_INLINE void add_value_rows(const float* p, int64_t from, int64_t count, int64_t dim, float* part, int64_t stride, ValueAt value) {
+template <int R>
+MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const float* p, float* part, int64_t stride) {
+  const int64_t dim = kv.slice.head_dim;
   int64_t d = 0;
-  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(p, from, count, d, part, stride, value);
-  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(p, from, count, d, part, stride, value);
+  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(kv, begin, from, to, p, d, part, stride);
+  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(kv, begin, from, to, p, d, part, stride);
   if (d < dim)  // a head_dim that is no multiple of 16
     for (int r = 0; r < R; ++r)
-      for (int64_t t = from; t < count; ++t) {
-        const bf16* v = value(t);
+      for (int64_t t = from; t < to; ++t) {
+        const bf16* v = kv.values(begin + t);
         for (int64_t i = d; i < dim; ++i) {
           float* o = part + r * stride + i;
           *o = *o + p[r * kAttentionSplit + t] * to_float(v[i]);
@@ -70,51 +112,48 @@ MOEBIUS_INLINE void add_value_rows(const float* p, int64_t from, int64_t count, 
       }
 }
 
-// All rows of a block together as far as all of them see, then each on its own: the order of tokens is the same either way.
-template <int R, class ValueAt>
-MOEBIUS_INLINE void weigh_values(const float* scores, const int64_t* counts, int64_t num, int64_t dim, float* part, int64_t stride,
-                                 ValueAt value) {
-  for (int64_t r = 0; r < num;) {
-    if (num - r >= R) {
-      int64_t least = counts[r];
-      for (int i = 1; i < R; ++i) least = counts[r + i] < least ? counts[r + i] : least;
-      add_value_rows<R>(scores + r * kAttentionSplit, 0, least, dim, part + r * stride, stride, value);
-      for (int i = 0; i < R; ++i)
-        if (counts[r + i] > least)
-          add_value_rows<1>(scores + (r + i) * kAttentionSplit, least, counts[r + i], dim, part + (r + i) * stride, stride, value);
-      r += R;
-    } else {
-      add_value_rows<1>(scores + r * kAttentionSplit, 0, counts[r], dim, part + r * stride, stride, value);
-      ++r;
-    }
+// Rows of a block together as far as all of them see, then each on its own: the order of tokens is the same either way.
+MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const float* scores, const int64_t* counts, int64_t num, float* part, int64_t stride) {
+  for (int64_t r = 0, n; r < num; r += n) {
+    n = num - r < Vec::kRowsOut ? num - r : Vec::kRowsOut;
+    int64_t least = counts[r];
+    for (int64_t i = r + 1; i < r + n; ++i) least = counts[i] < least ? counts[i] : least;
+    with_rows<Vec::kRowsOut>(n, [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+      add_value_rows<R>(kv, begin, 0, least, scores + r * kAttentionSplit, part + r * stride, stride);
+    });
+    for (int64_t i = r; i < r + n; ++i)
+      if (counts[i] > least) add_value_rows<1>(kv, begin, least, counts[i], scores + i * kAttentionSplit, part + i * stride, stride);
   }
 }
 
-MOEBIUS_INLINE void attend_block(const KvView& kv, int64_t local_head, const int32_t* pages, float softmax_scale, const QueryBlock& block,
-                                 const BlockScratch& s) {
-  const int64_t dim = kv.head_dim, stride = round_up(dim, kTile);
-  const KvSlice slice{kv.page_tokens, dim};
-  const auto page_at = [&](int64_t token) {
-    return reinterpret_cast<const bf16*>(kv.base + (pages[token / kv.page_tokens] * int64_t{kv.num_kv_heads} + local_head) * slice.bytes());
-  };
-  const RowBlocks q = gather_rows(reinterpret_cast<std::byte*>(s.q), block.num, div_up(dim, 2), [&](int64_t r) { return block.q[r]; });
-  int64_t longest = 0;
-  for (int64_t r = 0; r < block.num; ++r) longest = block.end[r] > longest ? block.end[r] : longest;
+// Scores of C tiles of tokens from t on, for all rows of a block.
+template <int C>
+MOEBIUS_INLINE void score_tiles(const KvWalk& kv, const RowBlocks& q, int64_t t, float softmax_scale, float* scores) {
+  const bf16* keys = kv.keys(t);
+  const int64_t cstep = C > 1 ? kv.keys(t + kTile) - keys : 0;
+  for (int64_t b = 0; b < q.blocks; ++b) {
+    const Range rows = q.block(b);
+    with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+      F acc[R][C];
+      tile_block<R, C>(q.of(rows), R, keys, 2 * kTile, cstep, q.pairs, {reinterpret_cast<const char*>(keys), 0}, acc);
+      for (int r = 0; r < R; ++r)
+        for (int c = 0; c < C; ++c)
+          Vec::store(scores + (rows.begin + r) * kAttentionSplit + c * kTile, Vec::mul(acc[r][c], Vec::set1(softmax_scale)));
+    });
+  }
+}
+
+MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, const QueryBlock& block, const BlockScratch& s) {
+  const int64_t dim = kv.slice.head_dim, stride = round_up(dim, kTile), longest = block.longest;
+  const RowBlocks q = gather_rows(reinterpret_cast<std::byte*>(s.q), block.num, div_up(dim, 2), [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return block.q[r]; });
   float most[kBlockRows], sum[kBlockRows];
 
   for (int64_t begin = 0; begin < longest; begin += kAttentionSplit) {
     const int64_t end = longest < begin + kAttentionSplit ? longest : begin + kAttentionSplit;
-    for (int64_t t = begin; t < end; t += kTile) {  // a tile never crosses a page: page sizes are multiples of it
-      const bf16* keys = page_at(t) + (t % kv.page_tokens) / kTile * kTile * round_up(dim, 2);
-      for (int64_t b = 0; b < q.blocks; ++b) {
-        const Range rows = q.block(b);
-        with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-          F acc[R][1];
-          tile_block<R, 1>(q.of(rows), R, keys, 2 * kTile, 0, q.pairs, {reinterpret_cast<const char*>(keys), 0}, acc);
-          for (int r = 0; r < R; ++r)
-            Vec::store(s.scores + (rows.begin + r) * kAttentionSplit + (t - begin), Vec::mul(acc[r][0], Vec::set1(softmax_scale)));
-        });
-      }
+    for (int64_t t = begin; t < end; t += 2 * kTile) {  // a tile never crosses a page: page sizes are multiples of it
+      fetch_tokens(kv, t + kFetchTokens, t + kFetchTokens + 2 * kTile < longest ? t + kFetchTokens + 2 * kTile : longest);
+      if (t + kTile < end) score_tiles<2>(kv, q, t, softmax_scale, s.scores + (t - begin));
+      else score_tiles<1>(kv, q, t, softmax_scale, s.scores + (t - begin));
     }
     int64_t counts[kBlockRows];
     float split_most[kBlockRows], split_sum[kBlockRows];
@@ -138,8 +177,7 @@ MOEBIUS_INLINE void attend_block(const KvView& kv, int64_t local_head, const int
       split_sum[r] = Vec::sum(sums);
       for (int64_t i = 0; i < stride; ++i) s.part[r * stride + i] = 0;
     }
-    weigh_values<Vec::kRowsOut>(s.scores, counts, block.num, dim, s.part, stride,
-                                [&](int64_t t) { return page_at(begin + t) + slice.v_index((begin + t) % kv.page_tokens, 0); });
+    weigh_values(kv, begin, s.scores, counts, block.num, s.part, stride);
     for (int64_t r = 0; r < block.num; ++r) {
       if (counts[r] == 0) continue;
       float* total = s.total + r * stride;
@@ -195,27 +233,40 @@ void attention(const AttentionArgs& args, const Lane& lane) {
   int64_t total = 0;
   for_each_unit([&](const SequenceChunk&, int32_t, int64_t, int64_t, int64_t cost) { total += cost; });
   const int64_t from = total * lane.thread / lane.num_threads, to = total * (lane.thread + 1) / lane.num_threads;
+  // One block is filled and its first tokens fetched, then the one before is worked on.
+  QueryBlock blocks[2];
+  int filling = 0;
+  const auto turn = [&] {
+    const QueryBlock& filled = blocks[filling];
+    if (filled.num > 0) {
+      const KvWalk kv(args.kv, filled.kv_head, filled.pages);
+      fetch_tokens(kv, 0, filled.longest < kFetchTokens ? filled.longest : kFetchTokens);
+    }
+    filling ^= 1;
+    QueryBlock& before = blocks[filling];
+    if (before.num > 0) attend_block(KvWalk(args.kv, before.kv_head, before.pages), args.softmax_scale, before, s);
+    before.num = 0;
+  };
   int64_t at = 0;
   for_each_unit([&](const SequenceChunk& chunk, int32_t j, int64_t first, int64_t rows, int64_t cost) {
     const bool mine = at >= from && at < to;
     at += cost;
     if (!mine) return;
     const Range heads = args.heads_of_kv[j];
-    QueryBlock block;
-    const auto flush = [&] {
-      if (block.num > 0) attend_block(args.kv, j, chunk.pages, args.softmax_scale, block, s);
-      block.num = 0;
-    };
     for (int64_t row = first; row < first + rows; ++row)
       for (int64_t head = heads.begin; head < heads.end; ++head) {
+        QueryBlock& block = blocks[filling];
         const int64_t at_row = (chunk.row_begin + row) * width + head * dim;
-        block.end[block.num] = chunk.first_position + row + 1;
+        block.kv_head = j;
+        block.pages = chunk.pages;
+        block.longest = block.end[block.num] = chunk.first_position + row + 1;  // rows come in the order of positions
         block.q[block.num] = args.q + at_row;
         block.out[block.num] = args.out + at_row;
-        if (++block.num == kBlockRows) flush();
+        if (++block.num == kBlockRows) turn();
       }
-    flush();
+    if (blocks[filling].num > 0) turn();
   });
+  turn();
 }
 
 }  // namespace MOEBIUS_ISA

@@ -75,10 +75,16 @@ MOEBIUS_INLINE void norm_and_rotate(const float* in, int64_t dim, const float* n
   for (int64_t i = 0; i < half; ++i) {
     float a = in[i], b = in[i + half];
     if (norm != nullptr) a = a * factor * norm[i], b = b * factor * norm[i + half];
-    const float c = rope[2 * i], s = rope[2 * i + 1];
+    const float c = rope[i], s = rope[half + i];
     out[i] = a * c - b * s;
     out[i + half] = b * c + a * s;
   }
+}
+
+MOEBIUS_INLINE void round_row(const float* in, int64_t n, bf16* out) {
+  int64_t i = 0;
+  for (; i + kTile <= n; i += kTile) Vec::store_bf16(out + i, Vec::load(in + i));
+  for (; i < n; ++i) out[i] = to_bf16(in[i]);
 }
 
 void rope_store(const RopeStoreArgs& args, const Lane& lane) {
@@ -93,16 +99,19 @@ void rope_store(const RopeStoreArgs& args, const Lane& lane) {
     if (head < args.num_heads) {
       norm_and_rotate(args.q + (row * args.num_heads + head) * dim, dim, args.q_norm, args.eps, rope, rotated);
       bf16* q = args.q_out + (row * args.num_heads + head) * dim;
-      for (int64_t i = 0; i < dim; ++i) q[i] = to_bf16(rotated[i]);
+      round_row(rotated, dim, q);
       continue;
     }
     const int64_t j = head - args.num_heads, slot = place.position % args.kv.page_tokens;
     const int64_t page = place.pages[place.position / args.kv.page_tokens];
     bf16* kv = reinterpret_cast<bf16*>(args.kv.base + (page * kv_heads + j) * slice.bytes());
     norm_and_rotate(args.k + (row * kv_heads + j) * dim, dim, args.k_norm, args.eps, rope, rotated);
-    for (int64_t i = 0; i < dim; ++i) kv[slice.k_index(slot, i)] = to_bf16(rotated[i]);
+    bf16* keys = reinterpret_cast<bf16*>(rotated + dim);
+    round_row(rotated, dim, keys);
+    Pair* column = reinterpret_cast<Pair*>(kv + slice.k_index(slot, 0));
+    for (int64_t p = 0; p < dim / 2; ++p) column[p * kTile] = reinterpret_cast<const Pair*>(keys)[p];
     const float* v = args.v + (row * kv_heads + j) * dim;
-    for (int64_t i = 0; i < dim; ++i) kv[slice.v_index(slot, i)] = to_bf16(v[i]);
+    round_row(v, dim, kv + slice.v_index(slot, 0));
   }
 }
 

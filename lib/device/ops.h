@@ -27,8 +27,7 @@ struct OpLimits {
   int64_t max_rows = 0;        // rows of a step
   int64_t hidden = 0;
   int64_t head_dim = 0;
-  int64_t heads_per_kv = 0;    // query heads that read one KV head
-  int64_t max_neurons = 0;     // padded neurons that one expert (or dense MLP) has on a rank
+  int64_t num_heads = 0;       // query heads
   int64_t num_experts = 0;
 };
 
@@ -111,7 +110,7 @@ struct RopeStoreArgs {
   const float* q_norm = nullptr;     // [head_dim] or null
   const float* k_norm = nullptr;     // [head_dim] or null
   float eps = 0;
-  const float* rope = nullptr;       // [max_position][head_dim/2][cos, sin]
+  const float* rope = nullptr;       // [max_position][cos, sin][head_dim/2]
   bf16* q_out = nullptr;             // [rows, num_heads·head_dim]
   KvView kv;
 };

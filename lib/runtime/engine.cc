@@ -66,14 +66,13 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   s.num_kv_heads = model.shape.num_kv_heads;
   s.head_dim = model.shape.head_dim;
   s.top_k = std::max(1, model.top_k);
-  OpLimits limits{s.max_rows, s.hidden, s.head_dim, s.num_heads / s.num_kv_heads, 0, 1};
+  OpLimits limits{s.max_rows, s.hidden, s.head_dim, s.num_heads, 1};
   for (const MlpShape& mlp : model.shape.mlps) {
     const int64_t width = MlpCut{mlp.intermediate / counts.cuts, s.hidden}.padded() * counts.cuts;
     const int64_t pairs = s.max_rows * (mlp.num_experts > 0 ? s.top_k : 1);
     s.max_act_elements = std::max(s.max_act_elements, pairs * width);
     s.max_pairs = std::max(s.max_pairs, pairs);
     s.num_experts = std::max<int64_t>(s.num_experts, mlp.num_experts);
-    limits.max_neurons = std::max(limits.max_neurons, width);
   }
   limits.num_experts = std::max<int64_t>(1, s.num_experts);
   s.mlp_addends = s.top_k * counts.cuts;

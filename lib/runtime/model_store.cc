@@ -143,8 +143,8 @@ void ModelStore::make_rope(const ModelConfig& model, int64_t max_context) {
     const auto frequency = static_cast<float>(1.0 / std::pow(model.rope_theta, 2.0 * static_cast<double>(i) / model.shape.head_dim));
     for (int64_t p = 0; p < max_context; ++p) {
       const float angle = static_cast<float>(p) * frequency;
-      out[(p * half + i) * 2] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      out[(p * half + i) * 2 + 1] = static_cast<float>(std::sin(static_cast<double>(angle)));
+      out[p * 2 * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      out[(p * 2 + 1) * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
     }
   }
 }

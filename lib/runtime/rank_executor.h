@@ -17,7 +17,7 @@ struct ForwardModel {
   const bf16* embedding = nullptr;     // [vocab, hidden], or null when tied to lm_head
   const bf16* lm_head = nullptr;       // packed n = vocab, k = hidden
   const float* final_norm = nullptr;   // [hidden]
-  const float* rope = nullptr;         // [max_context][head_dim/2][cos, sin]
+  const float* rope = nullptr;         // [max_context][cos, sin][head_dim/2]
 };
 
 // Most packed matrices that one projection step reads: Q groups and K and V of each KV head of a layer.

@@ -52,7 +52,7 @@ void on_lanes(const Op& op, const Args& args, int lanes, std::vector<std::byte>&
   for (int t = 0; t < lanes; ++t) op(args, Lane{t, lanes, scratch.data()});
 }
 
-std::vector<std::byte> scratch_for(const Ops& ops) { return std::vector<std::byte>(ops.scratch_bytes({64, 2048, 256, 16, 4096, 256}) + 64); }
+std::vector<std::byte> scratch_for(const Ops& ops) { return std::vector<std::byte>(ops.scratch_bytes({64, 4096, 256, 16, 256}) + 64); }
 
 bool same(const std::vector<float>& a, const std::vector<float>& b) { return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0; }
 
@@ -465,8 +465,8 @@ TEST_CASE("rotary embedding and KV store put every row where its page table says
     std::vector<float> rope(32 * dim);
     for (int p = 0; p < 32; ++p)
       for (int i = 0; i < dim / 2; ++i) {
-        rope[static_cast<size_t>(p * dim + 2 * i)] = std::cos(static_cast<float>(p) / static_cast<float>(i + 1));
-        rope[static_cast<size_t>(p * dim + 2 * i + 1)] = std::sin(static_cast<float>(p) / static_cast<float>(i + 1));
+        rope[static_cast<size_t>(p * dim + i)] = std::cos(static_cast<float>(p) / static_cast<float>(i + 1));
+        rope[static_cast<size_t>(p * dim + dim / 2 + i)] = std::sin(static_cast<float>(p) / static_cast<float>(i + 1));
       }
     const KvSlice slice{page, dim};
     std::vector<bf16> pool(static_cast<size_t>(3 * kv_heads * slice.bytes() / 2), 0x7fc0), out(q.size());
@@ -486,7 +486,7 @@ TEST_CASE("rotary embedding and KV store put every row where its page table says
     for (int r = 0; r < rows; ++r)
       for (int i = 0; i < dim / 2; ++i) {
         const int p = places[r].position;
-        const float c = rope[static_cast<size_t>(p * dim + 2 * i)], s = rope[static_cast<size_t>(p * dim + 2 * i + 1)];
+        const float c = rope[static_cast<size_t>(p * dim + i)], s = rope[static_cast<size_t>(p * dim + dim / 2 + i)];
         const float* qr = q.data() + r * heads * dim;
         CHECK(to_float(out[static_cast<size_t>(r * heads * dim + i)]) == Approx(qr[i] * c - qr[i + dim / 2] * s).epsilon(0.005).margin(1e-3));
         const bf16* kv = pool.data() + (pages[p / page] * kv_heads + 1) * slice.bytes() / 2;
