@@ -45,7 +45,7 @@ struct KvWalk {
   }
   // The tile of keys that begins at `token`, a multiple of the tile.
   MOEBIUS_INLINE const bf16* keys(int64_t token) const { return page_of(token) + slice.k_index(token % slice.page_tokens, 0); }
-  MOEBIUS_INLINE const bf16* values(int64_t token) const { return page_of(token) + slice.v_index(token % slice.page_tokens, 0); }
+  MOEBIUS_INLINE const f16* values(int64_t token) const { return page_of(token) + slice.v_index(token % slice.page_tokens, 0); }
   MOEBIUS_INLINE int64_t page_end(int64_t token) const { return (token / slice.page_tokens + 1) * slice.page_tokens; }
 
   // Keys and values of a tile of tokens, towards the second-level cache.
@@ -75,12 +75,12 @@ MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, in
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(part + r * stride + d0 + c * kTile);
   for (int64_t t = from; t < to;) {
-    const bf16* v = kv.values(begin + t) + d0;
+    const f16* v = kv.values(begin + t) + d0;
     const int64_t page_end = kv.page_end(begin + t) - begin, run_end = page_end < to ? page_end : to;
     for (; t < run_end; ++t, v += kv.slice.head_dim) {
       F x[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) x[c] = Vec::load_bf16(v + c * kTile);
+      for (int c = 0; c < C; ++c) x[c] = Vec::load_half(v + c * kTile);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const F weight = Vec::set1(p[r * kAttentionSplit + t]);
@@ -104,10 +104,10 @@ MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from
   if (d < dim)  // a head_dim that is no multiple of 16
     for (int r = 0; r < R; ++r)
       for (int64_t t = from; t < to; ++t) {
-        const bf16* v = kv.values(begin + t);
+        const f16* v = kv.values(begin + t);
         for (int64_t i = d; i < dim; ++i) {
           float* o = part + r * stride + i;
-          *o = *o + p[r * kAttentionSplit + t] * to_float(v[i]);
+          *o = *o + p[r * kAttentionSplit + t] * half_to_float(v[i]);
         }
       }
 }
@@ -143,7 +143,8 @@ MOEBIUS_INLINE void score_tiles(const KvWalk& kv, const RowBlocks& q, int64_t t,
   }
 }
 
-MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, const QueryBlock& block, const BlockScratch& s) {
+MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, float value_unscale, const QueryBlock& block,
+                                 const BlockScratch& s) {
   const int64_t dim = kv.slice.head_dim, stride = round_up(dim, kTile), longest = block.longest;
   const RowBlocks q = gather_rows(reinterpret_cast<std::byte*>(s.q), block.num, div_up(dim, 2), [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return block.q[r]; });
   float most[kBlockRows], sum[kBlockRows];
@@ -196,7 +197,7 @@ MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, const Qu
     }
   }
   for (int64_t r = 0; r < block.num; ++r) {
-    const float inverse = 1.0f / sum[r];
+    const float inverse = 1.0f / sum[r] * value_unscale;
     for (int64_t i = 0; i < dim; ++i) block.out[r][i] = to_bf16(s.total[r * stride + i] * inverse);
   }
 }
@@ -244,7 +245,8 @@ void attention(const AttentionArgs& args, const Lane& lane) {
     }
     filling ^= 1;
     QueryBlock& before = blocks[filling];
-    if (before.num > 0) attend_block(KvWalk(args.kv, before.kv_head, before.pages), args.softmax_scale, before, s);
+    if (before.num > 0) attend_block(KvWalk(args.kv, before.kv_head, before.pages), args.softmax_scale, 1.0f / args.value_scale,
+                                     before, s);
     before.num = 0;
   };
   int64_t at = 0;

@@ -60,14 +60,15 @@ struct Vec {
     return load(t);
   }
 
-  MOEBIUS_INLINE static __m256 widen8(const bf16* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  // 16 halves as floats; 16 floats rounded to halves, ties to even.
+  MOEBIUS_INLINE static F load_half(const f16* p) {
+    const __m128i* at = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
   }
-  MOEBIUS_INLINE static F load_bf16(const bf16* p) { return {widen8(p), widen8(p + 8)}; }
-  MOEBIUS_INLINE static F load_bf16_n(const bf16* p, int n) {
-    alignas(32) bf16 t[16] = {};
-    for (int i = 0; i < n; ++i) t[i] = p[i];
-    return load_bf16(t);
+  MOEBIUS_INLINE static void store_half(f16* p, F v) {
+    __m128i* at = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(at, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(at + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
   MOEBIUS_INLINE static void store_bf16(bf16* p, F v) {
     alignas(32) float t[16];

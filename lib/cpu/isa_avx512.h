@@ -35,13 +35,12 @@ struct Vec {
   MOEBIUS_INLINE static M first(int n) { return static_cast<M>((1u << n) - 1); }
   MOEBIUS_INLINE static F select_first(int n, F a, F b) { return _mm512_mask_blend_ps(first(n), b, a); }
 
-  // 16 consecutive bf16 as floats; 16 floats rounded to bf16, ties to even, NaN kept.
-  MOEBIUS_INLINE static F load_bf16(const bf16* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  // 16 halves as floats; 16 floats rounded to halves, ties to even.
+  MOEBIUS_INLINE static F load_half(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  MOEBIUS_INLINE static void store_half(f16* p, F v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  MOEBIUS_INLINE static F load_bf16_n(const bf16* p, int n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16));
-  }
+  // 16 floats rounded to bf16, ties to even, NaN kept.
   MOEBIUS_INLINE static void store_bf16(bf16* p, F v) {
     const __m512i u = _mm512_castps_si512(v);
     const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

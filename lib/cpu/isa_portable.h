@@ -44,8 +44,10 @@ struct Vec {
   }
   MOEBIUS_INLINE static F select_first(int n, F a, F b) { return each([&](int i) { return i < n ? a.v[i] : b.v[i]; }); }
 
-  MOEBIUS_INLINE static F load_bf16(const bf16* p) { return load_bf16_n(p, 16); }
-  MOEBIUS_INLINE static F load_bf16_n(const bf16* p, int n) { return each([&](int i) { return i < n ? to_float(p[i]) : 0.0f; }); }
+  MOEBIUS_INLINE static F load_half(const f16* p) { return each([&](int i) { return half_to_float(p[i]); }); }
+  MOEBIUS_INLINE static void store_half(f16* p, F a) {
+    for (int i = 0; i < 16; ++i) p[i] = to_half(a.v[i]);
+  }
   MOEBIUS_INLINE static void store_bf16(bf16* p, F a) {
     for (int i = 0; i < 16; ++i) p[i] = to_bf16(a.v[i]);
   }

@@ -111,7 +111,10 @@ void rope_store(const RopeStoreArgs& args, const Lane& lane) {
     Pair* column = reinterpret_cast<Pair*>(kv + slice.k_index(slot, 0));
     for (int64_t p = 0; p < dim / 2; ++p) column[p * kTile] = reinterpret_cast<const Pair*>(keys)[p];
     const float* v = args.v + (row * kv_heads + j) * dim;
-    round_row(v, dim, kv + slice.v_index(slot, 0));
+    f16* values = kv + slice.v_index(slot, 0);
+    int64_t i = 0;
+    for (; i + kTile <= dim; i += kTile) Vec::store_half(values + i, Vec::mul(Vec::load(v + i), Vec::set1(args.value_scale)));
+    for (; i < dim; ++i) values[i] = to_half(v[i] * args.value_scale);
   }
 }
 

@@ -99,7 +99,7 @@ struct KvView {
 };
 
 // Per-head RMS norm (if any) and rotary embedding (halves rotated, as Hugging Face's rotate_half) of q and k;
-// q is rounded to bf16, k and v are rounded and stored in their pages. Shares: (row, head) units.
+// q is rounded to bf16; k as bf16 and v·value_scale as f16 are stored in their pages. Shares: (row, head) units.
 struct RopeStoreArgs {
   Range rows;
   const RowPlace* places = nullptr;  // [rows]
@@ -112,6 +112,7 @@ struct RopeStoreArgs {
   float eps = 0;
   const float* rope = nullptr;       // [max_position][cos, sin][head_dim/2]
   bf16* q_out = nullptr;             // [rows, num_heads·head_dim]
+  float value_scale = 1;             // a power of two that keeps every value inside f16's range
   KvView kv;
 };
 
@@ -133,6 +134,7 @@ struct AttentionArgs {
   int32_t num_heads = 0;                   // local query heads
   const Range* heads_of_kv = nullptr;      // [kv.num_kv_heads] the local query heads that read each local KV head
   float softmax_scale = 0;
+  float value_scale = 1;                   // as the values were stored
   const bf16* q = nullptr;                 // [rows, num_heads·head_dim]
   bf16* out = nullptr;                     // [rows, num_heads·head_dim]
   KvView kv;

@@ -40,4 +40,12 @@ int attention_exponent(const SliceMaxima& maxima, const ModelConfig& model, int)
   return exponent_for(maxima.down * maxima.up * width * std::sqrt(static_cast<double>(model.shape.head_dim)) / 8);
 }
 
+// A normed row x̂ has Σ x̂² ≤ H, so Σ|x̂| ≤ H, and |v| ≤ max|w|·max|norm|·H: a bound, not an estimate. Below 2^15 it leaves f16
+// (65,504) a factor of two for rounding.
+int value_exponent(const SliceMaxima& maxima, const ModelConfig& model, float largest_norm) {
+  const double bound = double{maxima.up} * largest_norm * static_cast<double>(model.shape.hidden);
+  if (!(bound > 0) || !std::isfinite(bound)) return 0;
+  return std::clamp(14 - std::ilogb(bound), -126, 126);
+}
+
 }  // namespace moebius

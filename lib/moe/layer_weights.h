@@ -29,6 +29,7 @@ struct LayerWeights {
   const float* q_norm = nullptr;            // [head_dim] or null
   const float* k_norm = nullptr;
   const bf16* router = nullptr;             // packed n = num_experts, k = hidden
+  float value_scale = 1;                    // of V in the KV cache; a power of two, a property of the layer
   // Fixed-point scales of the two exact sums; a property of the layer.
   float attention_scale = 1, mlp_scale = 1;
 

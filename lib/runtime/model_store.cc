@@ -131,6 +131,10 @@ void ModelStore::load(const std::filesystem::path& model_dir, const ModelConfig&
   for (int l = 0; l < model.shape.num_layers(); ++l) {
     attention_scales_.push_back(std::ldexp(1.0f, attention_exponent(attention[l], model, l)));
     mlp_scales_.push_back(std::ldexp(1.0f, mlp_exponent(mlp[l], model, l)));
+    const float* norm = shared_->layer(l).input_norm;
+    float largest_norm = 0;
+    for (int64_t i = 0; i < model.shape.hidden; ++i) largest_norm = std::max(largest_norm, std::fabs(norm[i]));
+    value_scales_.push_back(std::ldexp(1.0f, value_exponent(attention[l], model, largest_norm)));
   }
 }
 
@@ -201,6 +205,7 @@ void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank
     w.q_norm = shared.q_norm;
     w.k_norm = shared.k_norm;
     w.router = shared.router;
+    w.value_scale = value_scales_[static_cast<size_t>(l)];
     w.attention_scale = attention_scales_[static_cast<size_t>(l)];
     w.mlp_scale = mlp_scales_[static_cast<size_t>(l)];
     ranks_[rank]->tables[static_cast<int>(layout)].push_back(std::move(w));

@@ -55,7 +55,7 @@ class ModelStore {
   std::unique_ptr<SharedWeights> shared_;
   int64_t shared_bytes_ = 0;
   HostBuffer rope_;
-  std::vector<float> attention_scales_, mlp_scales_;  // [layers]
+  std::vector<float> attention_scales_, value_scales_, mlp_scales_;  // [layers]
   ForwardModel forward_;
 };
 

@@ -71,6 +71,7 @@ void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layou
   rope.rope = model_.rope;
   rope.q_out = b.q;
   rope.kv = layer.kv;
+  rope.value_scale = layer.value_scale;
   ops.rope_store(rope, lane);
   context_.comm->rank_barrier();  // the step's own K and V are read back as stored
 
@@ -82,6 +83,7 @@ void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layou
   attention.num_heads = layer.num_heads;
   attention.heads_of_kv = layer.heads_of_kv.data();
   attention.softmax_scale = model_.softmax_scale;
+  attention.value_scale = layer.value_scale;
   attention.q = b.q;
   attention.out = b.attention;
   attention.kv = layer.kv;

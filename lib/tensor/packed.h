@@ -11,7 +11,7 @@
 //   attention group:        Q: packed n = heads·head_dim, k = hidden;   then   O: packed n = hidden, k = heads·head_dim
 //   K/V projection:         K: packed n = head_dim, k = hidden;   then   V: the same
 // KV slice (page, layer, KV head), page_tokens a multiple of 16:
-//   K: [page_tokens/16][head_dim/2][16 tokens][2] bf16 (tokens take the place of outputs)   then   V: [page_tokens][head_dim] bf16
+//   K: [page_tokens/16][head_dim/2][16 tokens][2] bf16 (tokens take the place of outputs)   then   V: [page_tokens][head_dim] f16, times the layer's value_scale
 #pragma once
 
 #include <cstddef>

@@ -299,7 +299,7 @@ struct PagedKv {
       for (int j = 0; j < kv_heads; ++j)
         for (int d = 0; d < dim; ++d) {
           bf16* kv = pool.data() + (pages[static_cast<size_t>(t / page_tokens)] * int64_t{kv_heads} + j) * (slice.bytes() / 2);
-          keys.push_back(to_bf16(random.normal())), values.push_back(to_bf16(random.normal()));
+          keys.push_back(to_bf16(random.normal())), values.push_back(to_half(random.normal()));
           kv[slice.k_index(t % page_tokens, d)] = keys.back();
           kv[slice.v_index(t % page_tokens, d)] = values.back();
         }
@@ -334,6 +334,7 @@ TEST_CASE("attention is right, and the same bits for any pages, chunks and lanes
         args.heads_of_kv = heads_of_kv.data();
         args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(dim));
         args.q = q.data();
+        args.value_scale = 4;
         args.out = out.data();
         args.kv = kv.view;
         on_lanes(ops.attention, args, lanes, scratch);
@@ -357,7 +358,7 @@ TEST_CASE("attention is right, and the same bits for any pages, chunks and lanes
           for (int d = 0; d < dim; ++d) {
             double exact = 0, size = 0;
             for (int64_t t = 0; t <= row; ++t) {
-              const double term = p[static_cast<size_t>(t)] / sum * to_float(kv.values[static_cast<size_t>((t * kv_heads + j) * dim + d)]);
+              const double term = 0.25 * p[static_cast<size_t>(t)] / sum * half_to_float(kv.values[static_cast<size_t>((t * kv_heads + j) * dim + d)]);
               exact += term, size += std::fabs(term);
             }
             REQUIRE(std::fabs(to_float(whole[static_cast<size_t>((row * heads + h) * dim + d)]) - exact) <= std::fabs(exact) * 0x1p-8 + size * 1e-5);
@@ -371,6 +372,22 @@ TEST_CASE("attention is right, and the same bits for any pages, chunks and lanes
       CHECK(whole == run(16, one_by_one, 4));
     }
   }
+}
+
+TEST_CASE("halves convert to nearest, ties to even, and back") {
+  for (uint32_t h = 0; h < 0x7c00; ++h) {  // finite, not negative
+    const float v = half_to_float(static_cast<f16>(h)), next = half_to_float(static_cast<f16>(h + 1));
+    const float middle = h == 0x7bff ? 65520.0f : 0.5f * (v + next);
+    for (uint32_t sign : {0u, 0x8000u}) {
+      const float s = sign != 0 ? -1.0f : 1.0f;
+      REQUIRE(to_half(s * v) == (h | sign));
+      REQUIRE(to_half(s * middle) == ((h + (h & 1)) | sign));
+      REQUIRE(to_half(s * std::nextafter(middle, 0.0f)) == (h | sign));
+      REQUIRE(to_half(s * std::nextafter(middle, 1e9f)) == ((h + 1) | sign));
+    }
+  }
+  CHECK(to_half(1e9f) == 0x7c00);
+  CHECK(std::isnan(half_to_float(to_half(std::nanf("")))));
 }
 
 TEST_CASE("the router picks the likeliest experts, the lower index at a tie, and valid ones from NaN") {
@@ -481,6 +498,7 @@ TEST_CASE("rotary embedding and KV store put every row where its page table says
     args.eps = 1e-6f;
     args.rope = rope.data();
     args.q_out = out.data();
+    args.value_scale = 0.25f;
     args.kv = {reinterpret_cast<std::byte*>(pool.data()), kv_heads, page, dim};
     on_lanes(ops.rope_store, args, 3, scratch);
     for (int r = 0; r < rows; ++r)
@@ -496,7 +514,7 @@ TEST_CASE("rotary embedding and KV store put every row where its page table says
         const double f = 1 / std::sqrt(mean + 1e-6);
         const double a = kr[i] * f * norm[static_cast<size_t>(i)], b = kr[i + dim / 2] * f * norm[static_cast<size_t>(i + dim / 2)];
         CHECK(to_float(kv[slice.k_index(p % page, i + dim / 2)]) == Approx(b * c + a * s).epsilon(0.005).margin(1e-3));
-        CHECK(kv[slice.v_index(p % page, i)] == to_bf16(v[static_cast<size_t>((r * kv_heads + 1) * dim + i)]));
+        CHECK(kv[slice.v_index(p % page, i)] == to_half(0.25f * v[static_cast<size_t>((r * kv_heads + 1) * dim + i)]));
       }
   }
 }

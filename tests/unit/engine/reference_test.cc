@@ -139,8 +139,8 @@ TEST_CASE("logits are as close to float32 as Hugging Face's own bf16, and greedy
                                               << c.ours / c.theirs << "), " << c.calm << " without " << c.tied << " near ties, arg-max " << c.wide_agree << " of " << c.wide << ", greedy "
                                               << c.greedy_equal << " of " << c.greedy_wide);
       CHECK(c.calm <= 1.0 * c.theirs);
-      CHECK(c.tied <= 0.01 * c.rows);  // tiny-mixtral has one such row of 225: with it the pooled error is 1.30 times theirs
-      CHECK(c.ours <= 1.35 * c.theirs);
+      CHECK(c.tied <= 0.01 * c.rows);
+      CHECK(c.ours <= 1.25 * c.theirs);
       CHECK(c.wide_agree >= 0.99 * c.wide);
       CHECK(c.greedy_equal == c.greedy_wide);
     }
