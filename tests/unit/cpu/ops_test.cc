@@ -119,7 +119,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
             packed[i][static_cast<size_t>(cut.gate_up_elements() + cut.down().index(k, n))] = down[i][static_cast<size_t>(k * neurons + n)];
           }
       }
-      const auto x = random.bf16s(rows * hidden);
+      auto x = random.bf16s(rows * hidden);
       std::vector<const bf16*> pointers;
       for (const auto& p : packed) pointers.push_back(p.data());
       // Row r goes to expert r % 3 and, for some, to the next one too; expert 0 is the hot one.
@@ -183,6 +183,17 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
       for (int r = 0; r < rows; ++r) {
         const auto alone = run({r, r + 1}, 2, flags.data());
         REQUIRE(std::equal(alone.begin() + r * hidden, alone.begin() + (r + 1) * hidden, sum.begin() + r * hidden));
+      }
+
+      // Rows that leave the range are flagged, whatever the lanes; the rows beside them keep their bits.
+      x[1 * hidden] = to_bf16(std::nanf("")), x[2 * hidden] = to_bf16(INFINITY), x[3 * hidden] = to_bf16(1e30f);
+      for (int lanes : {1, 3}) {
+        std::fill(flags.begin(), flags.end(), uint8_t{0});
+        const auto beside = run({0, rows}, lanes, flags.data());
+        for (int r = 0; r < rows; ++r) {
+          CHECK(flags[static_cast<size_t>(r)] == (r >= 1 && r <= 3));
+          if (r < 1 || r > 3) CHECK(std::equal(beside.begin() + r * hidden, beside.begin() + (r + 1) * hidden, sum.begin() + r * hidden));
+        }
       }
     }
   }
