@@ -139,26 +139,34 @@ class Bench {
       row["context"] = o_.context;
       add_speed(row, batch / median(seconds), batch / median(floors), rates);
       print(row);
-      if (o_.profile) print_profile(seconds, e->impl().world());
+      if (o_.profile) print_profile(seconds, e->impl().world(), rates);
     }
   }
 
-  // Per step and thread; what is no op (plan, barriers, LM head's sampling, waiting) is the rest.
-  void print_profile(const std::vector<double>& steps, const World& world) {
+  // Per step and thread; what is no op (plan, barriers, sampling, waiting) is the rest.
+  void print_profile(const std::vector<double>& steps, const World& world, const Rates& rates) {
     double total = 0, inside = 0;
     for (double s : steps) total += s;
-    const auto print_line = [&](const char* name, double seconds) {
-      if (o_.format == "json")
-        fmt::print("{}\n", json{{"what", "profile"}, {"op", name}, {"seconds", seconds / static_cast<double>(steps.size())}, {"share", seconds / total}}.dump());
-      else
-        fmt::print("    {:16} {:9.3f} ms  {:5.1f} %\n", name, 1e3 * seconds / static_cast<double>(steps.size()), 100 * seconds / total);
+    const double per_step = 1.0 / static_cast<double>(steps.size());
+    const auto print_line = [&](const char* name, double seconds, double bytes, double flops) {
+      const double floor = std::max(bytes / rates.read, flops / rates.flops);
+      if (o_.format == "json") {
+        fmt::print("{}\n", json{{"what", "profile"}, {"op", name}, {"seconds", seconds * per_step}, {"share", seconds / total}, {"bytes", bytes * per_step},
+                                {"flops", flops * per_step}, {"share_of_floor", seconds > 0 ? floor / seconds : 0}}.dump());
+        return;
+      }
+      fmt::print("    {:17} {:9.3f} ms {:5.1f} %", name, 1e3 * seconds * per_step, 100 * seconds / total);
+      if (floor > 0)
+        fmt::print("  {:8.1f} MB {:6.1f} GB/s  {:8.2f} GFLOP {:7.1f} GFLOP/s  {:5.1f} % of its floor", bytes * per_step / 1e6, bytes / seconds / 1e9,
+                   flops * per_step / 1e9, flops / seconds / 1e9, 100 * floor / seconds);
+      fmt::print("\n");
     };
-    for (const OpTime& op : profile()) {
+    for (const OpProfile& op : profile()) {
       const double seconds = op.seconds / (world.ranks() * world.threads());
       inside += seconds;
-      print_line(op.name, seconds);
+      print_line(op.name, seconds, op.bytes, op.flops);
     }
-    print_line("outside ops", total - inside);
+    print_line("outside ops", total - inside, 0, 0);
   }
 
   void prefill() {
@@ -371,7 +379,7 @@ int run(int argc, char** argv) {
   auto* decode = common(app.add_subcommand("decode", "decode steps at given batch sizes"));
   decode->add_option("--batch", o.batches, "batch sizes, e.g. 1,8,32")->delimiter(',')->check(CLI::Range(1, 65536))->capture_default_str();
   decode->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  decode->add_flag("--profile", o.profile, "where a step's time goes, op by op");
+  decode->add_flag("--profile", o.profile, "where a step's time goes, op by op, with the bytes and operations of each and its share of their floor");
   decode->add_option("--steps", o.steps, "timed steps")->check(CLI::Range(1, 100000))->capture_default_str();
   auto* prefill = common(app.add_subcommand("prefill", "one prompt"));
   prefill->add_option("--tokens", o.tokens, "tokens of the prompt")->check(CLI::Range(1, 1 << 20))->capture_default_str();

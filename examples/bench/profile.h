@@ -1,4 +1,4 @@
-// Where a step's time goes: the kernel table wrapped so that each op's time is added up over all threads.
+// Where a step's time goes: the kernel table wrapped so that each op's time, and what it must read and compute, are added up.
 #pragma once
 
 #include <vector>
@@ -7,14 +7,16 @@
 
 namespace moebius::bench {
 
-struct OpTime {
+struct OpProfile {
   const char* name;
-  double seconds;  // summed over threads
+  double seconds = 0;  // summed over threads
+  double bytes = 0;    // weights and KV that the op reads, once however many rows use them
+  double flops = 0;    // a multiply-add counts as two
 };
 
-// A table that times `base`. One profile a process.
+// A table that profiles `base`. One profile a process.
 const Ops& profiled(const Ops& base);
 void reset_profile();
-std::vector<OpTime> profile();
+std::vector<OpProfile> profile();
 
 }  // namespace moebius::bench

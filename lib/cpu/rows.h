@@ -120,68 +120,91 @@ void rope_store(const RopeStoreArgs& args, const Lane& lane) {
 
 // ---- router
 
-constexpr int kRouterTiles = 4;  // independent chains: a chain alone waits for each fused multiply-add
+constexpr int kRouterTiles = 4, kRouterRows = Vec::kRows >= 12 ? 4 : 1;  // chains side by side: one alone waits for each fma
 
-template <int C>
-MOEBIUS_INLINE void router_tiles(const float* x, const bf16* w, int64_t tile_elements, int64_t hidden, float* logits) {
-  F acc[C];
+// logits[r][tile c] of R rows: all in float, chains along k in order.
+template <int R, int C>
+MOEBIUS_INLINE void router_tiles(const float* x, const bf16* w, int64_t tile_elements, int64_t hidden, float* logits, int64_t stride) {
+  F acc[R][C];
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) acc[c] = Vec::zero();
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r][c] = Vec::zero();
   for (int64_t p = 0; p < hidden / 2; ++p) {
-    const F even = Vec::set1(x[2 * p]), odd = Vec::set1(x[2 * p + 1]);
+    F even[C], odd[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      F a, b;
-      Vec::widen(w + c * tile_elements + p * 2 * kTile, a, b);
-      acc[c] = Vec::fma(b, odd, Vec::fma(a, even, acc[c]));
+    for (int c = 0; c < C; ++c) Vec::widen(w + c * tile_elements + p * 2 * kTile, even[c], odd[c]);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const F a = Vec::set1(x[r * hidden + 2 * p]), b = Vec::set1(x[r * hidden + 2 * p + 1]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = Vec::fma(odd[c], b, Vec::fma(even[c], a, acc[r][c]));
     }
   }
 #pragma GCC unroll 4
-  for (int c = 0; c < C; ++c) Vec::store(logits + c * kTile, acc[c]);
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) Vec::store(logits + r * stride + c * kTile, acc[r][c]);
 }
 
-MOEBIUS_INLINE void route_row(const RouteArgs& args, const float* x, float* p, int32_t* ids, float* weights) {
-  const PackedMatrix m{args.num_experts, args.hidden};
-  const int64_t tiles = m.tiles();
-  int64_t t = 0;
-  for (; t + kRouterTiles <= tiles; t += kRouterTiles)
-    router_tiles<kRouterTiles>(x, args.w + t * m.tile_elements(), m.tile_elements(), args.hidden, p + t * kTile);
-  for (; t < tiles; ++t) router_tiles<1>(x, args.w + t * m.tile_elements(), m.tile_elements(), args.hidden, p + t * kTile);
-
-  float most = -kInfinity;
-  for (int e = 0; e < args.num_experts; ++e) most = p[e] > most ? p[e] : most;  // NaN never wins
+// The top_k of p [num_experts] = softmax(p), padded to whole tiles; p is used up.
+MOEBIUS_INLINE void choose_experts(const RouteArgs& args, float* p, int32_t* ids, float* weights) {
+  const int tiles = static_cast<int>(div_up(args.num_experts, kTile)), last = args.num_experts - (tiles - 1) * kTile;
+  const auto load = [&](int t) MOEBIUS_INLINE_LAMBDA { return Vec::load_n(p + t * kTile, t + 1 < tiles ? kTile : last, -kInfinity); };
+  F most = Vec::set1(-kInfinity);
+  for (int t = 0; t < tiles; ++t) most = Vec::max(load(t), most);  // NaN never wins
+  const F shift = Vec::set1(Vec::max_of(most));
   F sums = Vec::zero();
-  for (int e = 0; e < args.num_experts; e += kTile) {
-    const int n = args.num_experts - e < kTile ? args.num_experts - e : kTile;
-    const F v = Vec::select_first(n, exp_of(Vec::sub(Vec::load_n(p + e, n, -kInfinity), Vec::set1(most))), Vec::zero());
-    Vec::store(p + e, v);
-    sums = Vec::add(sums, v);
+  for (int t = 0; t < tiles; ++t) {
+    const int n = t + 1 < tiles ? kTile : last;
+    F v = exp_of(Vec::sub(load(t), shift));
+    Vec::store(p + t * kTile, Vec::select_first(n, v, Vec::set1(-1.0f)));
+    sums = Vec::add(sums, Vec::select_first(n, v, Vec::zero()));
   }
   const float sum = Vec::sum(sums);
   float chosen = 0;
   for (int i = 0; i < args.top_k; ++i) {
-    int best = -1;
-    for (int e = 0; e < args.num_experts; ++e)
-      if (p[e] >= 0 && (best < 0 || p[e] > p[best])) best = e;  // the lower index wins a tie; NaN and taken ones are not ≥ 0
-    if (best < 0) {  // only NaN is left: the lowest that has not been taken
-      best = 0;
+    F best = Vec::set1(-1.0f);
+    for (int t = 0; t < tiles; ++t) best = Vec::max(Vec::load(p + t * kTile), best);
+    const float value = Vec::max_of(best);
+    int id = 0;
+    if (value >= 0) {  // the lower index wins a tie; NaN and taken ones (−1) are not ≥ 0
+      for (int t = 0;; ++t)
+        if (const uint32_t hit = Vec::equal(Vec::load(p + t * kTile), Vec::set1(value)); hit != 0) {
+          id = t * kTile + __builtin_ctz(hit);
+          break;
+        }
+    } else {  // only NaN is left: the lowest that has not been taken
       for (int j = 0; j < i; ++j)
-        if (ids[j] == best) ++best, j = -1;
+        if (ids[j] == id) ++id, j = -1;
     }
-    ids[i] = best;
-    weights[i] = p[best] / sum;
-    chosen += p[best];
-    p[best] = -1;
+    ids[i] = id;
+    weights[i] = p[id] / sum;
+    chosen += p[id];
+    p[id] = -1;
   }
   if (args.renormalise)
     for (int i = 0; i < args.top_k; ++i) weights[i] = weights[i] * sum / chosen;
 }
 
 void route(const RouteArgs& args, const Lane& lane) {
+  const PackedMatrix m{args.num_experts, args.hidden};
   const Range share = share_of(args.rows.size(), lane.thread, lane.num_threads);
-  float* p = reinterpret_cast<float*>(lane.scratch);
-  for (int64_t row = args.rows.begin + share.begin; row < args.rows.begin + share.end; ++row)
-    route_row(args, args.x + row * args.hidden, p, args.ids + row * args.top_k, args.weights + row * args.top_k);
+  const int64_t tiles = m.tiles(), stride = tiles * kTile;
+  float* p = reinterpret_cast<float*>(lane.scratch);  // [kRouterRows, stride]
+  for (int64_t row = args.rows.begin + share.begin, n; row < args.rows.begin + share.end; row += n) {
+    const int64_t left = args.rows.begin + share.end - row;
+    n = left < kRouterRows ? left : kRouterRows;
+    with_rows<kRouterRows>(n, [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+      const float* x = args.x + row * args.hidden;
+      int64_t t = 0;
+      for (; t + kRouterTiles <= tiles; t += kRouterTiles)
+        router_tiles<R, kRouterTiles>(x, args.w + t * m.tile_elements(), m.tile_elements(), args.hidden, p + t * kTile, stride);
+      for (; t < tiles; ++t) router_tiles<R, 1>(x, args.w + t * m.tile_elements(), m.tile_elements(), args.hidden, p + t * kTile, stride);
+    });
+    for (int64_t r = 0; r < n; ++r)
+      choose_experts(args, p + r * stride, args.ids + (row + r) * args.top_k, args.weights + (row + r) * args.top_k);
+  }
 }
 
 // ---- sampling helpers
