@@ -17,9 +17,15 @@ constexpr size_t kEventRing = 4096;
 
 double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
 
-int threads_per_rank(const EngineConfig& config) {
-  if (config.threads > 0) return config.threads;
-  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / config.ranks);
+// Before any thread is started: the checks of ranks against the model, and of what would be threads by the thousand.
+int threads_per_rank(const EngineConfig& config, const ModelConfig& model) {
+  constexpr int64_t kMaxThreads = 4096;  // of all ranks
+  check_ranks(model.shape, slice_counts(model.shape, config.slices_per_expert), config.ranks);
+  if (config.threads == 0) return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / config.ranks);
+  if (int64_t{config.ranks} * config.threads > kMaxThreads)
+    fail(Code::kInvalidArgument, "{} ranks of {} threads are {} threads, at most {} are started", config.ranks, config.threads,
+         int64_t{config.ranks} * config.threads, kMaxThreads);
+  return config.threads;
 }
 
 const Ops& choose_ops(const std::string& name) {
@@ -92,7 +98,7 @@ std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages
 Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& config)
     : config_(complete(config, read_config(model_dir))),
       model_(read_config(model_dir)),
-      threads_(threads_per_rank(config_)),
+      threads_(threads_per_rank(config_, model_)),
       ops_(choose_ops(config_.isa)),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),
       shape_(workspace_shape(model_, config_, threads_, ops_)),

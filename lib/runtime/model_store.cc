@@ -19,11 +19,52 @@ int64_t free_memory_bytes() {
   return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE));
 }
 
+// Tables hold some 100 bytes of a slice, and dummy weights have no file that a config could be compared with.
+constexpr int64_t kMaxSlices = 1 << 20;      // 128 layers of 1,024 experts in 8 cuts
+constexpr double kMaxWeightBytes = 0x1p50;   // sums of sizes stay far from 2^63
+
+SliceCounts bounded_slice_counts(const ModelShape& shape, int slices_per_expert) {
+  const SliceCounts counts = slice_counts(shape, slices_per_expert);
+  int64_t slices = 0;
+  int experts = 0;
+  double bytes = 0;
+  for (const MlpShape& mlp : shape.mlps) {
+    slices += counts.head_groups + shape.num_kv_heads + int64_t{std::max(1, mlp.num_experts)} * counts.cuts;
+    experts = std::max(experts, mlp.num_experts);
+    bytes += 6.0 * std::max(1, mlp.num_experts) * mlp.intermediate * shape.hidden + 4.0 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.hidden;
+  }
+  if (slices > kMaxSlices || bytes > kMaxWeightBytes)
+    fail(Code::kUnsupported, "{} layers of up to {} experts in {} cuts make {} slices of {:.0f} bytes; at most {} slices of {:.0f} bytes are laid out",
+         shape.num_layers(), experts, counts.cuts, slices, bytes, kMaxSlices, kMaxWeightBytes);
+  return counts;
+}
+
+std::unique_ptr<WeightSource> open_weights(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config) {
+  return config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(model_dir, model, config.warning);
+}
+
+int64_t rope_bytes(const ModelConfig& model, int64_t positions) {
+  return positions * model.shape.head_dim * static_cast<int64_t>(sizeof(float));  // a cosine and a sine for each half
+}
+
+// Positions that a request may reach: longer ones are refused at submit, for no layout holds their KV.
+int64_t served_positions(const EngineConfig& config, int64_t tp_pages, int64_t ep_pages) {
+  return std::min(config.max_context, std::min(tp_pages, ep_pages) * config.page_tokens);
+}
+
+int64_t shared_bytes_of(const ModelConfig& model, const EngineConfig& config, int64_t tp_pages, int64_t ep_pages) {
+  return SharedWeights::bytes(model) + rope_bytes(model, served_positions(config, tp_pages, ep_pages));
+}
+
 }  // namespace
 
 ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world,
                        int64_t workspace_bytes)
-    : counts_(slice_counts(model.shape, config.slices_per_expert)),
+    : ModelStore(*open_weights(model_dir, model, config), model, config, world, workspace_bytes) {}
+
+ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world,
+                       int64_t workspace_bytes)
+    : counts_(bounded_slice_counts(model.shape, config.slices_per_expert)),
       slices_(model.shape, counts_),
       tp_((check_ranks(model.shape, counts_, config.ranks), tp_owners(slices_, config.ranks))),
       ep_(ep_owners(slices_, config.ranks)),
@@ -34,8 +75,10 @@ ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig
     ranks_.push_back(std::make_unique<Rank>());
     ranks_.back()->arena = HostBuffer(arena_.arena_bytes(r));
   }
-  load(model_dir, model, config, world);
-  make_rope(model, config.max_context);
+  const int64_t most_ep_pages = *std::max_element(arena_.ep_pages().begin(), arena_.ep_pages().end());
+  shared_bytes_ = shared_bytes_of(model, config, arena_.tp_pages(), most_ep_pages);
+  load(source, model, config, world);
+  make_rope(model, served_positions(config, arena_.tp_pages(), most_ep_pages));
   forward_.num_layers = model.shape.num_layers();
   forward_.hidden = model.shape.hidden;
   forward_.vocab = model.vocab_size;
@@ -62,10 +105,14 @@ std::vector<std::byte*> ModelStore::arenas() const {
 // memory that is free. A wish that fits is granted as it is; otherwise (or with memory_bytes alone) the limit is filled.
 ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes) {
   const int64_t slice = KvSlice{config.page_tokens, model.shape.head_dim}.bytes();
-  shared_bytes_ = SharedWeights::bytes(model);
-  const int64_t beside = workspace_bytes + shared_bytes_ / config.ranks;  // ranks share one read-only copy
   memory_bytes_ = config.memory_bytes > 0 ? config.memory_bytes : free_memory_bytes() / 2 / config.ranks;
-  const std::vector<int64_t> budget(static_cast<size_t>(config.ranks), memory_bytes_ - beside);
+  // Bytes of a rank beside its arena; ranks share one read-only copy of the replicated weights and of the rotary table.
+  const auto beside = [&](int64_t tp_pages, int64_t ep_pages) {
+    return workspace_bytes + shared_bytes_of(model, config, tp_pages, ep_pages) / config.ranks;
+  };
+  const auto capacity_beside = [&](int64_t bytes) {
+    return plan_capacity(slices_, tp_, ep_, slice, std::vector<int64_t>(static_cast<size_t>(config.ranks), memory_bytes_ - bytes));
+  };
 
   int64_t pages = 0, per_home = 0;
   if (config.kv_tokens > 0) {
@@ -77,22 +124,23 @@ ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config,
     per_home = std::max(one, div_up(pages, config.ranks));  // a home holds any one request
   }
   if (pages > 0) {
-    const ArenaPlan wished = plan_arena(slices_, tp_, ep_, slice, pages, std::vector<int64_t>(budget.size(), per_home));
-    int64_t bytes = 0;
-    for (int r = 0; r < config.ranks; ++r) bytes = std::max(bytes, wished.arena_bytes(r));
-    if (bytes <= budget[0]) {
-      memory_bytes_ = bytes + beside;
+    const ArenaPlan wished =
+        plan_arena(slices_, tp_, ep_, slice, pages, std::vector<int64_t>(static_cast<size_t>(config.ranks), per_home));
+    int64_t bytes = beside(pages, per_home);
+    for (int r = 0; r < config.ranks; ++r) bytes = std::max(bytes, wished.arena_bytes(r) + beside(pages, per_home));
+    if (bytes <= memory_bytes_) {
+      memory_bytes_ = bytes;
       return wished;
     }
   }
-  const Capacity capacity = plan_capacity(slices_, tp_, ep_, slice, budget);
+  // The table grows with the pages: as much of it as they could call for without it is put aside.
+  Capacity capacity = capacity_beside(beside(0, 0));
+  capacity = capacity_beside(beside(capacity.tp_pages, *std::max_element(capacity.ep_pages.begin(), capacity.ep_pages.end())));
   return plan_arena(slices_, tp_, ep_, slice, capacity.tp_pages, capacity.ep_pages);
 }
 
 // Every rank's threads pack its own slices of the start layout; the replicated weights are divided over all threads.
-void ModelStore::load(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world) {
-  std::unique_ptr<WeightSource> source =
-      config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(model_dir, model, config.warning);
+void ModelStore::load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world) {
   shared_ = std::make_unique<SharedWeights>(model);
   const Owners& owners = config.layout == Layout::kTp ? tp_ : ep_;
 
@@ -110,14 +158,14 @@ void ModelStore::load(const std::filesystem::path& model_dir, const ModelConfig&
 
   const int threads = world.threads();
   world.run_long([&](int rank, int thread) {
-    shared_->load(*source, rank * threads + thread, world.ranks() * threads);
+    shared_->load(source, rank * threads + thread, world.ranks() * threads);
     int64_t mine = 0;
     for (int l = 0; l < model.shape.num_layers(); ++l)
       for (size_t i = 0; i < slices_.layer(l).size(); ++i) {
         if (!(owners.slices[l][i] >> rank & 1) || mine++ % threads != thread) continue;
         world.check_abort();
         const Slice& slice = slices_.layer(l)[i];
-        const SliceMaxima maxima = pack_slice(*source, model, slices_, slice,
+        const SliceMaxima maxima = pack_slice(source, model, slices_, slice,
                                               ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(i)));
         {
           std::lock_guard lock(mutex);
@@ -139,13 +187,13 @@ void ModelStore::load(const std::filesystem::path& model_dir, const ModelConfig&
 }
 
 // cos and sin of position · theta^(−2i/d), the angle in float as Hugging Face computes it.
-void ModelStore::make_rope(const ModelConfig& model, int64_t max_context) {
+void ModelStore::make_rope(const ModelConfig& model, int64_t positions) {
   const int64_t half = model.shape.head_dim / 2;
-  rope_ = HostBuffer(max_context * half * 2 * static_cast<int64_t>(sizeof(float)));
+  rope_ = HostBuffer(rope_bytes(model, positions));
   float* out = rope_.as<float>();
   for (int64_t i = 0; i < half; ++i) {
     const auto frequency = static_cast<float>(1.0 / std::pow(model.rope_theta, 2.0 * static_cast<double>(i) / model.shape.head_dim));
-    for (int64_t p = 0; p < max_context; ++p) {
+    for (int64_t p = 0; p < positions; ++p) {
       const float angle = static_cast<float>(p) * frequency;
       out[p * 2 * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
       out[(p * 2 + 1) * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));

@@ -19,10 +19,13 @@ namespace moebius {
 
 class ModelStore {
  public:
-  // Plans the arenas within config.memory_bytes, reserves them and loads each rank's slices of the start layout.
-  // workspace_bytes: what a rank needs beside its arena.
+  // Compares the checkpoint with config.json before any table is built from its numbers, plans the arenas within
+  // config.memory_bytes, reserves them and loads each rank's slices of the start layout. workspace_bytes: what a rank needs
+  // beside its arena.
   ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world,
              int64_t workspace_bytes);
+  // The same from weights that have been compared already.
+  ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, int64_t workspace_bytes);
 
   const ArenaPlan& arena() const { return arena_; }
   const TransferPlan& to_tp() const { return to_tp_; }
@@ -32,7 +35,7 @@ class ModelStore {
   // [Layout][layer] tables of a rank.
   const std::vector<LayerWeights> (&tables(int rank) const)[2] { return ranks_[rank]->tables; }
   std::vector<std::byte*> arenas() const;
-  int64_t shared_bytes() const { return shared_bytes_; }
+  int64_t shared_bytes() const { return shared_bytes_; }  // replicated weights and the rotary table
   int64_t memory_bytes() const { return memory_bytes_; }  // per rank, as asked for or chosen
 
  private:
@@ -41,9 +44,9 @@ class ModelStore {
     std::vector<LayerWeights> tables[2];
   };
   ArenaPlan plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes);
-  void load(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world);
+  void load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world);
   void make_tables(const ModelConfig& model, int page_tokens, int rank, Layout layout);
-  void make_rope(const ModelConfig& model, int64_t max_context);
+  void make_rope(const ModelConfig& model, int64_t positions);
 
   SliceCounts counts_;
   SliceTable slices_;

@@ -1,0 +1,106 @@
+// What a model folder or a host may say wrongly: refused with the numbers, and before anything is sized from them.
+#include <sys/resource.h>
+
+#include <fstream>
+
+#include <nlohmann/json.hpp>
+
+#include "tests/unit/engine/harness.h"
+#include "tests/unit/model/files.h"
+
+namespace moebius::test {
+namespace {
+
+using Catch::Contains;
+using nlohmann::json;
+
+// A copy of a test model whose config.json has these changes.
+class ChangedModel {
+ public:
+  ChangedModel(const std::string& model, const json& changes) {
+    for (const auto& file : std::filesystem::directory_iterator(model)) std::filesystem::create_symlink(file.path(), folder_ / file.path().filename());
+    json config = json::parse(std::ifstream(folder_ / "config.json"));
+    for (const auto& [key, value] : changes.items()) config[key] = value;
+    std::filesystem::remove(folder_ / "config.json");
+    write_file(folder_ / "config.json", config.dump());
+  }
+  const std::filesystem::path& path() const { return folder_.path(); }
+
+ private:
+  TempFolder folder_;
+};
+
+int64_t peak_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return int64_t{usage.ru_maxrss} * 1024;
+}
+
+std::string refusal(const std::filesystem::path& model, const EngineConfig& config) {
+  try {
+    Engine engine(model, config);
+    return "";
+  } catch (const Error& e) {
+    return e.what();
+  }
+}
+
+EngineConfig tp_config() { return small_config(1, 1, Layout::kTp); }
+
+int num_threads_now() {
+  int n = 0;
+  for ([[maybe_unused]] const auto& task : std::filesystem::directory_iterator("/proc/self/task")) ++n;
+  return n;
+}
+
+}  // namespace
+
+// Tables of a million slices or of four million positions would take hundreds of megabytes.
+TEST_CASE("a config that lies about counts is refused before tables are made of it") {
+  constexpr int64_t kSmall = 100 << 20;
+  EngineConfig config = tp_config();
+  const int64_t before = peak_bytes();
+  CHECK_THAT(refusal(ChangedModel(kQwen, {{"num_hidden_layers", 4096}, {"num_experts", 256}}).path(), config), Contains("mlp.gate") && Contains("256"));
+  CHECK_THAT(refusal(ChangedModel(kQwen, {{"num_hidden_layers", 4096}}).path(), config), Contains("model.layers.4") && Contains("missing"));
+  config.dummy_weights = true;
+  CHECK_THAT(refusal(ChangedModel(kQwen, {{"num_hidden_layers", 4096}, {"num_experts", 65536}}).path(), config),
+             Contains("4096 layers of up to 65536 experts in 8 cuts"));
+  CHECK_THAT(refusal(ChangedModel(kQwen, {{"hidden_size", 1 << 20}, {"moe_intermediate_size", 1 << 20}, {"num_hidden_layers", 1000}}).path(), config),
+             Contains("1000 layers of up to 16 experts"));
+  CHECK(peak_bytes() - before < kSmall);
+}
+
+TEST_CASE("the rotary table holds the positions that are served, not all that the model was made for, and is counted") {
+  EngineConfig config = tp_config();
+  const ChangedModel model(kQwen, {{"max_position_embeddings", int64_t{1} << 31}});
+  const int64_t before = peak_bytes();
+  Engine engine(model.path(), config);
+  CHECK(peak_bytes() - before < 200 << 20);
+  CHECK(engine.model().max_context == int64_t{1} << 31);
+  CHECK_THROWS_WITH(engine.submit(greedy_request("a", prompt_of(1, 4000), 200)), Contains("KV pages"));
+  const RequestSpec longest = greedy_request("a", prompt_of(1, 4000), 96);  // kv_tokens is 4,096
+  const Outcome there = Runner(engine).run({{{longest}}, {}});
+  CHECK(there.outputs.at("a").tokens.size() == 96);
+  config.max_context = 1024;
+  CHECK(engine.memory().shared_bytes - Engine(kQwen, config).memory().shared_bytes == (4096 - 1024) * 32 * 4);
+}
+
+TEST_CASE("memory_bytes covers the rotary table") {
+  EngineConfig config = tp_config();
+  config.kv_tokens = 0;
+  config.memory_bytes = 64 << 20;
+  Engine engine(ChangedModel(kQwen, {{"max_position_embeddings", 1 << 24}}).path(), config);
+  const MemoryReport m = engine.memory();
+  CHECK(m.arena_bytes + m.workspace_bytes + m.shared_bytes <= config.memory_bytes);
+  CHECK(m.arena_bytes + m.workspace_bytes + m.shared_bytes > config.memory_bytes * 9 / 10);
+}
+
+TEST_CASE("ranks and threads are checked before a thread is started") {
+  const int before = num_threads_now();
+  CHECK_THAT(refusal(kQwen, small_config(9, 1, Layout::kTp)), Contains("9 ranks"));
+  CHECK_THAT(refusal(kQwen, small_config(1000000, 1000, Layout::kTp)), Contains("1000000 ranks"));
+  CHECK_THAT(refusal(kQwen, small_config(2, 100000, Layout::kTp)), Contains("2 ranks of 100000 threads are 200000"));
+  CHECK(num_threads_now() == before);
+}
+
+}  // namespace moebius::test
