@@ -1,8 +1,11 @@
 #include "lib/model/weights.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstring>
+#include <string_view>
+#include <unordered_set>
 #include <utility>
 
 #include "lib/base/error.h"
@@ -181,25 +184,34 @@ class CheckpointSource final : public WeightSource {
   }
 
   std::unique_ptr<MatrixReader> expert(int layer, int expert, ExpertPart part) const override {
+    return std::make_unique<StoredReader>(locate(layer, expert, part).matrix);
+  }
+
+  // Where a part of an expert lies, checked against the config; expert −1 is the dense MLP.
+  struct Located {
+    std::string name;
+    StoredMatrix matrix;
+  };
+  Located locate(int layer, int expert, ExpertPart part) const {
     const int64_t hidden = model_.shape.hidden;
     const MlpShape& mlp = model_.shape.mlps[static_cast<size_t>(layer)];
     const bool down = part == ExpertPart::kDown;
     const int64_t rows = down ? hidden : mlp.intermediate, columns = down ? mlp.intermediate : hidden;
-    if (expert < 0) {
-      const char* names[] = {"gate_proj", "up_proj", "down_proj"};
-      return matrix(name_of("model.layers.{l}.mlp.", layer) + names[static_cast<int>(part)] + ".weight", rows, columns);
-    }
+    const char* dense[] = {"gate_proj", "up_proj", "down_proj"};
+    const char* patterns[] = {model_.names->expert_gate, model_.names->expert_up, model_.names->expert_down};
     // Fused tensors of all experts, as transformers 5 keeps them: gate and up [E, 2I, H], down [E, H, I].
     const std::string fused = name_of("model.layers.{l}.mlp.experts.", layer) + (down ? "down_proj" : "gate_up_proj");
-    if (has(fused)) {
+    if (expert >= 0 && has(fused)) {
       const int64_t fused_rows = down ? hidden : 2 * mlp.intermediate;
       const Checkpoint::Tensor& t = require(fused, {mlp.num_experts, fused_rows, columns});
       const int64_t first = expert * fused_rows + (part == ExpertPart::kUp ? mlp.intermediate : 0);
       const int64_t size = t.info->dtype == Dtype::kF32 ? 4 : 2;
-      return std::make_unique<StoredReader>(StoredMatrix{t.data() + first * columns * size, t.info->dtype, columns, 1});
+      return {fused, {t.data() + first * columns * size, t.info->dtype, columns, 1}};
     }
-    const char* patterns[] = {model_.names->expert_gate, model_.names->expert_up, model_.names->expert_down};
-    return matrix(name_of(patterns[static_cast<int>(part)], layer, expert), rows, columns);
+    const std::string name = expert < 0 ? name_of("model.layers.{l}.mlp.", layer) + dense[static_cast<int>(part)] + ".weight"
+                                        : name_of(patterns[static_cast<int>(part)], layer, expert);
+    const Checkpoint::Tensor& t = require(name, {rows, columns});
+    return {name, {t.data(), t.info->dtype, columns, 1}};
   }
 
   // Looks a tensor up and compares it with what the config says.
@@ -219,12 +231,13 @@ class CheckpointSource final : public WeightSource {
   ModelConfig model_;
 };
 
-// Visits every tensor that the model will read; `used` collects their names.
-void check_tensors(const CheckpointSource& source, const ModelConfig& model, std::vector<std::string>& used) {
+// Visits every tensor that the model will read, and returns their names.
+std::unordered_set<std::string> check_tensors(const CheckpointSource& source, const ModelConfig& model) {
   const ModelShape& s = model.shape;
+  std::unordered_set<std::string> used;
   const auto want = [&](const std::string& name, const std::vector<int64_t>& shape) {
     source.require(name, shape);
-    used.push_back(name);
+    used.insert(name);
   };
   want("model.embed_tokens.weight", {model.vocab_size, s.hidden});
   want("model.norm.weight", {s.hidden});
@@ -246,8 +259,43 @@ void check_tensors(const CheckpointSource& source, const ModelConfig& model, std
     if (mlp.num_experts > 0) want(name_of(model.names->router, l), {mlp.num_experts, s.hidden});
     for (int e = 0; e < std::max(1, mlp.num_experts); ++e)
       for (auto part : {WeightSource::ExpertPart::kGate, WeightSource::ExpertPart::kUp, WeightSource::ExpertPart::kDown})
-        source.expert(l, mlp.num_experts > 0 ? e : -1, part);
+        used.insert(source.locate(l, mlp.num_experts > 0 ? e : -1, part).name);
   }
+  return used;
+}
+
+// The layer of "model.layers.{l}.…"; −1 for every other name.
+int64_t layer_of(std::string_view name) {
+  constexpr std::string_view kPrefix = "model.layers.";
+  if (name.substr(0, kPrefix.size()) != kPrefix) return -1;
+  int64_t layer = -1;
+  const auto [end, error] = std::from_chars(name.data() + kPrefix.size(), name.data() + name.size(), layer);
+  return error == std::errc() && end != name.data() + name.size() && *end == '.' ? layer : -1;
+}
+
+// Would this tensor, which the model does not read, have changed what it computes? Inside a served layer everything would,
+// but for tables that are computed anyway; outside of the layers a bias would.
+bool changes_arithmetic(std::string_view name, const ModelConfig& model) {
+  const auto ends_with = [&](std::string_view end) { return name.size() >= end.size() && name.substr(name.size() - end.size()) == end; };
+  if (const int64_t layer = layer_of(name); layer >= 0) return layer < model.shape.num_layers() && !ends_with(".rotary_emb.inv_freq");
+  return ends_with(".bias");
+}
+
+// Refuses what may not be ignored; tells the rest in one warning.
+void report_unused(const Checkpoint& checkpoint, const std::unordered_set<std::string>& used, const ModelConfig& model,
+                   const std::function<void(const std::string&)>& warning) {
+  constexpr size_t kShown = 3;
+  std::vector<std::string_view> some;
+  size_t unused = 0;
+  for (const auto& [name, tensor] : checkpoint.tensors()) {
+    if (used.count(name) || (model.tie_word_embeddings && name == "lm_head.weight")) continue;
+    if (changes_arithmetic(name, model))
+      fail(Code::kUnsupported, "{}: tensor '{}' [{}] would change what the model computes, and {} with {} layers of its config.json does not use it",
+           tensor.file->name(), name, fmt::join(tensor.info->shape, ", "), model.family, model.shape.num_layers());
+    if (++unused <= kShown) some.push_back(name);
+  }
+  if (unused > 0 && warning)
+    warning(fmt::format("{}: {} tensors are not used: '{}'{}", checkpoint.name(), unused, fmt::join(some, "', '"), unused > kShown ? ", …" : ""));
 }
 
 }  // namespace
@@ -255,15 +303,7 @@ void check_tensors(const CheckpointSource& source, const ModelConfig& model, std
 std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
                                               const std::function<void(const std::string&)>& warning) {
   auto source = std::make_unique<CheckpointSource>(model_dir, model);
-  std::vector<std::string> used;
-  check_tensors(*source, model, used);
-  if (warning) {
-    std::sort(used.begin(), used.end());
-    for (const auto& [name, tensor] : source->checkpoint().tensors())
-      if (!std::binary_search(used.begin(), used.end(), name) && name.find(".mlp.") == std::string::npos &&
-          name.find(".block_sparse_moe.") == std::string::npos && !(model.tie_word_embeddings && name == "lm_head.weight"))
-        warning(fmt::format("{}: tensor '{}' is not used", tensor.file->name(), name));
-  }
+  report_unused(source->checkpoint(), check_tensors(*source, model), model, warning);
   return source;
 }
 

@@ -37,8 +37,9 @@ class WeightSource {
   virtual bool has(const std::string& name) const = 0;
 };
 
-// Every tensor that the config calls for is looked up and its shape compared before this returns; others are reported to
-// `warning` (may be null) and not read.
+// Every tensor that the config calls for is looked up and its shape compared before this returns. A tensor that is not read but
+// would change the arithmetic (anything else in a served layer: a bias, a shared expert, an expert too many, sinks; a bias
+// elsewhere) is refused by name; what remains is told to `warning` (may be null) in one line.
 std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
                                               const std::function<void(const std::string&)>& warning);
 // Seeded random weights: an element depends on (seed, name, index) only. Router rows are scaled so that experts are hit about

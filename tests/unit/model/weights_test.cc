@@ -134,15 +134,44 @@ TEST_CASE("a tensor that is missing or of another shape than config.json says is
   CHECK_THROWS_WITH(open_checkpoint(folder.path(), parse_config(config.dump(), "c"), nullptr), Contains("embed_tokens") && Contains("16000000"));
 }
 
-TEST_CASE("tensors that are not used are reported, not refused") {
+TEST_CASE("tensors that are not used and change nothing are told in one warning") {
   const TempFolder folder;
   copy_model("tiny-qwen3-moe", folder);
+  Tensors tensors = read_tensors(folder / "model.safetensors");
+  tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = {"F32", {1}, std::string(4, '\0')};
+  write_tensors(folder / "model.safetensors", tensors);
   json config = json::parse(std::ifstream(folder / "config.json"));
   config["num_hidden_layers"] = 3;
   std::vector<std::string> warnings;
   open_checkpoint(folder.path(), parse_config(config.dump(), "c"), [&](const std::string& w) { warnings.push_back(w); });
-  REQUIRE_FALSE(warnings.empty());
-  CHECK_THAT(warnings[0], Contains("model.layers.3."));
+  REQUIRE(warnings.size() == 1);
+  CHECK_THAT(warnings[0], Contains("58 tensors are not used") && Contains("model.layers.0.self_attn.rotary_emb.inv_freq") && Contains("model.layers.3."));
+}
+
+TEST_CASE("tensors that would change the arithmetic and are not used are refused by name") {
+  const TempFolder folder;
+  for (const std::string model : {"tiny-qwen3-moe", "tiny-mixtral"}) {
+    const ModelConfig config = read_config(kData + "/" + model);
+    const Tensors whole = read_tensors_of(kData + "/" + model);
+    for (const char* name : {"model.layers.0.mlp.experts.16.gate_proj.weight", "model.layers.1.block_sparse_moe.experts.8.w1.weight",
+                             "model.layers.0.mlp.shared_expert.up_proj.weight", "model.layers.0.mlp.shared_experts.up_proj.weight",
+                             "model.layers.0.mlp.shared_expert_gate.weight", "model.layers.0.self_attn.q_proj.bias",
+                             "model.layers.3.self_attn.o_proj.bias", "model.layers.0.mlp.gate.bias", "model.layers.0.mlp.down_proj.bias",
+                             "model.layers.0.mlp.gate.e_score_correction_bias", "model.layers.2.self_attn.sinks",
+                             "model.layers.2.self_attn.q_proj.weight_scale_inv", "model.layers.0.pre_feedforward_layernorm.weight", "lm_head.bias"}) {
+      Tensors tensors = whole;
+      tensors[name] = {"F32", {1}, std::string(4, '\0')};
+      write_tensors(folder / "model.safetensors", tensors);
+      CHECK_THROWS_WITH(open_checkpoint(folder.path(), config, nullptr), Contains(name) && Contains("model.safetensors"));
+    }
+  }
+  Tensors tensors = read_tensors_of(kData + "/tiny-mixtral");
+  tensors["model.layers.0.self_attn.q_norm.weight"] = {"F32", {16}, std::string(64, '\0')};  // Qwen3's, which Mixtral does not have
+  write_tensors(folder / "model.safetensors", tensors);
+  CHECK_THROWS_WITH(open_checkpoint(folder.path(), read_config(kData + "/tiny-mixtral"), nullptr), Contains("self_attn.q_norm.weight"));
+  json fewer = json::parse(std::ifstream(kData + "/tiny-mixtral/config.json"));
+  fewer["num_local_experts"] = 7;
+  CHECK_THROWS_WITH(open_checkpoint(kData + "/tiny-mixtral", parse_config(fewer.dump(), "c"), nullptr), Contains("gate.weight") && Contains("[7, 128]"));
 }
 
 TEST_CASE("the fixed-point scale is 2^28 for usual layers and follows unusual ones") {
