@@ -1,13 +1,10 @@
 #include "lib/model/config.h"
 
 #include <algorithm>
-#include <fstream>
-#include <initializer_list>
-#include <iterator>
-
-#include <nlohmann/json.hpp>
 
 #include "lib/base/error.h"
+#include "lib/model/json.h"
+#include "lib/model/regular_file.h"
 
 namespace moebius {
 namespace {
@@ -180,30 +177,6 @@ std::vector<MlpShape> mlps_of(const Reader& c, const FamilyDescriptor& family, i
   return out;
 }
 
-json parse_json(std::string_view text, const std::string& file) {
-  // Depth is bounded before anything is built: a config has a few levels.
-  constexpr int kMaxDepth = 32;
-  const json::parser_callback_t bounded = [&](int depth, json::parse_event_t, json&) {
-    if (depth > kMaxDepth) fail(Code::kCorruptModel, "{}: nested deeper than {} levels", file, kMaxDepth);
-    return true;
-  };
-  try {
-    return json::parse(text.begin(), text.end(), bounded);
-  } catch (const json::exception& e) {
-    fail(Code::kCorruptModel, "{}: not valid JSON: {}", file, e.what());
-  }
-}
-
-std::string read_text(const std::filesystem::path& path) {
-  constexpr uintmax_t kMaxBytes = 64 << 20;
-  std::error_code error;
-  if (!std::filesystem::is_regular_file(path, error)) fail(Code::kNotFound, "{}: no such file", path.string());
-  if (std::filesystem::file_size(path, error) > kMaxBytes) fail(Code::kCorruptModel, "{}: larger than {} bytes", path.string(), kMaxBytes);
-  std::ifstream in(path, std::ios::binary);
-  if (!in) fail(Code::kIo, "{}: cannot be opened", path.string());
-  return {std::istreambuf_iterator<char>(in), {}};
-}
-
 }  // namespace
 
 ModelConfig parse_config(std::string_view json_text, const std::string& file_name) {
@@ -247,14 +220,15 @@ ModelConfig parse_config(std::string_view json_text, const std::string& file_nam
 }
 
 ModelConfig read_config(const std::filesystem::path& model_dir) {
+  constexpr uint64_t kMaxBytes = 64 << 20;
   std::error_code error;
   if (!std::filesystem::is_directory(model_dir, error))
     fail(Code::kNotFound, "{}: no such directory; a model is a folder with config.json and *.safetensors", model_dir.string());
   const std::filesystem::path path = model_dir / "config.json";
-  ModelConfig m = parse_config(read_text(path), path.string());
+  ModelConfig m = parse_config(read_text_file(path, kMaxBytes), path.string());
   const std::filesystem::path generation = model_dir / "generation_config.json";
   if (std::filesystem::exists(generation, error)) {
-    const json object = parse_json(read_text(generation), generation.string());
+    const json object = parse_json(read_text_file(generation, kMaxBytes), generation.string());
     const std::string name = generation.string();
     read_eos(Reader(object, name), m.vocab_size, m.eos_token_ids);
   }

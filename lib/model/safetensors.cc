@@ -1,14 +1,10 @@
 #include "lib/model/safetensors.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <fstream>
 #include <iterator>
 #include <optional>
 #include <set>
@@ -17,6 +13,8 @@
 
 #include "lib/base/error.h"
 #include "lib/base/numbers.h"
+#include "lib/model/json.h"
+#include "lib/model/regular_file.h"
 
 namespace moebius {
 namespace {
@@ -189,30 +187,21 @@ std::map<std::string, TensorInfo> parse_safetensors_header(const std::string& fi
 }
 
 SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : name_(path.string()) {
-  struct Descriptor {
-    int fd;
-    ~Descriptor() {
-      if (fd >= 0) close(fd);
-    }
-  } file{open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)};  // a FIFO may not block us
-  if (file.fd < 0) fail(errno == ENOENT ? Code::kNotFound : Code::kIo, "{}: {}", name_, std::strerror(errno));
-  struct stat status {};
-  if (fstat(file.fd, &status) != 0 || !S_ISREG(status.st_mode)) fail(Code::kCorruptModel, "{}: is not a regular file", name_);
-  size_ = static_cast<uint64_t>(status.st_size);
+  const RegularFile file(path);
+  size_ = file.size();
   if (size_ < 8) fail(Code::kCorruptModel, "{}: has {} bytes, a safetensors file has at least 8", name_, size_);
   uint64_t header = 0;
-  if (pread(file.fd, &header, 8, 0) != 8) fail(Code::kIo, "{}: cannot be read", name_);
+  file.read(0, &header, 8);
   if (header == 0 || header > kMaxHeaderBytes || header > size_ - 8)
     fail(Code::kCorruptModel, "{}: header length {} is impossible: the file has {} bytes, a header at most {}", name_, header, size_,
          kMaxHeaderBytes);
   data_start_ = 8 + header;
 
-  void* mapping = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  void* mapping = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.descriptor(), 0);
   if (mapping == MAP_FAILED) fail(Code::kIo, "{}: cannot be mapped: {}", name_, std::strerror(errno));
   mapping_ = static_cast<std::byte*>(mapping);
   try {
-    if (fstat(file.fd, &status) != 0 || static_cast<uint64_t>(status.st_size) != size_)
-      fail(Code::kCorruptModel, "{}: changed its size from {} bytes while it was opened", name_, size_);
+    file.require_same_size();
     tensors_ = parse_safetensors_header(name_, {reinterpret_cast<const char*>(mapping_) + 8, header}, size_ - data_start_);
   } catch (...) {
     munmap(mapping_, size_);
@@ -238,23 +227,10 @@ Checkpoint::Checkpoint(const std::filesystem::path& model_dir) : name_(model_dir
 }
 
 void Checkpoint::read_index(const std::filesystem::path& model_dir, const std::filesystem::path& index) {
-  constexpr uintmax_t kMaxIndexBytes = 256 << 20;
+  constexpr uint64_t kMaxIndexBytes = 256 << 20;
   constexpr size_t kMaxShards = 4096;
   const std::string where = index.string();
-  std::error_code error;
-  if (!std::filesystem::is_regular_file(index, error) || std::filesystem::file_size(index, error) > kMaxIndexBytes)
-    fail(Code::kCorruptModel, "{}: is not a regular file of at most {} bytes", where, kMaxIndexBytes);
-  std::ifstream in(index, std::ios::binary);
-  const std::string text{std::istreambuf_iterator<char>(in), {}};
-  json object;
-  try {
-    object = json::parse(text, [&](int depth, json::parse_event_t, json&) {
-      if (depth > 8) fail(Code::kCorruptModel, "{}: nested deeper than 8 levels", where);
-      return true;
-    });
-  } catch (const json::exception& e) {
-    fail(Code::kCorruptModel, "{}: not valid JSON: {}", where, e.what());
-  }
+  const json object = parse_json(read_text_file(index, kMaxIndexBytes), where);
   if (!object.is_object() || !object.contains("weight_map") || !object["weight_map"].is_object())
     fail(Code::kCorruptModel, "{}: weight_map is missing", where);
   std::map<std::string, const SafetensorsFile*> shards;

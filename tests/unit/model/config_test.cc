@@ -1,5 +1,7 @@
 #include "lib/model/config.h"
 
+#include <sys/stat.h>
+
 #include <nlohmann/json.hpp>
 
 #include "lib/base/error.h"
@@ -111,6 +113,27 @@ TEST_CASE("generation_config.json widens the end-of-text tokens and nothing else
   write_file(folder / "config.json", config_json("tiny-qwen3-moe").dump());
   write_file(folder / "generation_config.json", R"({"eos_token_id":[2,5,7],"temperature":0.1})");
   CHECK(read_config(folder.path()).eos_token_ids == std::vector<int32_t>{2, 5, 7});
+}
+
+TEST_CASE("a key given twice is refused, wherever it stands") {
+  std::string text = config_json("tiny-qwen3-moe").dump();
+  CHECK_THROWS_WITH(parse_config("{\"num_experts\":8," + text.substr(1), "config.json"), Contains("'num_experts' is given twice"));
+  CHECK_THROWS_WITH(parse_config("{\"other\":[{\"a\":{\"b\":1},\"c\":{\"b\":2,\"b\":3}}]," + text.substr(1), "config.json"), Contains("'b' is given twice"));
+  CHECK_NOTHROW(parse_config("{\"other\":[{\"a\":1},{\"a\":1,\"b\":{\"a\":1}}]," + text.substr(1), "config.json"));
+  const TempFolder folder;
+  write_file(folder / "config.json", text);
+  write_file(folder / "generation_config.json", R"({"eos_token_id":2,"eos_token_id":5})");
+  CHECK_THROWS_WITH(read_config(folder.path()), Contains("generation_config.json") && Contains("'eos_token_id' is given twice"));
+}
+
+TEST_CASE("14: a config that is no regular file is refused and not waited for") {
+  for (const char* name : {"config.json", "generation_config.json"}) {
+    const TempFolder folder;
+    write_file(folder / "config.json", config_json("tiny-qwen3-moe").dump());
+    std::filesystem::remove(folder / name);
+    mkfifo((folder / name).c_str(), 0600);
+    CHECK_THROWS_WITH(read_config(folder.path()), Contains(name) && Contains("not a regular file"));
+  }
 }
 
 }  // namespace moebius::test

@@ -150,6 +150,13 @@ TEST_CASE("14: indices that lead out of the folder, and shards that are no regul
              Contains("'a' is not in its file"));
 }
 
+TEST_CASE("9: an index that names a tensor twice") {
+  const TempFolder folder;
+  write_file(folder / "x.safetensors", safetensors("{" + entry("a", "F32", "1", "0,4") + "}", 4));
+  write_file(folder / "model.safetensors.index.json", R"({"weight_map":{"a":"x.safetensors","a":"x.safetensors"}})");
+  CHECK_THROWS_WITH(Checkpoint(folder.path()), Contains("index.json") && Contains("'a' is given twice"));
+}
+
 TEST_CASE("several shards are one checkpoint, and a folder without any says so") {
   const TempFolder folder;
   write_file(folder / "x.safetensors", safetensors("{" + entry("a", "F32", "1", "0,4") + "}", 4));

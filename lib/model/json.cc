@@ -1,0 +1,30 @@
+#include "lib/model/json.h"
+
+#include <set>
+#include <vector>
+
+#include "lib/base/error.h"
+
+namespace moebius {
+
+using nlohmann::json;
+
+json parse_json(std::string_view text, const std::string& file) {
+  constexpr int kMaxDepth = 32;  // a config has a few levels
+  std::vector<std::set<std::string>> keys;  // of the objects that are open
+  const json::parser_callback_t watch = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (depth > kMaxDepth) fail(Code::kCorruptModel, "{}: nested deeper than {} levels", file, kMaxDepth);
+    if (event == json::parse_event_t::object_start) keys.emplace_back();
+    if (event == json::parse_event_t::object_end) keys.pop_back();
+    if (event == json::parse_event_t::key && !keys.back().insert(parsed.get_ref<const std::string&>()).second)
+      fail(Code::kCorruptModel, "{}: key '{}' is given twice", file, parsed.get_ref<const std::string&>());
+    return true;
+  };
+  try {
+    return json::parse(text.begin(), text.end(), watch);
+  } catch (const json::exception& e) {
+    fail(Code::kCorruptModel, "{}: not valid JSON: {}", file, e.what());
+  }
+}
+
+}  // namespace moebius

@@ -1,0 +1,14 @@
+// JSON that nobody vouches for: bounded in depth, and no key twice (the DOM alone would keep the last in silence).
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include <nlohmann/json.hpp>
+
+namespace moebius {
+
+// `file` is for messages. Throws kCorruptModel.
+nlohmann::json parse_json(std::string_view text, const std::string& file);
+
+}  // namespace moebius
