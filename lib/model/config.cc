@@ -1,8 +1,10 @@
 #include "lib/model/config.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "lib/base/error.h"
+#include "lib/model/config_keys.h"
 #include "lib/model/json.h"
 #include "lib/model/regular_file.h"
 
@@ -96,20 +98,13 @@ const FamilyDescriptor& family_of(const Reader& c) {
   fail(Code::kUnsupported, "{}: model_type '{}' is not supported; supported are {}", c.file(), type, known_families());
 }
 
-// Keys of these and related families that change the arithmetic and have one implemented value (absent or null too).
 void refuse_other_arithmetic(const Reader& c, const FamilyDescriptor& family) {
-  c.refuse_unless("hidden_act", "silu");
-  for (const char* key : {"attention_bias", "mlp_bias", "qkv_bias", "clip_qkv", "use_qk_norm_bias"}) c.refuse_unless(key, false);
-  c.refuse_unless("partial_rotary_factor", 1.0);
-  for (const char* key : {"quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "embedding_multiplier",
-                          "attention_multiplier", "residual_multiplier", "logits_scaling", "compression_config", "text_config",
-                          "query_pre_attn_scalar", "router_jitter", "e_score_correction_bias"})
-    if (c.has(key)) c.refuse(key, c.at(key));
-  for (const char* key : {"n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size", "num_nextn_predict_layers",
-                          "first_k_dense_replace", "n_group", "topk_group", "kv_lora_rank", "q_lora_rank"})
-    c.refuse_unless(key, 0);
-  c.refuse_unless("routed_scaling_factor", 1.0);
-  c.refuse_unless("scoring_func", "softmax");
+  for (const NeutralKey& k : kNeutralKeys) {
+    if (!c.has(k.key)) continue;
+    const json neutral = json::parse(k.neutral);
+    if (std::find(neutral.begin(), neutral.end(), c.at(k.key)) == neutral.end()) c.refuse(k.key, c.at(k.key));
+  }
+  for (const char* key : {"use_qk_norm", "qk_layernorm"}) c.refuse_unless(key, family.qk_norm);
   if (c.has("layer_types"))
     for (const json& t : c.at("layer_types"))
       if (t != "full_attention") c.refuse("layer_types", c.at("layer_types"));
@@ -119,6 +114,18 @@ void refuse_other_arithmetic(const Reader& c, const FamilyDescriptor& family) {
   for (const char* key : {"dtype", "torch_dtype"})
     if (const std::string type = c.text_or(key, "bfloat16"); type != "bfloat16" && type != "float16" && type != "float32")
       c.refuse(key, type);
+}
+
+std::vector<std::string> unknown_keys(const Reader& c) {
+  std::vector<std::string> out;
+  for (const auto& [key, value] : c.object().items()) {
+    const auto is = [&k = key](const char* known) { return k == known; };
+    if (std::any_of(std::begin(kKnownKeys), std::end(kKnownKeys), is) ||
+        std::any_of(std::begin(kNeutralKeys), std::end(kNeutralKeys), [&](const NeutralKey& n) { return is(n.key); }))
+      continue;
+    out.push_back(fmt::format("{} = {}", key, shown(value)));
+  }
+  return out;
 }
 
 double rope_theta(const Reader& c) {
@@ -216,6 +223,7 @@ ModelConfig parse_config(std::string_view json_text, const std::string& file_nam
     m.norm_topk_prob = c.flag_or("norm_topk_prob", false);
   }
   read_eos(c, m.vocab_size, m.eos_token_ids);
+  m.unknown_keys = unknown_keys(c);
   return m;
 }
 

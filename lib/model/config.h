@@ -26,6 +26,7 @@ struct ModelConfig {
   int32_t top_k = 0;                      // experts per token
   bool norm_topk_prob = false;            // the chosen experts' weights are made to sum to 1
   std::vector<int32_t> eos_token_ids;
+  std::vector<std::string> unknown_keys;  // "key = value": neither read nor known to change nothing; worth a warning
 };
 
 // A family as data: how its keys and tensors are called, and its rules. {l}: layer, {e}: expert.

@@ -10,7 +10,7 @@ namespace moebius {
 using nlohmann::json;
 
 json parse_json(std::string_view text, const std::string& file) {
-  constexpr int kMaxDepth = 32;  // a config has a few levels
+  constexpr int kMaxDepth = 32;             // a config has a few levels
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const json::parser_callback_t watch = [&](int depth, json::parse_event_t event, json& parsed) {
     if (depth > kMaxDepth) fail(Code::kCorruptModel, "{}: nested deeper than {} levels", file, kMaxDepth);

@@ -31,15 +31,20 @@ SliceCounts bounded_slice_counts(const ModelShape& shape, int slices_per_expert)
   for (const MlpShape& mlp : shape.mlps) {
     slices += counts.head_groups + shape.num_kv_heads + int64_t{std::max(1, mlp.num_experts)} * counts.cuts;
     experts = std::max(experts, mlp.num_experts);
-    bytes += 6.0 * std::max(1, mlp.num_experts) * mlp.intermediate * shape.hidden + 4.0 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.hidden;
+    bytes += 6.0 * std::max(1, mlp.num_experts) * mlp.intermediate * shape.hidden;
+    bytes += 4.0 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.hidden;
   }
   if (slices > kMaxSlices || bytes > kMaxWeightBytes)
-    fail(Code::kUnsupported, "{} layers of up to {} experts in {} cuts make {} slices of {:.0f} bytes; at most {} slices of {:.0f} bytes are laid out",
+    fail(Code::kUnsupported,
+         "{} layers of up to {} experts in {} cuts make {} slices of {:.0f} bytes in all; at most {} of {:.0f} bytes are laid out",
          shape.num_layers(), experts, counts.cuts, slices, bytes, kMaxSlices, kMaxWeightBytes);
   return counts;
 }
 
 std::unique_ptr<WeightSource> open_weights(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config) {
+  if (config.warning && !model.unknown_keys.empty())
+    config.warning(fmt::format("{}: {} keys are not known and were ignored: {}", (model_dir / "config.json").string(), model.unknown_keys.size(),
+                               fmt::join(model.unknown_keys, ", ")));
   return config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(model_dir, model, config.warning);
 }
 

@@ -95,6 +95,15 @@ TEST_CASE("memory_bytes covers the rotary table") {
   CHECK(m.arena_bytes + m.workspace_bytes + m.shared_bytes > config.memory_bytes * 9 / 10);
 }
 
+TEST_CASE("keys of config.json that are not known are told once") {
+  std::vector<std::string> warnings;
+  EngineConfig config = tp_config();
+  config.warning = [&](const std::string& w) { warnings.push_back(w); };
+  Engine engine(ChangedModel(kQwen, {{"flux_capacitor", 1.21}, {"other", "x"}}).path(), config);
+  REQUIRE(warnings.size() == 1);
+  CHECK_THAT(warnings[0], Contains("config.json") && Contains("2 keys") && Contains("flux_capacitor = 1.21, other = \"x\""));
+}
+
 TEST_CASE("ranks and threads are checked before a thread is started") {
   const int before = num_threads_now();
   CHECK_THAT(refusal(kQwen, small_config(9, 1, Layout::kTp)), Contains("9 ranks"));

@@ -62,24 +62,42 @@ TEST_CASE("both families and both spellings are read") {
 TEST_CASE("a value that changes the arithmetic and is not implemented is refused by key and value") {
   const json qwen = config_json("tiny-qwen3-moe"), v5 = config_json("tiny-qwen3-moe-dense"), mixtral = config_json("tiny-mixtral");
   CHECK(refusal(qwen, json::object()) == "");
-  for (const auto& [key, value] : std::vector<std::pair<std::string, json>>{{"hidden_act", "gelu"},
-                                                                           {"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}},
-                                                                           {"rope_scaling", {{"type", "linear"}, {"factor", 2.0}}},
-                                                                           {"attention_bias", true},
-                                                                           {"quantization_config", {{"quant_method", "fp8"}}},
-                                                                           {"partial_rotary_factor", 0.5},
-                                                                           {"attn_logit_softcapping", 30.0},
-                                                                           {"clip_qkv", 8.0},
-                                                                           {"n_shared_experts", 1},
-                                                                           {"layer_types", {"full_attention", "sliding_attention"}},
-                                                                           {"use_sliding_window", true},
-                                                                           {"torch_dtype", "float8"}})
-    CHECK_THAT(refusal(qwen, {{key, value}}), Contains(key));
+  const auto is_refused = [](const json& config, const std::string& key, const json& value) {
+    CHECK_THAT(refusal(config, {{key, value}}), Contains(" " + key + " = " + value.dump() + " is not implemented"));
+  };
+  const std::pair<const char*, json> others[] = {
+      {"hidden_act", "gelu"}, {"hidden_activation", "gelu_pytorch_tanh"}, {"swiglu_limit", 7.0}, {"attention_bias", true}, {"mlp_bias", true},
+      {"qkv_bias", true}, {"use_bias", true}, {"quantization_config", {{"quant_method", "fp8"}}}, {"text_config", {{"hidden_size", 8}}},
+      {"partial_rotary_factor", 0.5}, {"rotary_pct", 0.25}, {"rope_interleave", true}, {"rope_type", "yarn"}, {"no_rope_layers", {1, 1, 1, 0}},
+      {"attn_logit_softcapping", 30.0}, {"final_logit_softcapping", 30.0}, {"attention_multiplier", 0.01}, {"query_pre_attn_scalar", 256},
+      {"attention_chunk_size", 8192}, {"clip_qkv", 8.0}, {"embedding_multiplier", 12.0}, {"residual_multiplier", 0.22}, {"logits_scaling", 6.0},
+      {"logit_scale", 0.0625}, {"n_shared_experts", 1}, {"shared_expert_intermediate_size", 64}, {"num_nextn_predict_layers", 1},
+      {"first_k_dense_replace", 3}, {"moe_layer_freq", 2}, {"n_group", 8}, {"topk_group", 4}, {"n_routed_experts", 64}, {"routed_scaling_factor", 2.5},
+      {"scoring_func", "sigmoid"}, {"topk_method", "noaux_tc"}, {"kv_lora_rank", 512}, {"layer_norm_eps", 1e-5}, {"pretraining_tp", 2},
+      {"is_encoder_decoder", true}, {"layer_types", {"full_attention", "sliding_attention"}}, {"torch_dtype", "float8"}, {"dtype", "float64"}};
+  for (const json& config : {qwen, v5, mixtral})
+    for (const auto& [key, value] : others) is_refused(config, key, value);
+  is_refused(qwen, "use_sliding_window", true);
+  is_refused(qwen, "use_qk_norm", false);
+  is_refused(mixtral, "use_qk_norm", true);
+  is_refused(mixtral, "norm_topk_prob", false);
+  CHECK_THAT(refusal(qwen, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}}}), Contains("rope_scaling.") && Contains("4.0"));
+  CHECK_THAT(refusal(qwen, {{"rope_scaling", {{"type", "linear"}}}}), Contains("rope_scaling.type = \"linear\""));
   CHECK_THAT(refusal(v5, {{"rope_parameters", {{"rope_theta", 1e4}, {"rope_type", "llama3"}, {"factor", 8.0}}}}), Contains("rope_parameters"));
   CHECK_THAT(refusal(mixtral, {{"sliding_window", 4096}}), Contains("sliding_window") && Contains("4096"));
   CHECK_THAT(refusal(qwen, {{"sliding_window", 4096}, {"use_sliding_window", false}}), Catch::Equals(""));
   CHECK_THAT(refusal(qwen, {{"model_type", "gpt_oss"}}), Contains("gpt_oss") && Contains("qwen3_moe") && Contains("mixtral"));
   CHECK_THAT(refusal(qwen, {{"architectures", {"OtherModel"}}}), Contains("OtherModel"));
+}
+
+TEST_CASE("values that change nothing are taken, and keys that nobody knows are told") {
+  for (const char* model : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral"}) CHECK(read_config(kData + "/" + model).unknown_keys.empty());
+  json config = config_json("tiny-qwen3-moe");
+  config.update({{"attention_bias", false}, {"routed_scaling_factor", 1.0}, {"n_group", 1}, {"topk_group", 1}, {"use_qk_norm", true},
+                 {"rope_interleave", false}, {"partial_rotary_factor", 1}, {"scoring_func", "softmax"}, {"clip_qkv", nullptr}, {"max_window_layers", 28}});
+  CHECK(parse_config(config.dump(), "c").unknown_keys.empty());
+  config["flux_capacitor"] = 1.21;
+  CHECK(parse_config(config.dump(), "c").unknown_keys == std::vector<std::string>{"flux_capacitor = 1.21"});
 }
 
 TEST_CASE("12: a config that lies about sizes is refused with the numbers") {
