@@ -36,7 +36,11 @@ const IntKey kInts[] = {
     INT_KEY("min_tokens", sampling.min_tokens),
     INT_KEY("top_k", sampling.top_k),
     INT_KEY("n", sampling.n),
-    INT_KEY("logprobs", sampling.logprobs),
+    {"logprobs",
+     [](RequestSpec& r, int64_t v) {
+       if (v < 0) fail(Code::kInvalidArgument, "logprobs is {}, must be at least 0 (a request without the key returns none)", v);
+       r.sampling.logprobs = narrow("logprobs", v);
+     }},
     INT_KEY("priority", priority),
     {"seed", [](RequestSpec& r, int64_t v) { r.sampling.seed = static_cast<uint64_t>(v); }},
     {"ignore_eos", [](RequestSpec& r, int64_t v) { r.sampling.ignore_eos = v != 0; }},

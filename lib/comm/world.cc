@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "lib/base/error.h"
+#include "lib/base/time.h"
 
 namespace moebius {
 namespace {
@@ -70,7 +71,7 @@ struct alignas(64) Barrier {
 struct World::State {
   State(int ranks, int threads, double deadline_ms)
       : total(ranks * threads),
-        deadline(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double, std::milli>(deadline_ms))),
+        deadline(clamped_ms(deadline_ms)),
         rank_barriers(ranks) {
     // More threads than cores: whoever waits must give up its core at once.
     const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));

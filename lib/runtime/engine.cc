@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "lib/base/error.h"
+#include "lib/base/time.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
 #include "lib/tensor/packed.h"
@@ -37,21 +38,24 @@ const Ops& choose_ops(const std::string& name) {
 }
 
 void check_config(const EngineConfig& c) {
-  const auto at_least = [](const char* key, double value, double least) {
-    if (!(value >= least)) fail(Code::kInvalidArgument, "{} is {}, must be at least {}", key, value, least);
+  const auto in_range = [](const char* key, auto value, auto least, auto most) {
+    if (!(value >= least && value <= most)) fail(Code::kInvalidArgument, "{} is {}, must be from {} to {}", key, value, least, most);
   };
-  at_least("ranks", c.ranks, 1);
-  at_least("threads", c.threads, 0);
-  at_least("chunk_tokens", c.chunk_tokens, 1);
-  at_least("max_batch", c.max_batch, 1);
-  at_least("max_queue", c.max_queue, 1);
-  at_least("max_context", static_cast<double>(c.max_context), 0);
-  at_least("memory_bytes", static_cast<double>(c.memory_bytes), 0);
-  at_least("stall_budget_ms", c.stall_budget_ms, 0);
-  at_least("slices_per_expert", c.slices_per_expert, 0);
+  // Upper bounds keep every size that is made of these numbers far from overflow.
+  in_range("ranks", c.ranks, 1, 1 << 20);
+  in_range("threads", c.threads, 0, 1 << 20);
+  in_range("chunk_tokens", c.chunk_tokens, 1, 1 << 20);
+  in_range("max_batch", c.max_batch, 1, 1 << 20);
+  in_range("max_queue", c.max_queue, 1, INT32_MAX);
+  in_range("max_context", c.max_context, int64_t{0}, int64_t{1} << 31);
+  in_range("memory_bytes", c.memory_bytes, int64_t{0}, INT64_MAX);
+  in_range("kv_tokens", c.kv_tokens, int64_t{0}, int64_t{1} << 40);
+  in_range("slices_per_expert", c.slices_per_expert, 0, 1 << 20);
+  if (!(c.stall_budget_ms >= 0)) fail(Code::kInvalidArgument, "stall_budget_ms is {}, must be at least 0", c.stall_budget_ms);
   if (!(c.wait_deadline_ms > 0)) fail(Code::kInvalidArgument, "wait_deadline_ms is {}, must be above 0", c.wait_deadline_ms);
-  if (c.page_tokens < kTile || c.page_tokens % kTile != 0)
-    fail(Code::kInvalidArgument, "page_tokens is {}, must be a multiple of {}", c.page_tokens, kTile);
+  in_range("page_tokens", c.page_tokens, static_cast<int>(kTile), 1 << 16);
+  if (c.page_tokens % kTile != 0) fail(Code::kInvalidArgument, "page_tokens is {}, must be a multiple of {}", c.page_tokens, kTile);
+  make_policy(c.policy, c.ranks);  // refuses a bad one
 }
 
 EngineConfig complete(EngineConfig config, const ModelConfig& model) {
@@ -146,6 +150,7 @@ void Engine::Impl::check_request(const RequestSpec& spec) const {
     if (spec.prompt_ids[i] < 0 || spec.prompt_ids[i] >= model_.vocab_size)
       fail(Code::kInvalidArgument, "prompt token {} is {}, the vocabulary has {}", i, spec.prompt_ids[i], model_.vocab_size);
   moebius::check(spec.sampling, model_.vocab_size);
+  if (!(spec.deadline_ms >= 0)) fail(Code::kInvalidArgument, "deadline_ms is {}, must be at least 0", spec.deadline_ms);
   const int64_t total = static_cast<int64_t>(spec.prompt_ids.size()) + spec.sampling.max_tokens;
   if (total > config_.max_context)
     fail(Code::kContextTooLong, "prompt of {} + max_tokens {} = {} tokens, the context is {}", spec.prompt_ids.size(),
@@ -166,8 +171,7 @@ uint64_t Engine::Impl::submit(const RequestSpec& spec) {
   request->spec = spec;
   request->submitted = Clock::now();
   if (spec.deadline_ms > 0)
-    request->deadline = request->submitted + std::chrono::duration_cast<Clock::duration>(
-                                                 std::chrono::duration<double, std::milli>(spec.deadline_ms));
+    request->deadline = request->submitted + clamped_ms(spec.deadline_ms);
   const size_t total = spec.prompt_ids.size() + static_cast<size_t>(spec.sampling.max_tokens);
   const size_t pages = static_cast<size_t>(div_up(static_cast<int64_t>(total) + 1, config_.page_tokens)) + 1;
   request->samples.resize(static_cast<size_t>(spec.sampling.n));

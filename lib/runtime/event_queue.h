@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "lib/base/time.h"
 #include "lib/runtime/event.h"
 
 namespace moebius {
@@ -24,11 +25,10 @@ class EventQueue {
     pushed_.notify_one();
   }
 
-  // Up to out.size() events in order, waiting at most timeout_ms for the first.
+  // Up to out.size() events in order, waiting at most timeout_ms for the first (NaN: not at all; infinity: as long as it takes).
   size_t poll(std::span<Event> out, double timeout_ms) {
     std::unique_lock lock(mutex_);
-    if (count_ == 0 && timeout_ms > 0)
-      pushed_.wait_for(lock, std::chrono::duration<double, std::milli>(timeout_ms), [&] { return count_ > 0; });
+    if (count_ == 0 && timeout_ms > 0) pushed_.wait_for(lock, clamped_ms(timeout_ms), [&] { return count_ > 0; });
     size_t n = 0;
     for (; n < out.size() && count_ > 0; ++n, --count_) {
       out[n] = std::move(ring_[first_]);

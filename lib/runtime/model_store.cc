@@ -14,10 +14,9 @@
 namespace moebius {
 namespace {
 
-// What the machine could give without swapping.
-int64_t free_memory_bytes() {
-  return static_cast<int64_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE));
-}
+int64_t memory_bytes_of(int kind) { return static_cast<int64_t>(sysconf(kind)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE)); }
+int64_t free_memory_bytes() { return memory_bytes_of(_SC_AVPHYS_PAGES); }  // without swapping
+int64_t machine_memory_bytes() { return memory_bytes_of(_SC_PHYS_PAGES); }
 
 // Tables hold some 100 bytes of a slice, and dummy weights have no file that a config could be compared with.
 constexpr int64_t kMaxSlices = 1 << 20;      // 128 layers of 1,024 experts in 8 cuts
@@ -111,6 +110,8 @@ std::vector<std::byte*> ModelStore::arenas() const {
 ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes) {
   const int64_t slice = KvSlice{config.page_tokens, model.shape.head_dim}.bytes();
   memory_bytes_ = config.memory_bytes > 0 ? config.memory_bytes : free_memory_bytes() / 2 / config.ranks;
+  if (memory_bytes_ > machine_memory_bytes())
+    fail(Code::kDoesNotFit, "memory_bytes is {}, the machine has {}", memory_bytes_, machine_memory_bytes());
   // Bytes of a rank beside its arena; ranks share one read-only copy of the replicated weights and of the rotary table.
   const auto beside = [&](int64_t tp_pages, int64_t ep_pages) {
     return workspace_bytes + shared_bytes_of(model, config, tp_pages, ep_pages) / config.ranks;

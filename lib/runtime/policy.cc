@@ -1,5 +1,6 @@
 #include "lib/runtime/policy.h"
 
+#include <cmath>
 #include <vector>
 
 #include "lib/base/error.h"
@@ -80,8 +81,11 @@ class ThresholdPolicy final : public Policy {
 }  // namespace
 
 std::unique_ptr<Policy> make_policy(const PolicyConfig& config, int ranks) {
-  if (config.threshold < 0 || config.window_steps < 0)
-    fail(Code::kInvalidArgument, "policy threshold {} and window of {} steps must not be negative", config.threshold, config.window_steps);
+  constexpr int kMaxWindow = 1 << 20;
+  if (!(config.threshold >= 0)) fail(Code::kInvalidArgument, "policy threshold is {}, must be at least 0", config.threshold);
+  if (config.window_steps < 0 || config.window_steps > kMaxWindow)
+    fail(Code::kInvalidArgument, "policy window is {} steps, must be from 0 to {}", config.window_steps, kMaxWindow);
+  if (std::isnan(config.cooldown_s)) fail(Code::kInvalidArgument, "policy cooldown is {} s, must be a number", config.cooldown_s);
   switch (config.kind) {
     case PolicyKind::kManual: return std::make_unique<ManualPolicy>();
     case PolicyKind::kThreshold:

@@ -127,6 +127,7 @@ TEST_CASE("config keys are enumerated; an unknown one names the nearest, a wrong
 TEST_CASE("requests refuse unknown keys, and by name those of other engines") {
   moebius_cpp::Request r({1, 2});
   CHECK(moebius_request_set_i64(r.get(), "max_token", 1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_request_set_i64(r.get(), "logprobs", -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
   Message m;
   CHECK(moebius_request_set_str(r.get(), "stop", "x", &m.error) == MOEBIUS_E_UNSUPPORTED);
   CHECK_THAT(m.text(), Catch::Contains("'stop'"));

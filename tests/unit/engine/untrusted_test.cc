@@ -1,7 +1,9 @@
 // What a model folder or a host may say wrongly: refused with the numbers, and before anything is sized from them.
 #include <sys/resource.h>
 
+#include <cmath>
 #include <fstream>
+#include <thread>
 
 #include <nlohmann/json.hpp>
 
@@ -110,6 +112,71 @@ TEST_CASE("ranks and threads are checked before a thread is started") {
   CHECK_THAT(refusal(kQwen, small_config(1000000, 1000, Layout::kTp)), Contains("1000000 ranks"));
   CHECK_THAT(refusal(kQwen, small_config(2, 100000, Layout::kTp)), Contains("2 ranks of 100000 threads are 200000"));
   CHECK(num_threads_now() == before);
+}
+
+TEST_CASE("settings out of range are refused with key, value and range") {
+  const double nan = std::nan(""), infinity = HUGE_VAL;
+  const auto refused = [](const char* key, const std::string& value, auto&& change) {
+    EngineConfig config = tp_config();
+    change(config);
+    CHECK_THAT(refusal(kQwen, config), Contains(key) && Contains(value));
+  };
+  refused("chunk_tokens", "2147483647", [](EngineConfig& c) { c.chunk_tokens = INT32_MAX; });
+  refused("max_batch", "2147483647", [](EngineConfig& c) { c.max_batch = INT32_MAX; });
+  refused("kv_tokens", "-1", [](EngineConfig& c) { c.kv_tokens = -1; });
+  refused("kv_tokens", "9223372036854775807", [](EngineConfig& c) { c.kv_tokens = INT64_MAX; });
+  refused("memory_bytes", "-5", [](EngineConfig& c) { c.memory_bytes = -5; });
+  refused("max_context", "-1", [](EngineConfig& c) { c.max_context = -1; });
+  refused("max_context", "9223372036854775807", [](EngineConfig& c) { c.max_context = INT64_MAX; });
+  refused("page_tokens", "2147483632", [](EngineConfig& c) { c.page_tokens = 2147483632; });
+  refused("page_tokens", "24", [](EngineConfig& c) { c.page_tokens = 24; });
+  refused("threads", "-1", [](EngineConfig& c) { c.threads = -1; });
+  refused("stall_budget_ms", "nan", [&](EngineConfig& c) { c.stall_budget_ms = nan; });
+  refused("wait_deadline_ms", "nan", [&](EngineConfig& c) { c.wait_deadline_ms = nan; });
+  refused("wait_deadline_ms", "-1", [](EngineConfig& c) { c.wait_deadline_ms = -1; });
+  for (PolicyKind kind : {PolicyKind::kManual, PolicyKind::kThreshold}) {
+    refused("threshold", "nan", [&](EngineConfig& c) { c.policy = {kind, {}, nan}; });
+    refused("threshold", "-1", [&](EngineConfig& c) { c.policy = {kind, {}, -1}; });
+    refused("cooldown", "nan", [&](EngineConfig& c) { c.policy = {kind, {}, 0, 0, nan}; });
+    refused("window", "2147483647", [&](EngineConfig& c) { c.policy = {kind, {}, 0, INT32_MAX}; });
+  }
+  EngineConfig config = tp_config();
+  config.kv_tokens = 0;
+  config.memory_bytes = INT64_MAX;  // no machine reserves as much
+  CHECK_THAT(refusal(kQwen, config), Contains("memory_bytes is 9223372036854775807, the machine has"));
+  config.memory_bytes = 0;
+  for (double ms : {infinity, 1e300}) {  // as long as it takes
+    config.ranks = 2;
+    config.wait_deadline_ms = ms;
+    const Outcome there = run_script(kQwen, config, {{{greedy_request("a", prompt_of(1, 20), 3)}}, {{1, 0}}});
+    CHECK(there.outputs.at("a").tokens.size() == 3);
+  }
+}
+
+TEST_CASE("times that are no numbers, negative or beyond every clock are refused or as long as it takes") {
+  Engine engine(kQwen, tp_config());
+  std::vector<Event> events(64);
+  for (double ms : {std::nan(""), -1.0, -HUGE_VAL, -1e300}) {
+    RequestSpec r = greedy_request("a", prompt_of(1, 8), 2);
+    r.deadline_ms = ms;
+    CHECK_THROWS_WITH(engine.submit(r), Contains("deadline_ms") && Contains("at least 0"));
+    CHECK(engine.poll(events, ms) == 0);  // returns at once
+    if (ms < 0 || std::isnan(ms)) CHECK_THROWS_WITH(engine.set_stall_budget(ms), Contains("stall_budget_ms"));
+  }
+  for (double ms : {HUGE_VAL, 1e300, 1e18}) {
+    RequestSpec r = greedy_request("a", prompt_of(1, 8), 2);
+    r.deadline_ms = ms;
+    const Outcome there = Runner(engine).run({{{r}}, {}});
+    CHECK(there.outputs.at("a").reason == FinishReason::kLength);
+    std::thread later([&] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      engine.submit(greedy_request("b", prompt_of(1, 8), 1));
+      for (int i = 0; i < 3; ++i) engine.step();
+    });
+    CHECK(engine.poll(events, ms) > 0);  // waits, and is woken
+    later.join();
+    while (engine.poll(events, 0) > 0) {}
+  }
 }
 
 }  // namespace moebius::test

@@ -231,6 +231,10 @@ TEST_CASE("parameters out of range are refused by name and value") {
   refused([](SamplingParams& p) { p.repetition_penalty = 0; }, "repetition_penalty");
   refused([](SamplingParams& p) { p.n = 0; }, "n is 0");
   refused([](SamplingParams& p) { p.logprobs = 21; }, "logprobs");
+  refused([](SamplingParams& p) { p.logprobs = -2; }, "logprobs");
+  refused([](SamplingParams& p) { p.presence_penalty = NAN; }, "presence_penalty");
+  refused([](SamplingParams& p) { p.repetition_penalty = NAN; }, "repetition_penalty");
+  refused([](SamplingParams& p) { p.logit_bias = {{1, NAN}}; }, "logit_bias");
   refused([](SamplingParams& p) { p.stop_token_ids = {64}; }, "stop_token_ids");
   refused([](SamplingParams& p) { p.allowed_token_ids = {-1}; }, "allowed_token_ids");
   refused([](SamplingParams& p) { p.logit_bias = {{1, 101.0f}}; }, "logit_bias");
