@@ -30,10 +30,16 @@ enum class Code : int32_t {
   kInternal = -14,
 };
 
+// A file may name things with NUL bytes; the text of an error crosses C, which would end it there.
+inline std::string without_nul(std::string text) {
+  for (size_t at = 0; (at = text.find('\0', at)) != std::string::npos; at += 2) text.replace(at, 1, "\\0");
+  return text;
+}
+
 class Error : public std::runtime_error {
  public:
   Error(Code code, const std::string& message, std::source_location where = std::source_location::current())
-      : std::runtime_error(message), code_(code), where_(where) {}
+      : std::runtime_error(without_nul(message)), code_(code), where_(where) {}
   Code code() const { return code_; }
   const std::source_location& where() const { return where_; }
 

@@ -22,7 +22,7 @@ namespace {
 using nlohmann::json;
 
 constexpr uint64_t kMaxHeaderBytes = 100'000'000;  // the reference implementation's
-constexpr size_t kMaxTensors = 4'000'000, kMaxNameBytes = 4096, kMaxRank = 16;
+constexpr size_t kMaxTensors = 1'000'000, kMaxNameBytes = 4096, kMaxRank = 16;
 
 struct DtypeRow {
   const char* name;

@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 
 #include "lib/base/error.h"
+#include "lib/model/regular_file.h"
 #include "tests/catch.h"
 #include "tests/unit/model/files.h"
 
@@ -82,6 +83,10 @@ TEST_CASE("3: offsets that are no two ascending 64-bit integers") {
 TEST_CASE("4: ends past the file") {
   CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "0,8") + "}", 4), Contains("'a'") && Contains("8") && Contains("4"));
   CHECK_THAT(refusal_of_header("{" + entry("a", "U8", "18446744073709551615", "0,18446744073709551615") + "}", 4), Contains("'a'"));
+  // 2^64 − 16 and 2^64 − 8: the size between them is right, and adding the start of the data would wrap.
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "18446744073709551600,18446744073709551608") + "}", 8),
+             Contains("'a'") && Contains("18446744073709551608") && Contains("holds 8"));
+  CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "9223372036854775800,9223372036854775808") + "}", 8), Contains("'a'") && Contains("9223372036854775808"));
 }
 
 TEST_CASE("5: shapes whose product overflows, to a small number or to 0") {
@@ -99,6 +104,16 @@ TEST_CASE("7: tensors that overlap") {
   CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "1", "4,8") + "}", 8), Contains("'b'") && Contains("overlap"));
   CHECK_THAT(refusal_of_header("{" + entry("a", "F32", "2", "0,8") + "," + entry("b", "F32", "2", "0,8") + "}", 8), Contains("overlap"));
   CHECK_THAT(refusal_of_header("{" + entry(std::string(5000, 'n'), "F32", "2", "0,8") + "}", 8), Contains("5000 bytes"));
+}
+
+TEST_CASE("7: a hundred thousand tensors on one range, and more tensors than are read") {
+  std::string header = "{" + entry("t0", "F32", "256", "0,1024");
+  for (int i = 1; i < 100000; ++i) header += "," + entry("t" + std::to_string(i), "F32", "256", "0,1024");
+  CHECK_THAT(refusal_of_header(header + "}", 1024), Contains("overlap") && Contains("begins at byte 0") && Contains("ends at 1024"));
+  // Of no bytes they are no overlap; their number is bounded all the same.
+  header = "{" + entry("t0", "U8", "0", "0,0");
+  for (int i = 1; i <= 1000000; ++i) header += "," + entry("t" + std::to_string(i), "U8", "0", "0,0");
+  CHECK_THAT(refusal_of_header(header + "}", 0), Contains("more than 1000000 tensors"));
 }
 
 TEST_CASE("8: holes and trailing bytes") {
@@ -126,6 +141,37 @@ TEST_CASE("13: a truncated file") {
   CHECK(refusal(whole) == "");
 }
 
+TEST_CASE("13: a file that shrinks after it was opened is named with both sizes") {
+  const TempFolder folder;
+  write_file(folder / "a", std::string(100, 'x'));
+  const RegularFile file(folder / "a");
+  CHECK_NOTHROW(file.require_same_size());
+  std::filesystem::resize_file(folder / "a", 60);
+  CHECK_THROWS_WITH(file.require_same_size(), Contains("100 bytes") && Contains("60 now"));
+  char bytes[100];
+  CHECK_THROWS_WITH(file.read(0, bytes, 100), Contains("ends at byte 60") && Contains("40"));
+}
+
+TEST_CASE("14: what stands for model.safetensors and is no regular file is refused and not waited for") {
+  const auto refusal_of_single = [](auto&& prepare) {
+    const TempFolder folder;
+    prepare(folder / "model.safetensors");
+    try {
+      Checkpoint c(folder.path());
+      return std::string();
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+  };
+  CHECK_THAT(refusal_of_single([](const auto& path) { mkfifo(path.c_str(), 0600); }), Contains("model.safetensors: is not a regular file"));
+  for (const char* device : {"/dev/zero", "/dev/null", "/proc/self"})
+    CHECK_THAT(refusal_of_single([&](const auto& path) { std::filesystem::create_symlink(device, path); }), Contains("not a regular file"));
+  CHECK_THAT(refusal_of_single([](const auto& path) { std::filesystem::create_directory(path); }), Contains("not a regular file"));
+  const TempFolder index;
+  mkfifo((index / "model.safetensors.index.json").c_str(), 0600);
+  CHECK_THROWS_WITH(Checkpoint(index.path()), Contains("index.json: is not a regular file"));
+}
+
 TEST_CASE("14: indices that lead out of the folder, and shards that are no regular files") {
   const auto index_refusal = [](const std::string& shard, auto&& prepare) {
     const TempFolder folder;
@@ -141,6 +187,8 @@ TEST_CASE("14: indices that lead out of the folder, and shards that are no regul
   const auto nothing = [](const TempFolder&) {};
   for (const char* bad : {"../x.safetensors", "/etc/passwd", "sub/x", "", ".", ".."})
     CHECK_THAT(index_refusal(bad, nothing), Contains("no plain file name"));
+  for (const char* bad : {"x\\u0000.safetensors", "\\u0000", "../x\\u0000"})  // NUL, as JSON spells it
+    CHECK_THAT(index_refusal(bad, nothing), Contains("\\0") && Contains("no plain file name"));
   CHECK_THAT(index_refusal("x.safetensors", nothing), Contains("x.safetensors"));
   CHECK_THAT(index_refusal("fifo", [](const TempFolder& f) { mkfifo((f / "fifo").c_str(), 0600); }), Contains("not a regular file"));
   CHECK_THAT(index_refusal("loop", [](const TempFolder& f) { std::filesystem::create_symlink(f / "loop", f / "loop"); }), Contains("loop"));
