@@ -174,6 +174,53 @@ TEST_CASE("tensors that would change the arithmetic and are not used are refused
   CHECK_THROWS_WITH(open_checkpoint(kData + "/tiny-mixtral", parse_config(fewer.dump(), "c"), nullptr), Contains("gate.weight") && Contains("[7, 128]"));
 }
 
+TEST_CASE("10: a tensor of a dtype that is not read is refused by name where it is needed, and passes where it is not") {
+  const TempFolder folder;
+  const ModelConfig config = read_config(kData + "/tiny-qwen3-moe");
+  const Tensors whole = read_tensors_of(kData + "/tiny-qwen3-moe");
+  Tensors more = whole;
+  more["model.position_ids"] = {"I64", {1, 2}, std::string(16, '\0')};
+  more["extra.scale"] = {"F8_E4M3", {3}, std::string(3, '\0')};
+  write_tensors(folder / "model.safetensors", more);
+  std::string warning;
+  CHECK_NOTHROW(open_checkpoint(folder.path(), config, [&](const std::string& w) { warning = w; }));
+  CHECK_THAT(warning, Contains("2 tensors are not used: 'extra.scale', 'model.position_ids'"));
+  for (const char* name : {"model.layers.2.mlp.experts.7.up_proj.weight", "model.layers.1.mlp.gate.weight", "model.layers.0.self_attn.k_proj.weight",
+                           "model.layers.3.self_attn.q_norm.weight", "lm_head.weight"})
+    for (const char* dtype : {"I64", "F8_E4M3"}) {
+      Tensors other = whole;
+      other[name].dtype = dtype;
+      other[name].bytes.resize(other[name].bytes.size() / 2 * (std::string(dtype) == "I64" ? 8 : 1));
+      write_tensors(folder / "model.safetensors", other);
+      CHECK_THROWS_WITH(open_checkpoint(folder.path(), config, nullptr), Contains(name) && Contains(dtype));
+    }
+}
+
+TEST_CASE("12: whatever count or width config.json lies about, the tensors tell") {
+  const std::map<std::string, std::vector<int64_t>> lies = {
+      {"num_experts", {0, 1, 4, 8, 15, 17, 32, 128, 65536}},
+      {"moe_intermediate_size", {1, 2, 64, 127, 129, 256, 1 << 20}},
+      {"num_key_value_heads", {1, 4, 8}},
+      {"head_dim", {2, 16, 30, 34, 64, 4096}},
+      {"num_hidden_layers", {5, 6, 64, 4096}},
+      {"num_attention_heads", {2, 4, 16, 32, 8192}},
+      {"hidden_size", {2, 64, 126, 130, 256, 1 << 20}},
+      {"vocab_size", {511, 513, 1024, 1 << 24}}};
+  for (const auto& [key, values] : lies)
+    for (int64_t value : values) {
+      json config = json::parse(std::ifstream(kData + "/tiny-qwen3-moe/config.json"));
+      config[key] = value;
+      INFO(key << " = " << value);
+      try {
+        open_checkpoint(kData + "/tiny-qwen3-moe", parse_config(config.dump(), "config.json"), nullptr);
+        FAIL_CHECK("accepted");
+      } catch (const Error& e) {
+        CHECK((e.code() == Code::kCorruptModel || e.code() == Code::kUnsupported));
+        CHECK_THAT(e.what(), Contains("model.safetensors") || Contains("config.json") || Contains("missing"));
+      }
+    }
+}
+
 TEST_CASE("the fixed-point scale is 2^28 for usual layers and follows unusual ones") {
   const ModelConfig model = read_config(kData + "/tiny-qwen3-moe");
   CHECK(mlp_exponent({0.5f, 0.5f, 0.5f}, model, 0) == 28);
