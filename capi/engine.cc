@@ -1,4 +1,5 @@
-#include <mutex>
+#include <array>
+#include <span>
 
 #include "capi/config.h"
 #include "capi/guarded.h"
@@ -14,6 +15,7 @@ namespace {
 using moebius::Code;
 using moebius::fail;
 using moebius::Layout;
+using moebius::capi::check_struct;
 using moebius::capi::copy_text;
 using moebius::capi::fill_struct;
 using moebius::capi::guarded;
@@ -103,8 +105,7 @@ moebius_status moebius_engine_cancel(moebius_engine* engine, uint64_t id, moebiu
 moebius_status moebius_engine_step(moebius_engine* engine, moebius_step_result* out_result, moebius_error** err) {
   return guarded(err, [&] {
     moebius_engine& e = not_null(engine, "engine");
-    if (out_result != nullptr && out_result->struct_size < kStepResultV1)
-      fail(Code::kInvalidArgument, "struct_size is {}, version 0.1 has {}", out_result->struct_size, kStepResultV1);
+    if (out_result != nullptr) check_struct(out_result, out_result->struct_size, kStepResultV1);  // before anything runs
     const moebius::StepResult r = e.engine.step();
     if (out_result != nullptr)
       fill_struct(out_result, out_result->struct_size, kStepResultV1,
@@ -208,14 +209,10 @@ moebius_status moebius_engine_metrics_text(const moebius_engine* engine, char* o
 moebius_status moebius_engine_take_logits(moebius_engine* engine, uint64_t id, int32_t sample, float* out_logits, size_t capacity,
                                           size_t* out_count, moebius_error** err) {
   return guarded(err, [&] {
-    moebius_engine& e = not_null(engine, "engine");
-    const auto count = static_cast<size_t>(e.engine.num_logits(id, sample));
-    if (out_logits != nullptr) {
-      if (capacity < count) fail(Code::kInvalidArgument, "capacity is {} floats, {} are kept", capacity, count);
-      const std::vector<float> logits = e.engine.take_logits(id, sample);
-      std::copy_n(logits.begin(), count, out_logits);  // more may have come meanwhile only if another thread steps
-    }
+    const std::span<float> out(out_logits, out_logits != nullptr ? capacity : 0);
+    const size_t count = not_null(engine, "engine").engine.take_logits(id, sample, out);
     if (out_count != nullptr) *out_count = count;
+    if (out_logits != nullptr && capacity < count) fail(Code::kInvalidArgument, "capacity is {} floats, {} are kept", capacity, count);
   });
 }
 

@@ -45,16 +45,22 @@ T& not_null(T* pointer, const char* name) {
   return *pointer;
 }
 
-// Copies what the library fills in into a caller's struct of caller_size bytes (its struct_size), which may be an older,
-// smaller version of it: at least first_size, what 0.1 had.
+// A caller's struct of caller_size bytes (its struct_size) may be an older, smaller version: at least first_size, what 0.1 had;
+// or a newer one, if what this library does not know is 0.
 template <class T>
-void fill_struct(T* out, uint32_t caller_size, size_t first_size, T value) {
+void check_struct(const T* out, uint32_t caller_size, size_t first_size) {
   if (caller_size < first_size) fail(Code::kInvalidArgument, "struct_size is {}, version 0.1 has {}", caller_size, first_size);
   if (caller_size > sizeof(T)) {
     const auto* bytes = reinterpret_cast<const unsigned char*>(out);
     for (size_t i = sizeof(T); i < caller_size; ++i)
       if (bytes[i] != 0) fail(Code::kUnsupported, "byte {} of the struct is set, this library knows {} bytes", i, sizeof(T));
   }
+}
+
+// Copies what the library fills in into such a struct.
+template <class T>
+void fill_struct(T* out, uint32_t caller_size, size_t first_size, T value) {
+  check_struct(out, caller_size, first_size);
   value.struct_size = caller_size;
   std::memcpy(static_cast<void*>(out), &value, std::min<size_t>(caller_size, sizeof(T)));
 }

@@ -4,7 +4,7 @@
  * Conventions
  *   Status     every function that can fail returns a moebius_status: 0 is success, below 0 an error. Its text comes through the
  *              trailing `err`, which may be NULL; otherwise *err is set on failure and freed with moebius_error_destroy. On
- *              failure no other out-parameter is touched.
+ *              failure no other out-parameter is touched, but for the needed size where a function says "always".
  *   Handles    opaque, made by a _create or _load function, given back to _destroy, which takes NULL.
  *   Structs    begin with struct_size, which the caller sets to sizeof. Fields are only ever added at the end; 0 means default.
  *              Bytes behind the fields a library knows must be 0, else MOEBIUS_E_UNSUPPORTED.
@@ -271,7 +271,8 @@ MOEBIUS_API moebius_status moebius_engine_metrics_text(const moebius_engine *eng
                                                        moebius_error **err);
 
 /* Logits of a keep_logits request, float [positions, vocab_size], positions in order, since the last call that took them.
- * With out_logits NULL only *out_count (floats) is set and nothing is taken. Waits for a step under way. */
+ * Always sets *out_count (floats). Nothing is taken with out_logits NULL, or when `capacity` floats are too few for all of them
+ * (INVALID_ARGUMENT). Waits for a step under way. */
 MOEBIUS_API moebius_status moebius_engine_take_logits(moebius_engine *engine, uint64_t id, int32_t sample, float *out_logits,
                                                       size_t capacity, size_t *out_count, moebius_error **err);
 

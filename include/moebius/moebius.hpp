@@ -157,12 +157,15 @@ class Engine {
     return stats;
   }
   std::vector<float> take_logits(uint64_t id, int32_t sample = 0) {
-    size_t count = 0;
-    check([&](moebius_error** e) { return moebius_engine_take_logits(get(), id, sample, nullptr, 0, &count, e); });
-    std::vector<float> out(count + 1);  // never empty, so that the call takes them
-    check([&](moebius_error** e) { return moebius_engine_take_logits(get(), id, sample, out.data(), count, &count, e); });
-    out.resize(count);
-    return out;
+    std::vector<float> out(1);  // never empty, so that the call takes them
+    for (size_t count = 0;;) try {
+        check([&](moebius_error** e) { return moebius_engine_take_logits(get(), id, sample, out.data(), out.size(), &count, e); });
+        out.resize(count);
+        return out;
+      } catch (const Error&) {
+        if (count <= out.size()) throw;
+        out.resize(count);  // again with the room it asked for; another thread's step may add more meanwhile
+      }
   }
   moebius_engine* get() const { return handle_.get(); }
 

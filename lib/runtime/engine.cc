@@ -626,19 +626,14 @@ Sequence& Engine::Impl::sequence_with_logits(uint64_t number, int32_t sample) {
   return request.samples[static_cast<size_t>(sample)];
 }
 
-int64_t Engine::Impl::num_logits(uint64_t number, int32_t sample) {
-  std::lock_guard step_lock(step_mutex_);
-  std::lock_guard lock(inbox_mutex_);
-  const Sequence& s = sequence_with_logits(number, sample);
-  return (s.logits_kept - s.logits_taken) * model_.vocab_size;
-}
-
-std::vector<float> Engine::Impl::take_logits(uint64_t number, int32_t sample) {
+// One locked call: a step between asking and taking would add rows that the caller made no room for.
+size_t Engine::Impl::take_logits(uint64_t number, int32_t sample, std::span<float> out) {
   std::lock_guard step_lock(step_mutex_);
   std::lock_guard lock(inbox_mutex_);
   Sequence& s = sequence_with_logits(number, sample);
-  std::vector<float> out = std::move(s.logits);
-  out.resize(static_cast<size_t>((s.logits_kept - s.logits_taken) * model_.vocab_size));
+  const size_t count = static_cast<size_t>((s.logits_kept - s.logits_taken) * model_.vocab_size);
+  if (out.data() == nullptr || out.size() < count) return count;
+  std::copy_n(s.logits.begin(), count, out.begin());
   s.logits = {};
   s.logits_taken = s.logits_kept;
   s.logits_collected = s.state == SequenceState::kFinished;
@@ -646,7 +641,7 @@ std::vector<float> Engine::Impl::take_logits(uint64_t number, int32_t sample) {
   if (request.unfinished == 0 &&
       std::all_of(request.samples.begin(), request.samples.end(), [](const Sequence& x) { return x.logits_collected; }))
     requests_.erase(number);
-  return out;
+  return count;
 }
 
 // ---- the engine's own thread
@@ -711,7 +706,16 @@ EngineStats Engine::stats() const { return impl_->stats(); }
 std::string Engine::metrics_text() const { return impl_->metrics_text(); }
 ModelInfo Engine::model() const { return impl_->model(); }
 MemoryReport Engine::memory() const { return impl_->memory(); }
-int64_t Engine::num_logits(uint64_t request, int32_t sample) { return impl_->num_logits(request, sample); }
-std::vector<float> Engine::take_logits(uint64_t request, int32_t sample) { return impl_->take_logits(request, sample); }
+size_t Engine::take_logits(uint64_t request, int32_t sample, std::span<float> out) { return impl_->take_logits(request, sample, out); }
+std::vector<float> Engine::take_logits(uint64_t request, int32_t sample) {
+  std::vector<float> out;
+  for (size_t count = impl_->take_logits(request, sample, {});;) {
+    out.resize(count + 1);  // never empty, so that the call takes them
+    count = impl_->take_logits(request, sample, out);
+    if (count > out.size()) continue;  // a step came between
+    out.resize(count);
+    return out;
+  }
+}
 
 }  // namespace moebius

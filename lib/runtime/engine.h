@@ -129,9 +129,10 @@ class Engine {
   std::string metrics_text() const;
   ModelInfo model() const;
   MemoryReport memory() const;
-  // Logits [positions, vocab] of a keep_logits request so far; empties them.
+  // Logits [positions, vocab] of a keep_logits request since the last call that took them. Returns how many floats there are;
+  // all of them are moved into `out` when they fit, none when they do not or when out.data() is null.
+  size_t take_logits(uint64_t request, int32_t sample, std::span<float> out);
   std::vector<float> take_logits(uint64_t request, int32_t sample = 0);
-  int64_t num_logits(uint64_t request, int32_t sample = 0);  // floats that take_logits would return
 
   class Impl;
   Impl& impl() { return *impl_; }   // for tests and benchmarks: lib/runtime/engine_impl.h

@@ -47,8 +47,7 @@ class Engine::Impl {
   std::string metrics_text() const;
   ModelInfo model() const;
   MemoryReport memory() const;
-  std::vector<float> take_logits(uint64_t request, int32_t sample);
-  int64_t num_logits(uint64_t request, int32_t sample);
+  size_t take_logits(uint64_t request, int32_t sample, std::span<float> out);
 
   // For tests and benchmarks, between steps only.
   World& world() { return world_; }

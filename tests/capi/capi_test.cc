@@ -278,3 +278,51 @@ TEST_CASE("text is streamed in whole characters and equals what is decoded at on
   CHECK(streamed == text);
   moebius_decoder_destroy(decoder);
 }
+
+TEST_CASE("a step whose result struct is wrong is refused before it runs") {
+  auto engine = small_engine(1);
+  struct {
+    moebius_step_result result;
+    uint64_t future;
+  } larger{};
+  larger.result.struct_size = sizeof larger;
+  larger.future = 1;
+  CHECK(moebius_engine_step(engine.get(), &larger.result, nullptr) == MOEBIUS_E_UNSUPPORTED);
+  larger.result.struct_size = 8;
+  CHECK(moebius_engine_step(engine.get(), &larger.result, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(engine.stats().step == 0);
+  larger = {};
+  larger.result.struct_size = sizeof larger;
+  CHECK(moebius_engine_step(engine.get(), &larger.result, nullptr) == MOEBIUS_OK);
+  CHECK(engine.stats().step == 1);
+}
+
+TEST_CASE("logits are taken whole or not at all, also while the engine's own thread adds more") {
+  const auto request = [] {
+    moebius_cpp::Request r({1, 2, 3});
+    r.set("id", "x").set("max_tokens", int64_t{300}).set("keep_logits", int64_t{1}).set("ignore_eos", int64_t{1});
+    return r;
+  };
+  auto driven = small_engine(1);
+  const uint64_t id = driven.submit(request());
+  driven.step();
+  std::vector<float> row(1024, -1.0f);
+  size_t count = 0;
+  CHECK(moebius_engine_take_logits(driven.get(), id, 0, row.data(), 1024, &count, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(count == 3 * 1024);
+  CHECK(row == std::vector<float>(1024, -1.0f));
+  while (driven.stats().running > 0) driven.step();
+  const std::vector<float> expected = driven.take_logits(id);
+  REQUIRE(expected.size() == (3 + 300 - 1) * 1024);
+
+  auto own = small_engine(1);
+  own.start();
+  const uint64_t other = own.submit(request());
+  std::vector<float> got;
+  while (got.size() < expected.size()) {
+    const std::vector<float> part = own.take_logits(other);
+    got.insert(got.end(), part.begin(), part.end());
+  }
+  own.stop();
+  CHECK(got == expected);
+}
