@@ -253,11 +253,12 @@ void Engine::Impl::emit(Event&& event) {
       break;
     case EventType::kSwitchRefused:
       metrics_.on_refusal();
-      policy_->on_refused();
+      policy_->on_failed(event.to, event.reason);
       ++stats_.refusals;
       break;
     case EventType::kRolledBack:
       metrics_.on_rollback();
+      policy_->on_failed(other(event.from), event.reason);
       ++stats_.rollbacks;
       break;
     case EventType::kPreempted:

@@ -1,6 +1,7 @@
 #include "lib/runtime/policy.h"
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "lib/base/error.h"
@@ -12,7 +13,7 @@ class ManualPolicy final : public Policy {
  public:
   std::optional<Decision> observe(const LoadSample&) override { return std::nullopt; }
   void on_switched(double) override {}
-  void on_refused() override {}
+  void on_failed(Layout, const std::string&) override {}
 };
 
 struct VariantDefaults {
@@ -23,8 +24,13 @@ struct VariantDefaults {
 };
 constexpr VariantDefaults kVariants[] = {{"decode", 64, 32, 60}, {"prefill", 1024, 8, 10}, {"rollout", 8, 1, 5}};
 
+// A switch that failed is asked for again when the load has moved by a quarter of the threshold, for then it may fit or be
+// wanted no more, or after so many steps: often enough to catch room that others left, too rarely to cost anything.
+constexpr double kHoldMargin = 0.25;
+constexpr uint64_t kHoldSteps = 256;
+
 // EP when the mean of the window is at or above the threshold, TP when it is below. After a switch nothing is asked for until
-// the cooldown has passed; after a refusal the window must fill again, so that it is not repeated every step.
+// the cooldown has passed.
 class ThresholdPolicy final : public Policy {
  public:
   ThresholdPolicy(const PolicyConfig& c, int ranks) : variant_(c.variant), shadow_(c.shadow) {
@@ -49,20 +55,32 @@ class ThresholdPolicy final : public Policy {
       return std::nullopt;
     }
     if (shadow_ && shadowed_) return std::nullopt;  // one record for each time the mind would change
+    if (held(wanted, mean, load.step)) return std::nullopt;
     shadowed_ = shadow_;
+    asked_mean_ = mean;
+    asked_step_ = load.step;
+    const std::string again = std::exchange(failure_, {});
     return Decision{wanted, shadow_,
-                    fmt::format("threshold {}: mean {:.1f} over {} steps {} {:.1f}: {} → {} (running {}, waiting {})",
+                    fmt::format("threshold {}: mean {:.1f} over {} steps {} {:.1f}: {} → {} (running {}, waiting {}){}",
                                 kVariants[static_cast<size_t>(variant_)].name, mean, window_.size(), mean >= threshold_ ? "≥" : "<",
-                                threshold_, name_of(load.layout), name_of(wanted), load.running, load.waiting)};
+                                threshold_, name_of(load.layout), name_of(wanted), load.running, load.waiting, again)};
   }
 
   void on_switched(double time_s) override {
     has_switched_ = true;
     last_switch_s_ = time_s;
+    failure_.clear();
   }
-  void on_refused() override { filled_ = 0; }
+  void on_failed(Layout to, const std::string& why) override {
+    failed_to_ = to;
+    failure_ = fmt::format("; again after step {} at mean {:.1f}, which failed: {}", asked_step_, asked_mean_, why);
+  }
 
  private:
+  bool held(Layout wanted, double mean, uint64_t step) const {
+    return !failure_.empty() && wanted == failed_to_ && std::fabs(mean - asked_mean_) < kHoldMargin * threshold_ &&
+           step < asked_step_ + kHoldSteps;
+  }
   double value_of(const LoadSample& load) const {
     switch (variant_) {
       case ThresholdVariant::kDecode: return load.running;
@@ -76,6 +94,11 @@ class ThresholdPolicy final : public Policy {
   double threshold_ = 0, cooldown_s_ = 0, last_switch_s_ = 0, sum_ = 0;
   std::vector<double> window_;
   size_t at_ = 0, filled_ = 0;
+  // Of the last switch asked for; failure_ is empty unless it failed.
+  double asked_mean_ = 0;
+  uint64_t asked_step_ = 0;
+  Layout failed_to_ = Layout::kTp;
+  std::string failure_;
 };
 
 }  // namespace

@@ -49,7 +49,8 @@ class Policy {
   virtual ~Policy() = default;
   virtual std::optional<Decision> observe(const LoadSample& load) = 0;
   virtual void on_switched(double time_s) = 0;
-  virtual void on_refused() = 0;  // nothing happened: no cooldown is spent
+  // A switch to `to` was refused or rolled back: no cooldown is spent, but the same is not asked for again at once.
+  virtual void on_failed(Layout to, const std::string& why) = 0;
 };
 
 // Throws kInvalidArgument on values out of range.

@@ -15,6 +15,7 @@ struct Feeder {
   explicit Feeder(PolicyConfig c, int ranks = 2) : policy(make_policy(c, ranks)) {}
   std::optional<Decision> step(int running, int waiting = 0, int prefill = 0) {
     LoadSample s;
+    s.step = steps++;
     s.time_s = time_s;
     time_s += seconds_per_step;
     s.running = running;
@@ -34,6 +35,7 @@ struct Feeder {
   }
   std::unique_ptr<Policy> policy;
   Layout layout = Layout::kTp;
+  uint64_t steps = 0;
   double time_s = 1000, seconds_per_step = 0.01;
   Decision last;
 };
@@ -69,19 +71,31 @@ TEST_CASE("the prefill and rollout variants count prompt tokens, and running wit
   CHECK(rollout.steps_to_decide(1, 8, 8) == 1);
 }
 
-TEST_CASE("after a switch nothing is asked for until the cooldown has passed; a refusal spends none") {
+TEST_CASE("after a switch nothing is asked for until the cooldown has passed") {
   PolicyConfig c = threshold(ThresholdVariant::kRollout);
   c.window_steps = 4;
   Feeder f(c);
   f.seconds_per_step = 1;
   REQUIRE(f.steps_to_decide(10, 100) == 4);
-  f.policy->on_refused();
-  CHECK(f.steps_to_decide(10, 100) == 4);  // the window fills anew, no longer wait
   f.policy->on_switched(f.time_s);
   f.layout = Layout::kEp;
   const int steps = f.steps_to_decide(100, 0);
   CHECK(steps >= 5);  // five seconds
   CHECK(f.last.to == Layout::kTp);
+}
+
+TEST_CASE("after a failure the same switch is not asked for until the load has moved or 256 steps have passed; no cooldown is spent") {
+  Feeder f(threshold(ThresholdVariant::kRollout));  // threshold 16, a window of one step
+  REQUIRE(f.steps_to_decide(1, 100) == 1);
+  f.policy->on_failed(Layout::kEp, "12 tokens short");
+  CHECK(f.steps_to_decide(10, 100) == -1);
+  CHECK(f.steps_to_decide(10, 103) == -1);
+  REQUIRE(f.steps_to_decide(1, 104) == 1);  // a quarter of the threshold more, long before the cooldown's end
+  CHECK_THAT(f.last.record, Catch::Contains("12 tokens short") && Catch::Contains("mean 100.0"));
+  f.policy->on_failed(Layout::kEp, "12 tokens short");
+  CHECK(f.steps_to_decide(1000, 104) == 256);
+  f.policy->on_failed(Layout::kTp, "the other way");  // does not hold this one
+  CHECK(f.steps_to_decide(1, 104) == 1);
 }
 
 TEST_CASE("in shadow a policy records each change of mind once") {

@@ -1,0 +1,134 @@
+// Policies on a real engine: what they decide becomes a switch, a refusal or a record, and never changes a bit.
+#include "tests/unit/engine/harness.h"
+
+namespace moebius::test {
+namespace {
+
+// Six requests that end one after another: 6 running at first, 1 at the end.
+Script decaying() {
+  Script s;
+  for (int i = 0; i < 6; ++i) s.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(60 + i, 12), 8 + 6 * i)});
+  return s;
+}
+
+PolicyConfig rollout(double threshold) {
+  PolicyConfig p;
+  p.kind = PolicyKind::kThreshold;
+  p.variant = ThresholdVariant::kRollout;
+  p.threshold = threshold;
+  p.window_steps = 1;
+  p.cooldown_s = 0;
+  return p;
+}
+
+std::vector<Event> events_of(const Outcome& o, EventType type) {
+  std::vector<Event> out;
+  for (const Event& e : o.events)
+    if (e.type == type) out.push_back(e);
+  return out;
+}
+
+void drain(Engine& engine, Outcome& into) {
+  std::vector<Event> events(256);
+  for (size_t n; (n = engine.poll(events, 0)) > 0;) into.events.insert(into.events.end(), events.begin(), events.begin() + static_cast<long>(n));
+}
+
+// Three requests of six pages: TP's 20 pages hold them, EP's two homes of 10 do not. Some 50 steps of decoding.
+EngineConfig tight_config() {
+  EngineConfig c = small_config(2, 1, Layout::kTp);
+  c.page_tokens = 64;
+  c.kv_tokens = 20 * 64;
+  c.chunk_tokens = 512;
+  return c;
+}
+std::vector<uint64_t> submit_tight(Engine& engine) {
+  std::vector<uint64_t> ids;
+  for (int i = 0; i < 3; ++i) ids.push_back(engine.submit(greedy_request("t" + std::to_string(i), prompt_of(80 + i, 330), 50)));
+  return ids;
+}
+
+}  // namespace
+
+TEST_CASE("a threshold policy goes to EP under load and back when it has gone, and says by which numbers") {
+  const Script script = decaying();
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.policy = rollout(4);
+  const Outcome got = run_script(kQwen, config, script);
+  CHECK(difference(expected, got) == "");
+  const std::vector<Event> decisions = events_of(got, EventType::kDecision), switches = events_of(got, EventType::kSwitchFinished);
+  REQUIRE(decisions.size() == 2);
+  REQUIRE(switches.size() == 2);
+  CHECK(decisions[0].to == Layout::kEp);
+  CHECK_THAT(decisions[0].reason, Catch::Contains("rollout") && Catch::Contains("mean 6.0") && Catch::Contains("≥ 4.0") && Catch::Contains("waiting 6"));
+  CHECK(switches[0].to == Layout::kEp);
+  CHECK(decisions[1].to == Layout::kTp);
+  CHECK_THAT(decisions[1].reason, Catch::Contains("mean 3.0") && Catch::Contains("< 4.0"));
+  CHECK(switches[1].to == Layout::kTp);
+}
+
+TEST_CASE("a policy in shadow records and moves nothing") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.policy = rollout(4);
+  config.policy.shadow = true;
+  const Outcome got = run_script(kQwen, config, decaying());
+  CHECK(got.count(EventType::kDecision) == 1);
+  CHECK(got.count(EventType::kSwitchStarted) == 0);
+}
+
+TEST_CASE("a policy can be set while requests run") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  engine.submit(greedy_request("a", prompt_of(1, 10), 30));
+  for (int i = 0; i < 5; ++i) engine.step();
+  CHECK(engine.stats().switches == 0);
+  engine.set_policy(rollout(1));
+  engine.step();
+  CHECK(engine.stats().switches == 1);
+  CHECK(engine.stats().seam == 0);
+  engine.set_policy({});
+  for (int i = 0; i < 5; ++i) engine.step();
+  CHECK(engine.stats().switches == 1);
+  PolicyConfig bad;
+  bad.threshold = -1;
+  CHECK_THROWS_AS(engine.set_policy(bad), Error);
+}
+
+TEST_CASE("a refused switch is not asked for at every step, and spends no cooldown") {
+  EngineConfig config = tight_config();
+  config.policy = rollout(2);
+  config.policy.cooldown_s = 1000;
+  Engine engine(kQwen, config);
+  const std::vector<uint64_t> ids = submit_tight(engine);
+  engine.set_policy({});  // all three run first
+  for (int i = 0; i < 4; ++i) engine.step();
+  REQUIRE(engine.stats().running == 3);
+  engine.set_policy(config.policy);
+  for (int i = 0; i < 20; ++i) engine.step();
+  CHECK(engine.stats().refusals == 1);
+  CHECK(engine.stats().switches == 0);
+  engine.cancel(ids[0]);  // 3 → 2 is more than a quarter of the threshold: asked again, and now it fits
+  engine.step();
+  CHECK(engine.stats().switches == 1);
+  Outcome out;
+  drain(engine, out);
+  const std::vector<Event> decisions = events_of(out, EventType::kDecision);
+  REQUIRE(decisions.size() == 2);
+  CHECK_THAT(decisions[1].reason, Catch::Contains("tokens short"));
+}
+
+TEST_CASE("a switch that was rolled back is not tried again at every step") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.policy = rollout(2);
+  Engine engine(kQwen, config);
+  engine.impl().switcher().hook = [](int item, int rank, Layout, bool undoing) {
+    if (!undoing && item == 1 && rank == 1) fail(Code::kInternal, "a fault");
+  };
+  for (int i = 0; i < 3; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 10), 60 + 20 * i));
+  for (int i = 0; i < 50; ++i) engine.step();
+  CHECK(engine.stats().rollbacks == 1);
+  engine.impl().switcher().hook = nullptr;
+  for (int i = 0; i < 20; ++i) engine.step();  // one has finished: the load has moved
+  CHECK(engine.stats().switches == 1);
+}
+
+}  // namespace moebius::test
