@@ -144,7 +144,7 @@ MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, 
                                                       moebius_error **err);
 /* Integer keys: max_tokens, min_tokens, top_k, seed, n, ignore_eos, logprobs, priority, keep_logits.
  * Float keys: temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, deadline_ms.
- * String keys: id (seeds the request where no seed is set).
+ * String keys: id (seeds the request where no seed is set; with a seed the id does not matter).
  * A known key of other engines that is not supported is MOEBIUS_E_UNSUPPORTED, any other MOEBIUS_E_INVALID_ARGUMENT. */
 MOEBIUS_API moebius_status moebius_request_set_i64(moebius_request *request, const char *key, int64_t value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_request_set_f64(moebius_request *request, const char *key, double value, moebius_error **err);

@@ -192,9 +192,7 @@ uint64_t Engine::Impl::submit(const RequestSpec& spec) {
     s.blocks.reserve(pages);
     s.tp_pages.reserve(pages);
     s.ep_pages.reserve(pages);
-    const uint64_t seed = spec.sampling.seed && spec.sampling.n == 1
-                              ? *spec.sampling.seed
-                              : request_seed(spec.sampling.seed.value_or(config_.seed), request->spec.id, i);
+    const uint64_t seed = spec.sampling.seed ? request_seed(*spec.sampling.seed, {}, i) : request_seed(config_.seed, request->spec.id, i);
     s.sampler.start(request->spec.sampling, seed, spec.prompt_ids, model_.vocab_size);
   }
   waiting_hint_ += spec.sampling.n;

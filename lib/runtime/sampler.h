@@ -17,7 +17,8 @@
 
 namespace moebius {
 
-// seed of a sample that names none itself: hash(engine seed, request id, sample), never the order of arrival.
+// Seed of a sample: hash(engine seed, request id, sample), or hash(the request's own seed, sample) with an empty id; never the
+// order of arrival.
 uint64_t request_seed(uint64_t engine_seed, std::string_view request_id, int sample);
 
 // What a sequence's sampling remembers: how often each token was generated, and which the prompt holds.

@@ -137,6 +137,34 @@ TEST_CASE("samples of one prompt share its pages and differ by seed") {
   CHECK(difference(got, again) == "");
 }
 
+TEST_CASE("an explicit seed gives the same samples whatever the request is called and when it comes; without one the id decides") {
+  const auto tokens = [](Engine& engine, const std::string& id, std::optional<uint64_t> seed, int n) {
+    RequestSpec spec = greedy_request(id, prompt_of(3, 10), 12);
+    spec.sampling.temperature = 1.5;
+    spec.sampling.seed = seed;
+    spec.sampling.n = n;
+    const uint64_t number = engine.submit(spec);
+    std::vector<std::vector<int32_t>> out(static_cast<size_t>(n));
+    std::vector<Event> events(256);
+    while (engine.step().worked)
+      for (size_t count; (count = engine.poll(events, 0)) > 0;)
+        for (size_t i = 0; i < count; ++i)
+          if (events[i].type == EventType::kToken && events[i].request == number) out[static_cast<size_t>(events[i].sample)].push_back(events[i].token);
+    return out;
+  };
+  Engine engine(kQwen, small_config(1, 1, Layout::kTp));
+  const auto first = tokens(engine, "", 0, 3);
+  CHECK(first[0].size() == 12);
+  CHECK(first[0] != first[1]);
+  CHECK(tokens(engine, "", 0, 3) == first);  // its default id is its number, which is another one now
+  CHECK(tokens(engine, "named", 0, 3) == first);
+  CHECK(tokens(engine, "named", 0, 1)[0] == first[0]);  // n adds samples, it does not change them
+  CHECK(tokens(engine, "named", 1, 3) != first);
+  const auto unset = tokens(engine, "named", std::nullopt, 2);
+  CHECK(tokens(engine, "named", std::nullopt, 2) == unset);
+  CHECK(tokens(engine, "other", std::nullopt, 2) != unset);
+}
+
 TEST_CASE("lower priority values run first, then arrival") {
   EngineConfig config = small_config(1, 1, Layout::kTp);
   config.max_batch = 1;
