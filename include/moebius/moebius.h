@@ -205,7 +205,8 @@ typedef struct moebius_event {
 MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
                                                double timeout_ms, size_t *out_count, moebius_error **err);
 
-/* ---- switching. Any thread; taken up before the next step, the outcome is an event. */
+/* ---- switching. Any thread; taken up before the next step in the order asked for, the outcome of each is an event. One that
+ * is asked for while another is under way turns the seam round where it stands. QUEUE_FULL: 64 wait for the next step. */
 
 MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);
 /* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there. */

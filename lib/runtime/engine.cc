@@ -15,6 +15,7 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr size_t kEventRing = 4096;
+constexpr size_t kMaxWishes = 64;  // switches asked for between two steps; a host that asks for more has lost count
 
 double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
 
@@ -136,6 +137,8 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   }
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, config_.ranks);
+  wished_seams_.reserve(kMaxWishes);
+  seams_.reserve(kMaxWishes);
   stats_.num_layers = model_.shape.num_layers();
   publish_stats();
 }
@@ -220,7 +223,9 @@ void Engine::Impl::aim(int32_t seam) {
     fail(Code::kInvalidArgument, "seam {} is outside 0 … {}", seam, model_.shape.num_layers());
   {
     std::lock_guard lock(inbox_mutex_);
-    wished_seam_ = seam;
+    if (wished_seams_.size() >= kMaxWishes)
+      fail(Code::kQueueFull, "{} switches wait to be taken up by the next step already", wished_seams_.size());
+    wished_seams_.push_back(seam);
   }
   inbox_filled_.notify_one();
 }
@@ -310,16 +315,21 @@ void Engine::Impl::take_inbox() {
 }
 
 void Engine::Impl::take_wishes() {
-  std::optional<int32_t> seam;
+  seams_.clear();
   {
     std::lock_guard lock(inbox_mutex_);
-    seam = std::exchange(wished_seam_, std::nullopt);
+    seams_.swap(wished_seams_);
     if (wished_budget_) stall_budget_ms_ = *std::exchange(wished_budget_, std::nullopt);
     if (wished_policy_) policy_ = make_policy(*std::exchange(wished_policy_, std::nullopt), config_.ranks);
   }
-  if (!seam) return;
-  if (config_.ranks > 1) switcher_.begin(*seam, config_.preempt_to_fit);
-  else report_seam(*seam);
+  for (size_t i = 0; i < seams_.size(); ++i) {
+    if (config_.ranks == 1) {
+      report_seam(seams_[i]);
+      continue;
+    }
+    if (i > 0 && stall_budget_ms_ == 0) switcher_.advance(0);  // all at once: the one before has ended when this one begins
+    switcher_.begin(seams_[i], config_.preempt_to_fit);
+  }
 }
 
 // With one rank every slice has one owner in both layouts: a switch succeeds and moves nothing.
@@ -380,9 +390,9 @@ StepResult Engine::Impl::step() {
   try {
     take_inbox();
     expire(begin);
+    const auto before_switch = Clock::now();
     take_wishes();
     observe_load();
-    const auto before_switch = Clock::now();
     switcher_.advance(stall_budget_ms_);
     result.switch_seconds = seconds_between(before_switch, Clock::now());
     scheduler_.plan(plan_, [&](Sequence& s) { emit_request(EventType::kPreempted, s); });
@@ -647,7 +657,7 @@ size_t Engine::Impl::take_logits(uint64_t number, int32_t sample, std::span<floa
 
 bool Engine::Impl::has_work() {
   std::lock_guard lock(inbox_mutex_);
-  return !inbox_.empty() || !cancels_.empty() || wished_seam_ || published_.running > 0 || published_.waiting > 0 || published_.switching;
+  return !inbox_.empty() || !cancels_.empty() || !wished_seams_.empty() || published_.running > 0 || published_.waiting > 0 || published_.switching;
 }
 
 void Engine::Impl::start() {
@@ -664,7 +674,7 @@ void Engine::Impl::start() {
         continue;
       }
       std::unique_lock lock(inbox_mutex_);
-      inbox_filled_.wait_for(lock, 50ms, [&] { return !inbox_.empty() || !cancels_.empty() || wished_seam_ || own_thread_stops_; });
+      inbox_filled_.wait_for(lock, 50ms, [&] { return !inbox_.empty() || !cancels_.empty() || !wished_seams_.empty() || own_thread_stops_; });
     }
   });
 }

@@ -119,7 +119,8 @@ class Engine {
   // Up to `out.size()` events, waiting at most timeout_ms for the first.
   size_t poll(std::span<Event> out, double timeout_ms);
 
-  void request_switch(Layout to);      // taken up before the next step; the outcome is an event
+  // Taken up before the next step, in the order asked for; the outcome of each is an event. Throws kQueueFull at 64.
+  void request_switch(Layout to);
   void hold_seam(int32_t seam);        // move the seam to this layer and hold it there
   void set_stall_budget(double ms);
   void set_policy(const PolicyConfig& policy);

@@ -116,13 +116,14 @@ class Engine::Impl {
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   std::vector<Request*> inbox_;
   std::vector<uint64_t> cancels_;
-  std::optional<int32_t> wished_seam_;
+  std::vector<int32_t> wished_seams_;  // in the order asked for, at most kMaxWishes
   std::optional<double> wished_budget_;
   std::optional<PolicyConfig> wished_policy_;
   uint64_t next_number_ = 1;
   int64_t waiting_hint_ = 0;     // waiting sequences, for the queue limit
   std::vector<Request*> arriving_;
   std::vector<uint64_t> cancelling_;
+  std::vector<int32_t> seams_;
   EngineStats stats_;            // the stepping thread's own
   EngineStats published_;        // a copy as of the last step, guarded by inbox_mutex_
 

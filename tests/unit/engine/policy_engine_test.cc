@@ -1,4 +1,4 @@
-// Policies on a real engine: what they decide becomes a switch, a refusal or a record, and never changes a bit.
+// Policies and wishes on a real engine: each becomes a switch, a refusal or a record, and none changes a bit.
 #include "tests/unit/engine/harness.h"
 
 namespace moebius::test {
@@ -65,6 +65,38 @@ TEST_CASE("a threshold policy goes to EP under load and back when it has gone, a
   CHECK(decisions[1].to == Layout::kTp);
   CHECK_THAT(decisions[1].reason, Catch::Contains("mean 3.0") && Catch::Contains("< 4.0"));
   CHECK(switches[1].to == Layout::kTp);
+}
+
+TEST_CASE("switches due at one step happen in order, each with its events") {
+  const auto types = [](const EngineConfig& config, const std::vector<int32_t>& seams) {
+    Engine engine(kQwen, config);
+    engine.submit(greedy_request("a", prompt_of(1, 40), 40));
+    for (int i = 0; i < 3; ++i) engine.step();
+    for (int32_t s : seams) engine.hold_seam(s);
+    for (int i = 0; i < 30; ++i) engine.step();
+    Outcome out;
+    drain(engine, out);
+    std::string text;
+    for (const Event& e : out.events) {
+      if (e.type == EventType::kSwitchStarted) text += e.reason.empty() ? "start " : "turn ";
+      if (e.type == EventType::kSwitchFinished) text += fmt::format("{} ", e.seam);
+    }
+    return text;
+  };
+  for (int ranks : {1, 2}) CHECK(types(small_config(ranks, 1, Layout::kTp), {0, 4, 0}) == "start 0 start 4 start 0 ");
+  EngineConfig slow = small_config(2, 1, Layout::kTp);
+  slow.stall_budget_ms = 1e-6;
+  CHECK(types(slow, {0, 4}) == "start turn 4 ");  // turned where it stands: nothing had moved
+  CHECK(types(slow, {0, 2}) == "start turn 2 ");
+}
+
+TEST_CASE("more than 64 switches at one step are refused") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  for (int i = 0; i < 64; ++i) engine.request_switch(i % 2 ? Layout::kTp : Layout::kEp);
+  CHECK_THROWS_WITH(engine.request_switch(Layout::kTp), Catch::Contains("64"));
+  engine.step();
+  CHECK(engine.stats().switches == 64);
+  engine.request_switch(Layout::kTp);
 }
 
 TEST_CASE("a policy in shadow records and moves nothing") {
