@@ -72,6 +72,8 @@ class Bench {
     if (!o_.compare.empty()) read_earlier();
   }
 
+  bool has_run() const { return has_run_; }
+
   std::unique_ptr<Engine> engine(int max_batch, int64_t context) {
     EngineConfig c;
     c.ranks = o_.ranks;
@@ -105,6 +107,7 @@ class Bench {
       for (int t = 0; t < length; ++t) r.prompt_ids.push_back(static_cast<int32_t>(random_() % static_cast<uint64_t>(e.model().vocab_size)));
       e.submit(r);
     }
+    has_run_ = true;
   }
 
   void drain(Engine& e) {
@@ -272,6 +275,7 @@ class Bench {
       e.reset();
       const double begin = now();
       e = engine(1, 256);
+      has_run_ = true;
       seconds.push_back(now() - begin);
     }
     const FloorInputs w = inputs_of(*e);
@@ -347,6 +351,7 @@ class Bench {
   }
 
   Options o_;
+  bool has_run_ = false;
   std::optional<ShapeFolder> folder_;
   std::string dir_;
   std::mt19937_64 random_{1};
@@ -393,10 +398,15 @@ int run(int argc, char** argv) {
     return app.exit(e) == 0 ? 0 : 2;
   }
   Bench bench(o);
-  if (*decode) bench.decode();
-  if (*prefill) bench.prefill();
-  if (*switches) bench.switches();
-  if (*load) bench.load();
+  try {
+    if (*decode) bench.decode();
+    if (*prefill) bench.prefill();
+    if (*switches) bench.switches();
+    if (*load) bench.load();
+  } catch (const moebius::Error& e) {
+    if (!bench.has_run()) throw;
+    throw std::runtime_error(e.what());  // not the input's fault any more: status 1
+  }
   return 0;
 }
 

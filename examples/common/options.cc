@@ -62,11 +62,7 @@ moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& conf
   using moebius_cpp::check;
   if (isatty(STDERR_FILENO)) check([&](moebius_error** e) { return moebius_config_set_progress(config.get(), show_progress, nullptr, e); });
   check([&](moebius_error** e) { return moebius_config_set_warning(config.get(), show_warning, nullptr, e); });
-  try {
-    return moebius_cpp::Engine(options.model, config);
-  } catch (const moebius_cpp::Error& e) {
-    throw BadInput(e.what());
-  }
+  return moebius_cpp::Engine(options.model, config);
 }
 
 int run_program(const char* name, const std::function<void()>& body) {

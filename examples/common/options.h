@@ -16,6 +16,16 @@ class BadInput : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// What is checked before anything runs: the library's errors become BadInput.
+template <class Body>
+auto before_running(Body&& body) {
+  try {
+    return body();
+  } catch (const moebius_cpp::Error& e) {
+    throw BadInput(e.what());
+  }
+}
+
 // Unset flags keep the library's defaults.
 struct EngineOptions {
   std::string model, layout = "tp", isa;
@@ -27,7 +37,7 @@ struct EngineOptions {
   moebius_cpp::Config config() const;
 };
 
-// Loads with a progress bar where stderr is a terminal; errors become BadInput (the model was not there or not right).
+// Loads with a progress bar where stderr is a terminal.
 moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config);
 
 // Runs a program's body with the contract's exit status: 0, 2 for bad usage or input, 1 for a later failure.

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdio>
 #include <map>
+#include <memory>
 #include <optional>
 
 #include <fmt/format.h>
@@ -22,7 +23,7 @@ struct Options {
   EngineOptions engine;
   int64_t requests = 48;
   int64_t few = 12;        // at or below so many running requests TP is better: the switching run goes there
-  bool live = isatty(STDOUT_FILENO);
+  bool live = isatty(STDERR_FILENO);
 };
 
 const char* const kPrompts[] = {"ROMEO:\n", "JULIET:\n", "First Citizen:\n", "KING RICHARD III:\n", "MENENIUS:\n", "What say you to ",
@@ -58,15 +59,10 @@ class Run {
     moebius_cpp::Config config = e.config();
     engine_.emplace(load(e, config));
     layers_ = engine_->model().num_layers;
+    submit();
   }
 
   Result serve() {
-    for (int i = 0; i < o_.requests; ++i) {
-      moebius_cpp::Request r(tokenizer_.encode(kPrompts[static_cast<size_t>(i) % std::size(kPrompts)]));
-      r.set("id", "demo-" + std::to_string(i)).set("max_tokens", tokens_of(i)).set_real("temperature", 0.8).set("top_k", int64_t{40});
-      r.set("ignore_eos", int64_t{1});
-      number_[engine_->submit(r)] = i;
-    }
     begin_ = Clock::now();
     Clock::time_point shown{};
     for (bool asked = false; finished_ < o_.requests;) {
@@ -80,12 +76,21 @@ class Run {
       if (seconds_since(shown) > (o_.live ? 0.1 : 1.0)) show(s), shown = Clock::now();
     }
     show(engine_->stats());
-    if (o_.live) fmt::print("\n");
+    if (o_.live) fmt::print(stderr, "\n");
     result_.seconds = seconds_since(begin_);
     return std::move(result_);
   }
 
  private:
+  void submit() {
+    for (int i = 0; i < o_.requests; ++i) {
+      moebius_cpp::Request r(tokenizer_.encode(kPrompts[static_cast<size_t>(i) % std::size(kPrompts)]));
+      r.set("id", "demo-" + std::to_string(i)).set("max_tokens", tokens_of(i)).set_real("temperature", 0.8).set("top_k", int64_t{40});
+      r.set("ignore_eos", int64_t{1});
+      number_[engine_->submit(r)] = i;
+    }
+  }
+
   void take_events() {
     do {
       engine_->poll(events_);
@@ -109,16 +114,15 @@ class Run {
 
   static const char* layout_name(int32_t layout) { return layout == MOEBIUS_LAYOUT_TP ? "TP" : "EP"; }
 
-  void note(const std::string& text) { fmt::print("{}  * {}{}\n", o_.live ? "\r" : "", text, o_.live ? std::string(30, ' ') : ""); }
+  void note(const std::string& text) { fmt::print(stderr, "{}  * {}{}\n", o_.live ? "\r" : "", text, o_.live ? std::string(30, ' ') : ""); }
 
   // One line: the seam as a picture (layers in TP, then in EP), load and speed.
   void show(const moebius_stats& s) {
     std::string seam(static_cast<size_t>(s.seam), 'T');
     seam.resize(static_cast<size_t>(layers_), 'E');
     const double rate = static_cast<double>(result_.generated) / seconds_since(begin_);
-    fmt::print("{}  {:10} running {:3}  waiting {:3}  layers {}  {:8.0f} tokens/s{}", o_.live ? "\r" : "", name_, s.running, s.waiting, seam, rate,
+    fmt::print(stderr, "{}  {:10} running {:3}  waiting {:3}  layers {}  {:8.0f} tokens/s{}", o_.live ? "\r" : "", name_, s.running, s.waiting, seam, rate,
                o_.live ? "   " : "\n");
-    std::fflush(stdout);
   }
 
   const Options& o_;
@@ -136,8 +140,8 @@ class Run {
 };
 
 void demo(const Options& o) {
-  const moebius_cpp::Tokenizer tokenizer(o.engine.model);
-  fmt::print("{} requests arrive at once, most short, a few long; {} ranks; sampled at temperature 0.8 with a seed of its own each.\n\n", o.requests,
+  const moebius_cpp::Tokenizer tokenizer = before_running([&] { return moebius_cpp::Tokenizer(o.engine.model); });
+  fmt::print(stderr, "{} requests arrive at once, most short, a few long; {} ranks; sampled at temperature 0.8 with a seed of its own each.\n\n", o.requests,
              o.engine.ranks);
   struct Kind {
     const char* name;
@@ -145,10 +149,13 @@ void demo(const Options& o) {
     bool switches;
   };
   std::vector<std::pair<std::string, Result>> results;
-  for (const Kind& k : {Kind{"TP only", "tp", false}, Kind{"EP only", "ep", false}, Kind{"switching", "ep", true}})
-    results.emplace_back(k.name, Run(o, tokenizer, k.name, k.layout, k.switches).serve());
+  for (const Kind& k : {Kind{"TP only", "tp", false}, Kind{"EP only", "ep", false}, Kind{"switching", "ep", true}}) {
+    const auto make = [&] { return std::make_unique<Run>(o, tokenizer, k.name, k.layout, k.switches); };
+    const std::unique_ptr<Run> run = results.empty() ? before_running(make) : make();
+    results.emplace_back(k.name, run->serve());
+  }
 
-  fmt::print("\n  {:10} {:>9} {:>12} {:>12} {:>12}\n", "", "total s", "tokens/s", "p50 gap ms", "p99 gap ms");
+  fmt::print("  {:10} {:>9} {:>12} {:>12} {:>12}\n", "", "total s", "tokens/s", "p50 gap ms", "p99 gap ms");
   for (const auto& [name, r] : results)
     fmt::print("  {:10} {:9.2f} {:12.0f} {:12.2f} {:12.2f}\n", name, r.seconds, static_cast<double>(r.generated) / r.seconds,
                percentile(r.gaps, 0.5) * 1e3, percentile(r.gaps, 0.99) * 1e3);
@@ -203,10 +210,6 @@ int main(int argc, char** argv) {
     app.add_option("--requests", o.requests, "requests of the burst")->check(CLI::Range(1, 100000))->capture_default_str();
     app.add_option("--few", o.few, "the switching run goes to TP when no more are running")->check(CLI::NonNegativeNumber)->capture_default_str();
     parse_or_exit(app, argc, argv);
-    try {
-      demo(o);
-    } catch (const moebius_cpp::Error& e) {
-      throw BadInput(e.what());
-    }
+    demo(o);
   });
 }

@@ -2,7 +2,9 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <exception>
 #include <map>
+#include <memory>
 #include <optional>
 
 #include <fmt/format.h>
@@ -118,9 +120,27 @@ class Generate {
       throw BadInput(fmt::format("--seam {} is outside 0 … {}", o_.seam, engine_->model().num_layers));
   }
 
+  // One record for each request, whatever happens: an engine that fails ends those it has not finished with `error`.
   void run() {
     runs_.resize(prompts_.size());
     for (size_t i = 0; i < prompts_.size(); ++i) runs_[i].prompt = &prompts_[i];
+    std::exception_ptr failure;
+    try {
+      serve();
+    } catch (const moebius_cpp::Error&) {
+      failure = std::current_exception();
+      take_events();
+      for (Running& r : runs_)
+        if (r.finish == MOEBIUS_FINISH_NONE) r.finish = MOEBIUS_FINISH_ERROR;
+    }
+    for (const Running& r : runs_) print(r);
+    write_logits();
+    events_file_.close();
+    if (failure) std::rethrow_exception(failure);
+  }
+
+ private:
+  void serve() {
     if (o_.seam >= 0) engine_->hold_seam(static_cast<int32_t>(o_.seam));
     for (int64_t step = 0; finished_ < runs_.size(); ++step) {
       for (const Switch& s : switches_)
@@ -135,12 +155,8 @@ class Generate {
       if (s.step > last_step_)
         fmt::print(stderr, "warning: the switch to {} at step {} was not reached, the last step was {}\n", s.to == MOEBIUS_LAYOUT_TP ? "tp" : "ep",
                    s.step, last_step_);
-    for (const Running& r : runs_) print(r);
-    write_logits();
-    events_file_.close();
   }
 
- private:
   void load_tokenizer() {
     const std::string path = o_.engine.model + "/tokenizer.json";
     if (!std::ifstream(path)) return;
@@ -354,6 +370,6 @@ int main(int argc, char** argv) {
     app.add_option("--events", o.events, "file for events, JSON lines");
     add_sampling(app, o.sampling);
     parse_or_exit(app, argc, argv);
-    Generate(o).run();
+    before_running([&] { return std::make_unique<Generate>(o); })->run();
   });
 }

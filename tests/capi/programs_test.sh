@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The contract of the programs: exit statuses, what stops a run before it starts, records, events, logits.
 set -uo pipefail
-bin=$1 model=$2
+bin=$1 model=$2 include=$3
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=0
@@ -88,7 +88,36 @@ run --max-batch 1 >"$work/r3"
 $generate --prompt-ids 5,6,7 --max-tokens 500 --ignore-eos --prompts /dev/null 2>/dev/null && fail "two prompt sources are taken"
 "$bin/moebius-generate" --model "$model" --prompt "What " --max-tokens 5 >/dev/full 2>/dev/null; [ $? -eq 1 ] || fail "a full disk is no status 1"
 
-"$bin/moebius-demo" --requests 12 >"$work/demo" || fail "demo"
+# A library that fails in its sixth step, in front of the real one.
+export ASAN_OPTIONS=${ASAN_OPTIONS:-}:verify_asan_link_order=0
+cat >"$work/failing.c" <<'C'
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <moebius/moebius.h>
+moebius_status moebius_engine_step(moebius_engine *e, moebius_step_result *r, moebius_error **err) {
+  static int calls;
+  moebius_status (*real)(moebius_engine *, moebius_step_result *, moebius_error **) = dlsym(RTLD_NEXT, "moebius_engine_step");
+  return real(calls++ == 5 ? NULL : e, r, err);
+}
+C
+if cc -shared -fPIC -I"$include" "$work/failing.c" -o "$work/failing.so" 2>"$work/err"; then
+  printf '{"id":"s","prompt_ids":[1],"ignore_eos":true,"max_tokens":3}\n{"id":"l","prompt_ids":[2],"ignore_eos":true,"max_tokens":30}\n{"id":"n","prompt_ids":[2],"arrival_step":9}\n' >"$work/p.jsonl"
+  LD_PRELOAD="$work/failing.so" $generate --prompts "$work/p.jsonl" --format json >"$work/r4" 2>"$work/err"
+  [ $? -eq 1 ] || fail "an engine failure is no status 1"
+  [ "$(sed 's/.*"id":"\(.\)".*"finish_reason":"\([a-z]*\)".*/\1 \2/' "$work/r4" | tr '\n' ' ')" = "s length l error n error " ] || fail "records after an engine failure: $(cat "$work/r4")"
+  LD_PRELOAD="$work/failing.so" "$bin/moebius-demo" --requests 4 >"$work/out" 2>"$work/err"
+  [ $? -eq 1 ] || fail "the demo: an engine failure is no status 1"
+else
+  fail "no compiler for the failing library: $(head -c 300 "$work/err")"
+fi
+expect 2 "no-such-model" "$bin/moebius-demo" --model "$work/no-such-model"
+expect 2 "bytes short" "$bin/moebius-demo" --page-tokens 1024 --memory-bytes 4000000
+expect 2 "config.json" "$bin/moebius-bench" decode --model "$work/no-such-model"
+expect 2 "" "$bin/moebius-bench" decode --model "$model" --ranks 5
+
+"$bin/moebius-demo" --requests 12 >"$work/demo" 2>"$work/progress" || fail "demo"
+grep -q 'running' "$work/progress" && grep -q 'under load' "$work/progress" || fail "the demo's live table is not on stderr"
+grep -q 'running' "$work/demo" && fail "the demo's live table is on stdout"
 [ "$(tail -n 1 "$work/demo")" = "tokens: identical in 3 of 3 runs" ] || fail "the demo's last line"
 "$bin/moebius-c-example" "$model" | grep -q 'now in EP' || fail "the C example does not switch"
 "$bin/moebius-c-example" "$work" >/dev/null 2>"$work/err"; [ $? -eq 2 ] || fail "the C example's status for a bad path"
