@@ -94,6 +94,11 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   return s;
 }
 
+std::string folder_name(const std::filesystem::path& dir) {
+  const std::filesystem::path path = std::filesystem::absolute(dir).lexically_normal();
+  return (path.has_filename() ? path : path.parent_path()).filename().string();  // "a/b/" has an empty file name
+}
+
 std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages(); }
 
 }  // namespace
@@ -137,6 +142,9 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   }
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, config_.ranks);
+  expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
+  metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now())};
+  for (int h = 0; h < kv_.num_homes(); ++h) metrics_info_.ep_pages += kv_.ep_capacity(h);
   wished_seams_.reserve(kMaxWishes);
   seams_.reserve(kMaxWishes);
   stats_.num_layers = model_.shape.num_layers();
@@ -181,8 +189,10 @@ uint64_t Engine::Impl::submit(const RequestSpec& spec) {
   request->unfinished = spec.sampling.n;
   std::unique_lock lock(inbox_mutex_);
   if (!failure_.empty()) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_);
-  if (waiting_hint_ + spec.sampling.n > config_.max_queue)
+  if (waiting_hint_ + spec.sampling.n > config_.max_queue) {
+    metrics_.on_rejection();
     fail(Code::kQueueFull, "{} requests are waiting, max_queue is {}", waiting_hint_, config_.max_queue);
+  }
   request->number = next_number_++;
   if (request->spec.id.empty()) request->spec.id = std::to_string(request->number);
   for (int i = 0; i < spec.sampling.n; ++i) {
@@ -426,8 +436,49 @@ void Engine::Impl::run_plan(StepResult& result) {
   for (const auto& executor : executors_) result.experts_reached += executor->context().experts_reached;
   result.compute_seconds = seconds_between(begin, Clock::now());
   scheduler_.commit(plan_);
+  count_prompt_tokens();
+  measure_exchanges();
+  measure_expert_load();
   accept_tokens();
   metrics_.on_step(plan_.num_rows());
+}
+
+void Engine::Impl::count_prompt_tokens() {
+  for (const ScheduledChunk& chunk : plan_.chunks) {
+    Sequence& s = *chunk.sequence;
+    const int64_t begin = std::max(s.prompt_counted, s.computed - chunk.num_rows), end = std::min(s.computed, s.prompt_tokens());
+    if (end <= begin) continue;
+    stats_.prompt_tokens += static_cast<uint64_t>(end - begin);
+    s.prompt_counted = end;
+  }
+}
+
+// What ranks read of one another's in a step: in TP both sums of every row on every rank; in EP the rows and their choices go
+// to every other rank and the experts' sums come back.
+void Engine::Impl::measure_exchanges() {
+  const int64_t row_pairs = plan_.num_rows() * (config_.ranks - 1);
+  const int64_t sum = shape_.hidden * static_cast<int64_t>(sizeof(int64_t));
+  const int64_t row = shape_.hidden * static_cast<int64_t>(sizeof(bf16)) + shape_.top_k * static_cast<int64_t>(sizeof(int32_t) + sizeof(float));
+  int64_t all_reduce = 0, all_to_all = 0;
+  for (int l = 0; l < model_.shape.num_layers(); ++l)
+    if (l < plan_.seam) all_reduce += 2 * row_pairs * config_.ranks * sum;
+    else if (model_.shape.mlps[static_cast<size_t>(l)].num_experts > 0) all_to_all += row_pairs * (row + sum);
+  metrics_.on_exchange(all_reduce, all_to_all);
+}
+
+// After a step rank 0 still has the choices of all rows in its last MoE layer, in either layout.
+void Engine::Impl::measure_expert_load() {
+  int layer = model_.shape.num_layers() - 1;
+  while (layer >= 0 && model_.shape.mlps[static_cast<size_t>(layer)].num_experts == 0) --layer;
+  const int64_t choices = plan_.num_rows() * model_.top_k;
+  if (layer < 0 || choices == 0) return;
+  std::fill(expert_rows_.begin(), expert_rows_.end(), 0);
+  const int32_t* ids = workspaces_[0]->buffers.expert_ids;
+  for (int64_t i = 0; i < choices; ++i)
+    if (static_cast<size_t>(ids[i]) < expert_rows_.size()) ++expert_rows_[static_cast<size_t>(ids[i])];  // a NaN row may have none
+  const int32_t most = *std::max_element(expert_rows_.begin(), expert_rows_.end());
+  const double experts = model_.shape.mlps[static_cast<size_t>(layer)].num_experts;
+  metrics_.on_expert_load(layer, most * experts / static_cast<double>(choices));
 }
 
 // One thread's part: the forward pass, then LM head and sampling for groups of rows.
@@ -470,6 +521,7 @@ void Engine::Impl::accept_tokens() {
 void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
   Request& request = *s.request;
   if (result.failed) {
+    metrics_.on_corrupted();
     finish(s, FinishReason::kError, "the logits are not numbers (NaN): a sum overflowed or the weights hold NaN");
     forget_if_done(request);
     return;
@@ -522,7 +574,10 @@ void Engine::Impl::finish(Sequence& s, FinishReason reason, const std::string& w
   times.finished = Clock::now();
   metrics_.on_request_finished(times, s.prompt_tokens(), s.generated(), s.request->spec.sampling.max_tokens, reason);
   std::lock_guard lock(inbox_mutex_);
-  --s.request->unfinished;
+  if (--s.request->unfinished > 0) return;
+  int64_t most = 0;
+  for (const Sequence& sample : s.request->samples) most = std::max(most, sample.generated());
+  metrics_.on_samples_finished(s.request->spec.sampling.n, most);
 }
 
 // Kept logits outlive the request until they are taken.
@@ -562,7 +617,6 @@ void Engine::Impl::publish_stats() {
   for (const Request* r : inbox_) waiting_hint_ += static_cast<int64_t>(r->samples.size());
   stats_.seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
   stats_.switching = switcher_.moving();
-  stats_.prompt_tokens += static_cast<uint64_t>(plan_.prefill_rows);
   stats_.prefix_queries = scheduler_.prefix_queries;
   stats_.prefix_hits = scheduler_.prefix_hits;
   stats_.kv_usage = kv_.usage();
@@ -577,7 +631,7 @@ EngineStats Engine::Impl::stats() const {
   return s;
 }
 
-std::string Engine::Impl::metrics_text() const { return metrics_.text(model_.family); }
+std::string Engine::Impl::metrics_text() const { return metrics_.text(metrics_info_); }
 
 ModelInfo Engine::Impl::model() const {
   ModelInfo info;

@@ -68,6 +68,9 @@ class Engine::Impl {
   void expire(Clock::time_point now);
   void run_plan(StepResult& result);
   void compute(int rank, int thread);
+  void count_prompt_tokens();
+  void measure_exchanges();
+  void measure_expert_load();
   void sample_row(const LogitRow& row, const float* logits, int lane);
   void accept_tokens();
   void accept(Sequence& sequence, const SampleResult& result);
@@ -81,6 +84,7 @@ class Engine::Impl {
   void publish_stats();
   bool has_work();
 
+  const Clock::time_point created_ = Clock::now();
   const EngineConfig config_;
   const ModelConfig model_;
   const int threads_;
@@ -103,6 +107,8 @@ class Engine::Impl {
 
   EventQueue events_;
   Metrics metrics_;
+  MetricsInfo metrics_info_;
+  std::vector<int32_t> expert_rows_;  // [experts] of the last step's last MoE layer
   std::unique_ptr<Policy> policy_;
   double stall_budget_ms_;
   int32_t label_seam_;           // with one rank a switch only changes this

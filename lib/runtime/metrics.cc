@@ -13,6 +13,7 @@ constexpr double kInterToken[] = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 constexpr double kRequestSeconds[] = {0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
 constexpr double kSwitchSeconds[] = {0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10};
 constexpr double kTokenDecades[] = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000};
+constexpr double kSamples[] = {1, 2, 5, 10, 20};
 
 std::string escaped(const std::string& text) {
   std::string out;
@@ -58,7 +59,7 @@ Metrics::Metrics()
     : iteration_tokens_(kIterationTokens), first_token_(kFirstToken), inter_token_(kInterToken), e2e_(kRequestSeconds),
       queue_(kRequestSeconds), prefill_(kRequestSeconds), decode_(kRequestSeconds), inference_(kRequestSeconds),
       switch_seconds_(kSwitchSeconds), request_prompt_(kTokenDecades), request_generation_(kTokenDecades),
-      request_max_tokens_(kTokenDecades) {}
+      request_max_generation_(kTokenDecades), request_max_tokens_(kTokenDecades), request_n_(kSamples) {}
 
 void Metrics::on_request_finished(const RequestTimes& t, int64_t prompt_tokens, int64_t generated, int64_t max_tokens, FinishReason reason) {
   ++finished_[static_cast<size_t>(reason)];
@@ -77,8 +78,23 @@ void Metrics::on_request_finished(const RequestTimes& t, int64_t prompt_tokens, 
   request_max_tokens_.record(static_cast<double>(max_tokens));
 }
 
-void Metrics::on_switch(Layout, Layout to, double seconds, int64_t bytes) {
-  ++switches_[static_cast<size_t>(to)];
+void Metrics::on_samples_finished(int64_t n, int64_t most_generated) {
+  request_n_.record(static_cast<double>(n));
+  request_max_generation_.record(static_cast<double>(most_generated));
+}
+
+void Metrics::on_exchange(int64_t all_reduce_bytes, int64_t all_to_all_bytes) {
+  all_reduce_bytes_ += static_cast<uint64_t>(all_reduce_bytes);
+  all_to_all_bytes_ += static_cast<uint64_t>(all_to_all_bytes);
+}
+
+void Metrics::on_expert_load(int layer, double imbalance) {
+  imbalance_layer_ = layer;
+  imbalance_ = imbalance;
+}
+
+void Metrics::on_switch(Layout from, Layout to, double seconds, int64_t bytes) {
+  ++switches_[static_cast<size_t>(from)][static_cast<size_t>(to)];
   switch_seconds_.record(seconds);
   bytes_moved_ += static_cast<uint64_t>(bytes);
 }
@@ -95,19 +111,26 @@ void Metrics::set_gauges(const EngineStats& s) {
   prefix_hits_ = s.prefix_hits;
 }
 
-std::string Metrics::text(const std::string& model_name) const {
-  const std::string labels = fmt::format("model_name=\"{}\",engine=\"0\"", escaped(model_name));
+std::string Metrics::text(const MetricsInfo& info) const {
+  const std::string labels = fmt::format("model_name=\"{}\",engine=\"0\"", escaped(info.model_name));
   std::string out;
   single(out, "gauge", "num_requests_running", "Requests that have KV and take part in steps.", labels, running_.load());
   single(out, "gauge", "num_requests_waiting", "Requests that wait to run.", labels, waiting_.load());
   single(out, "gauge", "kv_cache_usage_perc", "Share of the present layout's KV pages in use, 0 to 1.", labels, kv_usage_.load());
+  const std::string cache = fmt::format("{},block_size=\"{}\",num_tp_blocks=\"{}\",num_ep_blocks=\"{}\",enable_prefix_caching=\"{}\"", labels,
+                                        info.page_tokens, info.tp_pages, info.ep_pages, info.prefix_caching);
+  single(out, "gauge", "cache_config_info", "The KV cache, in labels; block_size is in tokens.", cache, 1);
+  single(out, "gauge", "load_seconds", "Time that loading the model took.", labels, info.load_seconds);
+  if (imbalance_layer_ >= 0)
+    single(out, "gauge", "expert_load_imbalance", "Rows of the busiest expert over the mean, in the last step's last MoE layer.",
+           fmt::format("{},layer=\"{}\"", labels, imbalance_layer_.load()), imbalance_.load());
   single(out, "gauge", "seam_position", "Layers before it run in TP, from it on in EP.", labels, seam_.load());
   const double seam = seam_.load(), layers = layers_.load();
-  out += "# HELP moebius_parallel_layout Which layout serves (both while the seam is inside).\n# TYPE moebius_parallel_layout gauge\n";
-  out += fmt::format("moebius_parallel_layout{{{},layout=\"tp\"}} {}\nmoebius_parallel_layout{{{},layout=\"ep\"}} {}\n", labels,
+  out += "# HELP moebius_parallel_mode Which layout serves (both while the seam is inside).\n# TYPE moebius_parallel_mode gauge\n";
+  out += fmt::format("moebius_parallel_mode{{{},mode=\"tp\"}} {}\nmoebius_parallel_mode{{{},mode=\"ep\"}} {}\n", labels,
                      seam > 0 ? 1 : 0, labels, seam < layers ? 1 : 0);
   single(out, "counter", "num_preemptions_total", "Requests that gave up their KV to others.", labels, preemptions_.load());
-  single(out, "counter", "prompt_tokens_total", "Prompt tokens computed.", labels, prompt_tokens_.load());
+  single(out, "counter", "prompt_tokens_total", "Prompt tokens computed, each once.", labels, prompt_tokens_.load());
   single(out, "counter", "generation_tokens_total", "Tokens generated.", labels, generation_tokens_.load());
   single(out, "counter", "prefix_cache_queries_total", "Tokens looked up in the prefix cache.", labels, prefix_queries_.load());
   single(out, "counter", "prefix_cache_hits_total", "Tokens found in the prefix cache.", labels, prefix_hits_.load());
@@ -115,14 +138,20 @@ std::string Metrics::text(const std::string& model_name) const {
   const char* reasons[] = {nullptr, "stop", "length", "abort", "error"};
   for (size_t i = 1; i < 5; ++i)
     out += fmt::format("moebius_request_success_total{{{},finished_reason=\"{}\"}} {}\n", labels, reasons[i], finished_[i].load());
-  out += "# HELP moebius_switches_total Switches that arrived, by layout.\n# TYPE moebius_switches_total counter\n";
-  for (Layout to : {Layout::kTp, Layout::kEp})
-    out += fmt::format("moebius_switches_total{{{},from=\"{}\",to=\"{}\"}} {}\n", labels, name_of(other(to)), name_of(to),
-                       switches_[static_cast<size_t>(to)].load());
+  out += "# HELP moebius_mode_switches_total Switches that arrived; from tp to tp is one that was turned round.\n"
+         "# TYPE moebius_mode_switches_total counter\n";
+  for (Layout from : {Layout::kTp, Layout::kEp})
+    for (Layout to : {Layout::kTp, Layout::kEp})
+      out += fmt::format("moebius_mode_switches_total{{{},from=\"{}\",to=\"{}\"}} {}\n", labels, name_of(from), name_of(to),
+                         switches_[static_cast<size_t>(from)][static_cast<size_t>(to)].load());
   single(out, "counter", "switch_bytes_total", "Bytes written by switches.", labels, bytes_moved_.load());
   single(out, "counter", "switch_rollbacks_total", "Switches rolled back.", labels, rollbacks_.load());
   single(out, "counter", "switch_refusals_total", "Switches refused because the other layout could not hold the requests.", labels,
          refusals_.load());
+  single(out, "counter", "corrupted_requests_total", "Requests ended because their logits were no numbers.", labels, corrupted_.load());
+  single(out, "counter", "admission_rejections_total", "Requests refused because the queue was full.", labels, rejections_.load());
+  single(out, "counter", "all_reduce_bytes_total", "Bytes that ranks read of one another's sums in TP layers.", labels, all_reduce_bytes_.load());
+  single(out, "counter", "all_to_all_bytes_total", "Bytes that rows and sums travelled between ranks in EP layers.", labels, all_to_all_bytes_.load());
   iteration_tokens_.render(out, "iteration_tokens_total", "Tokens of a step.", labels);
   first_token_.render(out, "time_to_first_token_seconds", "From submit to the first token.", labels);
   inter_token_.render(out, "inter_token_latency_seconds", "Between two tokens of a request.", labels);
@@ -131,9 +160,11 @@ std::string Metrics::text(const std::string& model_name) const {
   prefill_.render(out, "request_prefill_time_seconds", "From the first step to the first token.", labels);
   decode_.render(out, "request_decode_time_seconds", "From the first token to the end.", labels);
   inference_.render(out, "request_inference_time_seconds", "From the first step to the end.", labels);
-  switch_seconds_.render(out, "switch_seconds", "Time that a switch took from steps.", labels);
+  switch_seconds_.render(out, "mode_switch_seconds", "Time that a switch took from steps.", labels);
   request_prompt_.render(out, "request_prompt_tokens", "Prompt tokens of a request.", labels);
   request_generation_.render(out, "request_generation_tokens", "Generated tokens of a request.", labels);
+  request_max_generation_.render(out, "request_max_num_generation_tokens", "Generated tokens of a request's longest sample.", labels);
+  request_n_.render(out, "request_params_n", "n of a request.", labels);
   request_max_tokens_.render(out, "request_params_max_tokens", "max_tokens of a request.", labels);
   return out;
 }

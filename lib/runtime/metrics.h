@@ -15,6 +15,15 @@ namespace moebius {
 
 struct EngineStats;
 
+// What does not change while an engine lives.
+struct MetricsInfo {
+  std::string model_name;  // the model folder's
+  int page_tokens = 0;
+  int64_t tp_pages = 0, ep_pages = 0;  // KV pages in all
+  bool prefix_caching = false;
+  double load_seconds = 0;
+};
+
 struct RequestTimes {
   std::chrono::steady_clock::time_point submitted{}, first_scheduled{}, first_token{}, finished{};  // epoch: never
 };
@@ -39,7 +48,13 @@ class Metrics {
   void on_step(int64_t tokens) { iteration_tokens_.record(static_cast<double>(tokens)); }
   void on_first_token(double seconds) { first_token_.record(seconds); }
   void on_inter_token(double seconds) { inter_token_.record(seconds); }
+  // One sample of a request; then, with the last of its n, the request.
   void on_request_finished(const RequestTimes& times, int64_t prompt_tokens, int64_t generated, int64_t max_tokens, FinishReason reason);
+  void on_samples_finished(int64_t n, int64_t most_generated);
+  void on_corrupted() { ++corrupted_; }    // logits that are no numbers
+  void on_rejection() { ++rejections_; }   // the queue was full
+  void on_exchange(int64_t all_reduce_bytes, int64_t all_to_all_bytes);
+  void on_expert_load(int layer, double imbalance);  // max ÷ mean of a step's rows per expert
   void on_switch(Layout from, Layout to, double seconds, int64_t bytes);
   void on_rollback() { ++rollbacks_; }
   void on_refusal() { ++refusals_; }
@@ -47,17 +62,18 @@ class Metrics {
   // Gauges and the counters that the engine keeps itself.
   void set_gauges(const EngineStats& stats);
 
-  std::string text(const std::string& model_name) const;
+  std::string text(const MetricsInfo& info) const;
 
  private:
   using Counter = std::atomic<uint64_t>;
   Counter finished_[5] = {};          // by FinishReason
-  Counter switches_[2] = {};          // by Layout arrived at
-  Counter bytes_moved_{0}, rollbacks_{0}, refusals_{0}, preemptions_{0};
+  Counter switches_[2][2] = {};       // [from][to]
+  Counter bytes_moved_{0}, rollbacks_{0}, refusals_{0}, preemptions_{0}, corrupted_{0}, rejections_{0}, all_reduce_bytes_{0}, all_to_all_bytes_{0};
   Counter prompt_tokens_{0}, generation_tokens_{0}, prefix_queries_{0}, prefix_hits_{0};
-  std::atomic<double> running_{0}, waiting_{0}, kv_usage_{0}, seam_{0}, layers_{0};
+  std::atomic<double> running_{0}, waiting_{0}, kv_usage_{0}, seam_{0}, layers_{0}, imbalance_{0};
+  std::atomic<int> imbalance_layer_{-1};  // −1: no experts
   Histogram iteration_tokens_, first_token_, inter_token_, e2e_, queue_, prefill_, decode_, inference_, switch_seconds_;
-  Histogram request_prompt_, request_generation_, request_max_tokens_;
+  Histogram request_prompt_, request_generation_, request_max_generation_, request_max_tokens_, request_n_;
 };
 
 }  // namespace moebius

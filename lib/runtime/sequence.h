@@ -41,6 +41,7 @@ struct Sequence {
   bool logits_collected = false;       // all of them, the sequence being finished
   Clock::time_point first_scheduled{}, first_token{}, last_token{};
   int32_t preemptions = 0;
+  int64_t prompt_counted = 0;          // prompt tokens that metrics have seen: recomputed ones do not count again
 
   int64_t prompt_tokens() const;
   int64_t generated() const { return static_cast<int64_t>(tokens.size()) - prompt_tokens(); }

@@ -165,6 +165,38 @@ TEST_CASE("an explicit seed gives the same samples whatever the request is calle
   CHECK(tokens(engine, "other", std::nullopt, 2) != unset);
 }
 
+TEST_CASE("the engine's metrics count each prompt token once, name the model's folder, and see what went wrong") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.kv_tokens = 320;
+  config.max_queue = 10;
+  Engine engine(kQwen + "/", config);
+  Script script = crowd(10, 40);
+  script.switches = {{30, 0}};
+  size_t prompts = 0;
+  for (const ScriptedRequest& r : script.requests) prompts += r.spec.prompt_ids.size();
+  const Outcome got = Runner(engine).run(script);
+  REQUIRE(got.count(EventType::kPreempted) > 0);
+  CHECK(engine.stats().prompt_tokens == prompts);
+  RequestSpec many = greedy_request("many", {5, 6, 7}, 3);
+  many.sampling.n = 11;
+  CHECK_THROWS_AS(engine.submit(many), Error);
+  many.sampling.n = 4;
+  engine.submit(many);
+  while (engine.step().worked) {}
+  const std::string text = engine.metrics_text();
+  const std::string l = "{model_name=\"tiny-qwen3-moe\",engine=\"0\"";
+  for (const std::string& part : {"prompt_tokens_total" + l + fmt::format("}} {}", engine.stats().prompt_tokens), "admission_rejections_total" + l + "} 1",
+                                  "corrupted_requests_total" + l + "} 0", "request_params_n_count" + l + "} 11", "request_params_n_sum" + l + "} 14",
+                                  "mode_switches_total" + l + ",from=\"tp\",to=\"ep\"} 1", "cache_config_info" + l + ",block_size=\"16\",num_tp_blocks="})
+    CHECK_THAT(text, Catch::Contains("moebius_" + part));
+  const auto value = [&](const std::string& name) { return std::strtod(text.c_str() + text.find("} ", text.find("\nmoebius_" + name + "{")) + 2, nullptr); };
+  CHECK(value("load_seconds") > 0);
+  CHECK(value("all_reduce_bytes_total") > 0);
+  CHECK(value("all_to_all_bytes_total") > 0);
+  CHECK(value("expert_load_imbalance") >= 1);
+  CHECK(value("expert_load_imbalance") <= 4);  // of 16 experts each row takes 4
+}
+
 TEST_CASE("lower priority values run first, then arrival") {
   EngineConfig config = small_config(1, 1, Layout::kTp);
   config.max_batch = 1;

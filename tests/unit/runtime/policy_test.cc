@@ -1,5 +1,6 @@
 #include "lib/runtime/policy.h"
 
+#include <map>
 #include <sstream>
 
 #include "lib/base/error.h"
@@ -118,6 +119,62 @@ TEST_CASE("bad policies are refused") {
   CHECK_THROWS_AS(make_policy(c, 2), Error);
 }
 
+TEST_CASE("every metric has its name and type, and every histogram its buckets") {
+  Metrics m;
+  m.on_switch(Layout::kTp, Layout::kTp, 0.02, 1);  // turned round
+  m.on_corrupted();
+  m.on_rejection();
+  m.on_exchange(100, 7);
+  m.on_expert_load(3, 1.5);
+  m.on_samples_finished(2, 40);
+  MetricsInfo info{"m", 16, 40, 38, true, 2.5};
+  const std::string text = m.text(info);
+  const std::map<std::string, std::string> expected = {
+      {"num_requests_running", "gauge"}, {"num_requests_waiting", "gauge"}, {"kv_cache_usage_perc", "gauge"}, {"cache_config_info", "gauge"},
+      {"load_seconds", "gauge"}, {"expert_load_imbalance", "gauge"}, {"seam_position", "gauge"}, {"parallel_mode", "gauge"},
+      {"num_preemptions_total", "counter"}, {"prompt_tokens_total", "counter"}, {"generation_tokens_total", "counter"},
+      {"prefix_cache_queries_total", "counter"}, {"prefix_cache_hits_total", "counter"}, {"request_success_total", "counter"},
+      {"corrupted_requests_total", "counter"}, {"admission_rejections_total", "counter"}, {"all_reduce_bytes_total", "counter"},
+      {"all_to_all_bytes_total", "counter"}, {"mode_switches_total", "counter"}, {"switch_bytes_total", "counter"},
+      {"switch_rollbacks_total", "counter"}, {"switch_refusals_total", "counter"}, {"iteration_tokens_total", "histogram"},
+      {"time_to_first_token_seconds", "histogram"}, {"inter_token_latency_seconds", "histogram"}, {"e2e_request_latency_seconds", "histogram"},
+      {"request_queue_time_seconds", "histogram"}, {"request_prefill_time_seconds", "histogram"}, {"request_decode_time_seconds", "histogram"},
+      {"request_inference_time_seconds", "histogram"}, {"mode_switch_seconds", "histogram"}, {"request_prompt_tokens", "histogram"},
+      {"request_generation_tokens", "histogram"}, {"request_max_num_generation_tokens", "histogram"},
+      {"request_params_max_tokens", "histogram"}, {"request_params_n", "histogram"}};
+  std::map<std::string, std::string> types, buckets;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream words(line);
+    std::string hash, kind, name, type;
+    words >> hash >> kind >> name >> type;
+    if (kind == "TYPE") types[name.substr(8)] = type;
+    if (const size_t at = line.find("_bucket{"), le = line.find("le=\""); at != std::string::npos)
+      buckets[line.substr(8, at - 8)] += line.substr(le + 4, line.find('"', le + 4) - le - 4) + " ";
+  }
+  CHECK(types == expected);
+  const std::string seconds = "0.3 0.5 0.8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680 +Inf ";
+  for (const char* name : {"e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds",
+                           "request_inference_time_seconds"})
+    CHECK(buckets[name] == seconds);
+  const std::string decades = "1 2 5 10 20 50 100 200 500 1000 2000 5000 10000 20000 50000 100000 200000 500000 +Inf ";
+  for (const char* name : {"request_prompt_tokens", "request_generation_tokens", "request_max_num_generation_tokens", "request_params_max_tokens"})
+    CHECK(buckets[name] == decades);
+  CHECK(buckets["request_params_n"] == "1 2 5 10 20 +Inf ");
+  CHECK(buckets["iteration_tokens_total"] == "1 8 16 32 64 128 256 512 1024 2048 4096 8192 16384 +Inf ");
+  CHECK(buckets["time_to_first_token_seconds"] ==
+        "0.001 0.005 0.01 0.02 0.04 0.06 0.08 0.1 0.25 0.5 0.75 1 2.5 5 7.5 10 20 40 80 160 640 2560 +Inf ");
+  CHECK(buckets["inter_token_latency_seconds"] == "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1 2.5 5 7.5 10 20 40 80 +Inf ");
+  const std::string l = "{model_name=\"m\",engine=\"0\"";
+  for (const std::string& line :
+       {"mode_switches_total" + l + ",from=\"tp\",to=\"tp\"} 1", "mode_switches_total" + l + ",from=\"ep\",to=\"tp\"} 0",
+        "corrupted_requests_total" + l + "} 1", "admission_rejections_total" + l + "} 1", "all_reduce_bytes_total" + l + "} 100",
+        "all_to_all_bytes_total" + l + "} 7", "expert_load_imbalance" + l + ",layer=\"3\"} 1.5", "load_seconds" + l + "} 2.5",
+        "cache_config_info" + l + ",block_size=\"16\",num_tp_blocks=\"40\",num_ep_blocks=\"38\",enable_prefix_caching=\"true\"} 1",
+        "request_params_n_count" + l + "} 1", "request_max_num_generation_tokens_sum" + l + "} 40"})
+    CHECK_THAT(text, Catch::Contains("moebius_" + line + "\n"));
+}
+
 TEST_CASE("metrics are well-formed Prometheus text") {
   Metrics m;
   m.on_step(17);
@@ -133,7 +190,7 @@ TEST_CASE("metrics are well-formed Prometheus text") {
   stats.seam = 2;
   stats.num_layers = 4;
   m.set_gauges(stats);
-  std::istringstream text(m.text("a \"quoted\\ model\"\n"));
+  std::istringstream text(m.text({"a \"quoted\\ model\"\n"}));
   std::string line, histogram;
   double last_bucket = 0;
   int samples = 0;
@@ -160,10 +217,10 @@ TEST_CASE("metrics are well-formed Prometheus text") {
     ++samples;
   }
   CHECK(samples > 100);
-  const std::string all = m.text("m");
+  const std::string all = m.text({"m"});
   for (const char* expected : {"moebius_num_requests_running{model_name=\"m\",engine=\"0\"} 3\n", "moebius_seam_position", "finished_reason=\"stop\"} 1\n",
-                               "moebius_switches_total{model_name=\"m\",engine=\"0\",from=\"tp\",to=\"ep\"} 1\n", "moebius_switch_bytes_total",
-                               "moebius_inter_token_latency_seconds_bucket{model_name=\"m\",engine=\"0\",le=\"+Inf\"} 1\n", "layout=\"ep\"} 1\n"})
+                               "moebius_mode_switches_total{model_name=\"m\",engine=\"0\",from=\"tp\",to=\"ep\"} 1\n", "moebius_switch_bytes_total",
+                               "moebius_inter_token_latency_seconds_bucket{model_name=\"m\",engine=\"0\",le=\"+Inf\"} 1\n", "mode=\"ep\"} 1\n"})
     CHECK_THAT(all, Catch::Contains(expected));
 }
 
