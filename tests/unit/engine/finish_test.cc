@@ -1,0 +1,157 @@
+// How requests end: end-of-text and stop tokens, lengths, deadlines, logits that are no numbers.
+#include <thread>
+
+#include "tests/unit/engine/harness.h"
+#include "tests/unit/engine/model_copy.h"
+
+namespace moebius::test {
+namespace {
+
+constexpr uint16_t kNan = 0x7fc0, kHuge = 0x7f7f;  // bf16
+
+Output run_one(const std::string& model, const RequestSpec& spec) {
+  Script s;
+  s.requests.push_back({spec});
+  return run_script(model, small_config(1, 1, Layout::kTp), s).outputs.at(spec.id);
+}
+
+// A greedy request and the tokens it gives when nothing stops it, with one that comes for the first time after some others.
+struct Known {
+  RequestSpec spec = greedy_request("a", prompt_of(11, 20), 16);
+  std::vector<int32_t> tokens = run_one(kQwen, spec).tokens;
+  size_t at = 0;
+  Known() {
+    for (size_t i = 3; i < 12 && at == 0; ++i)
+      if (std::find(tokens.begin(), tokens.begin() + static_cast<long>(i), tokens[i]) == tokens.begin() + static_cast<long>(i)) at = i;
+    REQUIRE(at > 0);
+  }
+  int32_t token() const { return tokens[at]; }
+  std::vector<int32_t> head(size_t n) const { return {tokens.begin(), tokens.begin() + static_cast<long>(n)}; }
+};
+
+std::vector<Event> step_and_poll(Engine& engine) {
+  engine.step();
+  std::vector<Event> events(256);
+  events.resize(engine.poll(events, 0));
+  return events;
+}
+
+// The abort event of a request in what these steps told; nothing else may have ended it.
+bool aborted(const std::vector<Event>& events, uint64_t request) {
+  return std::any_of(events.begin(), events.end(), [&](const Event& e) {
+    return e.type == EventType::kFinished && e.request == request && e.finish_reason == FinishReason::kAbort && e.reason == "deadline passed";
+  });
+}
+
+}  // namespace
+
+TEST_CASE("end of text stops a request, from config.json or generation_config.json, unless it is ignored") {
+  const Known known;
+  RequestSpec spec = known.spec;
+  spec.sampling.ignore_eos = false;
+  CHECK(run_one(kQwen, spec).reason == FinishReason::kLength);
+  ModelCopy by_config(kQwen), by_generation(kQwen);
+  by_config.set("config.json", "eos_token_id", known.token());
+  by_config.remove("generation_config.json");
+  by_generation.set("generation_config.json", "eos_token_id", {500, known.token()});
+  for (const ModelCopy* model : {&by_config, &by_generation}) {
+    const Output stopped = run_one(model->path(), spec);
+    CHECK(stopped.reason == FinishReason::kStop);
+    CHECK(stopped.tokens == known.head(known.at + 1));  // the end token is one of them
+    const Output ignored = run_one(model->path(), known.spec);
+    CHECK(ignored.reason == FinishReason::kLength);
+    CHECK(ignored.tokens == known.tokens);
+  }
+}
+
+TEST_CASE("a stop token ends a request and is its last token, also with ignore_eos") {
+  const Known known;
+  RequestSpec spec = known.spec;
+  spec.sampling.stop_token_ids = {1, known.token()};
+  const Output got = run_one(kQwen, spec);
+  CHECK(got.reason == FinishReason::kStop);
+  CHECK(got.tokens == known.head(known.at + 1));
+}
+
+TEST_CASE("min_tokens keeps stop tokens away until so many are generated, then they stop") {
+  const Known known;
+  RequestSpec spec = known.spec;
+  spec.sampling.stop_token_ids = {known.token()};
+  spec.sampling.min_tokens = static_cast<int32_t>(known.at) + 1;  // would be reached with the stop token itself
+  const Output got = run_one(kQwen, spec);
+  REQUIRE(got.tokens.size() > known.at + 1);
+  CHECK(std::find(got.tokens.begin(), got.tokens.begin() + static_cast<long>(known.at) + 1, known.token()) ==
+        got.tokens.begin() + static_cast<long>(known.at) + 1);
+  spec.sampling.min_tokens = static_cast<int32_t>(known.at);  // reached just before
+  const Output stopped = run_one(kQwen, spec);
+  CHECK(stopped.reason == FinishReason::kStop);
+  CHECK(stopped.tokens == known.head(known.at + 1));
+}
+
+TEST_CASE("a deadline ends a request that waits, that is in prefill, that decodes") {
+  using namespace std::chrono_literals;
+  EngineConfig config = small_config(1, 1, Layout::kTp);
+  config.max_batch = 1;
+  config.chunk_tokens = 16;
+  SECTION("waiting") {
+    Engine engine(kQwen, config);
+    engine.submit(greedy_request("first", prompt_of(1, 5), 50));
+    engine.step();
+    RequestSpec spec = greedy_request("late", prompt_of(2, 5), 5);
+    spec.deadline_ms = 1;
+    const uint64_t late = engine.submit(spec);
+    std::this_thread::sleep_for(5ms);
+    CHECK(aborted(step_and_poll(engine), late));
+    CHECK(engine.stats().running == 1);
+    CHECK(engine.stats().waiting == 0);
+  }
+  for (bool decoding : {false, true})
+    DYNAMIC_SECTION((decoding ? "decoding" : "in prefill")) {
+      Engine engine(kQwen, config);
+      RequestSpec spec = greedy_request("late", prompt_of(2, decoding ? 5 : 900), 100);
+      spec.deadline_ms = 500;  // long for the steps before, however busy the machine
+      const uint64_t late = engine.submit(spec);
+      for (int i = 0; i < 3; ++i) CHECK_FALSE(aborted(step_and_poll(engine), late));
+      CHECK(engine.stats().generation_tokens == (decoding ? 3 : 0));
+      std::this_thread::sleep_for(600ms);
+      CHECK(aborted(step_and_poll(engine), late));
+      CHECK(engine.stats().running == 0);
+      CHECK(engine.stats().kv_usage == 0);
+    }
+}
+
+TEST_CASE("weights that are no numbers end the same requests with an error everywhere, and leave their batch mates' bits alone") {
+  Script script;
+  for (int i = 0; i < 12; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(700 + i, 1), 3, true), i / 6});
+  const Outcome clean = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  ModelCopy embedding(kQwen), expert(kQwen), huge(kQwen);
+  embedding.set_weight("model.embed_tokens.weight", script.requests[4].spec.prompt_ids[0] * 128 + 5, kNan);
+  expert.set_weight("model.layers.1.mlp.experts.5.down_proj.weight", 7, kNan);
+  huge.set_weight("model.layers.2.mlp.experts.3.down_proj.weight", 9, kHuge);
+  for (const ModelCopy* model : {&embedding, &expert, &huge}) {
+    INFO((model == &embedding ? "embedding" : model == &expert ? "expert" : "huge"));
+    const Outcome expected = run_script(model->path(), small_config(1, 1, Layout::kTp), script);
+    int errors = 0;
+    for (const auto& [id, output] : expected.outputs) {
+      errors += output.reason == FinishReason::kError;
+      if (model == &embedding && id != "r4") CHECK(output.tokens == clean.outputs.at(id).tokens);
+    }
+    if (model == &embedding) CHECK(expected.outputs.at("r4").reason == FinishReason::kError);
+    CHECK(errors > 0);
+    CHECK(errors < 12);
+    for (int ranks : {1, 2, 4})
+      for (Layout layout : {Layout::kTp, Layout::kEp})
+        for (int seam : {-2, 2}) {  // −2: left where it is
+          Script held = script;
+          if (seam >= 0) held.switches = {{0, seam}};
+          Outcome got = run_script(model->path(), small_config(ranks, 1, layout), held), want = expected;
+          for (Outcome* o : {&got, &want})
+            for (auto& [id, output] : o->outputs)
+              if (output.reason == FinishReason::kError) output.logits.clear();  // a NaN's own bits are nobody's promise
+          INFO("ranks " << ranks << " " << name_of(layout) << " seam " << seam);
+          CHECK(difference(want, got) == "");
+        }
+  }
+}
+
+}  // namespace moebius::test
