@@ -1,4 +1,5 @@
 // design.md §4.1: logits and tokens are the same bits whatever the layout, seam, ranks, threads, batch, chunking and switches.
+#include "lib/cpu/cpu_ops.h"
 #include "tests/unit/engine/harness.h"
 
 namespace moebius::test {
@@ -82,6 +83,25 @@ TEST_CASE("any page size gives the same bits") {
       INFO("page " << page << " " << name_of(layout));
       CHECK(difference(expected, run_script(kMixtral, config, script)) == "");
     }
+}
+
+TEST_CASE("on every kernel path TP, EP, a held seam and a switch give the same bits") {
+  Script script = three_requests();
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable}) {
+    if (!isa_available(isa)) continue;
+    const auto outcome = [&](int ranks, Layout layout, std::vector<ScriptedSwitch> switches) {
+      EngineConfig config = small_config(ranks, 1, layout);
+      config.isa = isa_name(isa);
+      script.switches = std::move(switches);
+      return run_script(kQwen, config, script);
+    };
+    const Outcome expected = outcome(1, Layout::kTp, {});
+    INFO(isa_name(isa));
+    CHECK(difference(expected, outcome(2, Layout::kTp, {})) == "");
+    CHECK(difference(expected, outcome(2, Layout::kEp, {})) == "");
+    CHECK(difference(expected, outcome(3, Layout::kTp, {{0, 2}})) == "");
+    CHECK(difference(expected, outcome(2, Layout::kTp, {{5, 0}})) == "");
+  }
 }
 
 TEST_CASE("a request alone gives the bits it gives among 64") {

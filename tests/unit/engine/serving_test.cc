@@ -39,6 +39,24 @@ TEST_CASE("when KV runs out requests are preempted and recomputed, and none is l
     }
 }
 
+TEST_CASE("a preempted request's logits come once for each position, with the bits they have without preemption") {
+  Script script = crowd(10, 40);
+  for (ScriptedRequest& r : script.requests) r.spec.keep_logits = true;
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  REQUIRE(expected.count(EventType::kPreempted) == 0);
+  for (const ScriptedRequest& r : script.requests) {
+    const Output& o = expected.outputs.at(r.spec.id);
+    REQUIRE(o.logits.size() == (r.spec.prompt_ids.size() + o.tokens.size() - 1) * 512);
+  }
+  for (Layout layout : {Layout::kTp, Layout::kEp}) {
+    EngineConfig config = small_config(2, 1, layout);
+    config.kv_tokens = 320;
+    const Outcome got = run_script(kQwen, config, script);
+    CHECK(got.count(EventType::kPreempted) > 0);
+    CHECK(difference(expected, got) == "");
+  }
+}
+
 TEST_CASE("a cancel at any step, queued, in prefill, in decode or in the middle of a switch, leaves the others alone") {
   Script script = crowd(6, 12);
   script.requests.push_back({greedy_request("victim", prompt_of(999, 150), 20), 2});
@@ -102,6 +120,40 @@ TEST_CASE("prefix hits change no bit, across switches, whichever home has the pa
       const Outcome got = Runner(engine).run(switching);
       CHECK(engine.stats().prefix_hits > 0);
       CHECK(difference(expected, got) == "");
+    }
+}
+
+TEST_CASE("log-probabilities after a prefix hit have the bits they have without one") {
+  const auto logprobs = [](const EngineConfig& config, int times) {
+    Engine engine(kQwen, config);
+    std::vector<Event> tokens, events(256);
+    for (int i = 0; i < times; ++i) {
+      RequestSpec spec = greedy_request("", prompt_of(7, 90), 8);
+      spec.sampling.logprobs = 20;
+      engine.submit(spec);
+      tokens.clear();  // of the last time
+      while (engine.step().worked)
+        for (size_t n; (n = engine.poll(events, 0)) > 0;)
+          for (size_t k = 0; k < n; ++k)
+            if (events[k].type == EventType::kToken) tokens.push_back(events[k]);
+      if (i > 0) REQUIRE(engine.stats().prefix_hits > 0);
+    }
+    return tokens;
+  };
+  EngineConfig plain = small_config(1, 1, Layout::kTp);
+  plain.prefix_cache = false;
+  const std::vector<Event> expected = logprobs(plain, 1);
+  REQUIRE(expected.size() == 8);
+  for (int ranks : {1, 3})
+    for (Layout layout : {Layout::kTp, Layout::kEp}) {
+      const std::vector<Event> got = logprobs(small_config(ranks, 1, layout), 2);
+      REQUIRE(got.size() == expected.size());
+      for (size_t i = 0; i < got.size(); ++i) {
+        CHECK(got[i].token == expected[i].token);
+        CHECK(std::memcmp(&got[i].logprob, &expected[i].logprob, sizeof(float)) == 0);
+        CHECK(got[i].num_top == 20);
+        CHECK(std::memcmp(&got[i].top, &expected[i].top, sizeof got[i].top) == 0);
+      }
     }
 }
 
@@ -208,6 +260,76 @@ TEST_CASE("lower priority values run first, then arrival") {
   for (const Event& e : got.events)
     if (e.type == EventType::kFinished) order.push_back(e.request);
   CHECK(order == std::vector<uint64_t>{3, 1, 2});
+}
+
+TEST_CASE("an urgent arrival overtakes the queue, not what runs") {
+  EngineConfig config = small_config(1, 1, Layout::kTp);
+  config.max_batch = 1;
+  Script script;
+  for (int i = 0; i < 3; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(i, 5), 6)});
+  script.requests.push_back({greedy_request("urgent", prompt_of(9, 5), 6), 3});
+  script.requests.back().spec.priority = -5;
+  std::vector<uint64_t> order;
+  for (const Event& e : run_script(kQwen, config, script).events)
+    if (e.type == EventType::kFinished) order.push_back(e.request);
+  CHECK(order == std::vector<uint64_t>{1, 4, 2, 3});
+}
+
+TEST_CASE("when KV runs out the lowest priority goes first, whenever it came") {
+  EngineConfig config = small_config(1, 1, Layout::kTp);
+  config.kv_tokens = 320;
+  Script script = crowd(6, 60);
+  for (ScriptedRequest& r : script.requests) r.arrival_step = 0;
+  script.requests[1].spec.priority = 7;
+  const Outcome got = run_script(kQwen, config, script);
+  REQUIRE(got.count(EventType::kPreempted) > 0);
+  for (const Event& e : got.events)
+    if (e.type == EventType::kPreempted) {
+      CHECK(e.request == 2);
+      break;
+    }
+}
+
+TEST_CASE("arena, workspace and the share of what is common stay within memory_bytes; too little says how much is missing") {
+  EngineConfig config = small_config(1, 1, Layout::kTp);
+  config.kv_tokens = 0;
+  for (int ranks : {1, 2, 3})
+    for (int64_t bytes : {int64_t{24} << 20, int64_t{64} << 20}) {
+      config.ranks = ranks;
+      config.memory_bytes = bytes;
+      const MemoryReport m = Engine(kQwen, config).memory();
+      INFO("ranks " << ranks << " bytes " << bytes);
+      CHECK(m.arena_bytes + m.workspace_bytes + m.shared_bytes / ranks <= bytes);
+      CHECK(m.arena_bytes + m.workspace_bytes + m.shared_bytes / ranks > bytes - (1 << 20));  // and are used
+      CHECK(m.tp_tokens > 0);
+    }
+  config.memory_bytes = 1 << 20;
+  try {
+    Engine engine(kQwen, config);
+    FAIL("not refused");
+  } catch (const Error& e) {
+    CHECK(e.code() == Code::kDoesNotFit);
+    CHECK_THAT(e.what(), Catch::Contains("1048576") || Catch::Contains("bytes short"));
+    CHECK_THAT(e.what(), Catch::Contains("short"));
+  }
+}
+
+TEST_CASE("a request that can never run is refused with the layout that is short and its numbers") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.kv_tokens = 256;
+  const auto refusal = [&] {
+    Engine engine(kQwen, config);
+    try {
+      engine.submit(greedy_request("a", prompt_of(1, 300), 10));
+    } catch (const Error& e) {
+      CHECK(e.code() == Code::kDoesNotFit);
+      return std::string(e.what());
+    }
+    return std::string("not refused");
+  };
+  CHECK_THAT(refusal(), Catch::Contains("20 KV pages of 16 tokens") && Catch::Contains("layout tp holds 16"));
+  config.kv_tokens = 512;
+  CHECK_THAT(refusal(), Catch::Contains("20 KV pages of 16 tokens") && Catch::Contains("layout ep holds 16"));
 }
 
 TEST_CASE("a deadline ends a request with abort and its tokens so far") {
