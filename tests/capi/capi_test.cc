@@ -1,7 +1,12 @@
 // The C ABI: NULL everywhere, wrong sizes, ownership, and a run of everything together.
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "moebius/moebius.hpp"
@@ -10,6 +15,8 @@
 namespace {
 
 const std::string kModel = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
+
+constexpr int32_t kEndOfText = 0;
 
 struct Message {
   moebius_error* error = nullptr;
@@ -325,4 +332,248 @@ TEST_CASE("logits are taken whole or not at all, also while the engine's own thr
   }
   own.stop();
   CHECK(got == expected);
+}
+
+namespace {
+
+using Change = std::function<void(moebius_cpp::Request&)>;
+
+struct Result {
+  std::map<int, std::vector<int32_t>> tokens;  // by sample
+  int finish = MOEBIUS_FINISH_NONE;
+  moebius_event last{};                        // token event
+};
+
+// Greedy unless changed, 24 tokens after a fixed prompt.
+Result run(moebius_cpp::Engine& engine, const Change& change) {
+  moebius_cpp::Request r({5, 6, 7});
+  r.set("id", "x").set("max_tokens", int64_t{24}).set_real("temperature", 0);
+  change(r);
+  engine.submit(r);
+  Result out;
+  std::vector<moebius_event> events;
+  while (engine.step().worked) {
+    engine.poll(events);
+    for (const moebius_event& e : events) {
+      if (e.type == MOEBIUS_EVENT_TOKEN) out.tokens[e.sample].push_back(e.token), out.last = e;
+      if (e.type == MOEBIUS_EVENT_FINISHED) out.finish = e.finish_reason;
+    }
+  }
+  engine.poll(events);
+  for (const moebius_event& e : events)
+    if (e.type == MOEBIUS_EVENT_FINISHED) out.finish = e.finish_reason;
+  return out;
+}
+
+Change hot(const Change& more = [](moebius_cpp::Request&) {}) {
+  return [more](moebius_cpp::Request& r) { r.set_real("temperature", 1.5), more(r); };
+}
+
+}  // namespace
+
+TEST_CASE("every sampling key has its effect") {
+  using R = moebius_cpp::Request;
+  auto engine = small_engine(1);
+  const std::vector<int32_t> greedy = run(engine, [](R&) {}).tokens[0];
+  const std::vector<int32_t> sampled = run(engine, hot()).tokens[0];
+  REQUIRE(greedy.size() == 24);
+  REQUIRE(sampled != greedy);  // temperature
+  CHECK(run(engine, hot()).tokens[0] == sampled);
+  CHECK(run(engine, [](R& r) { r.set("max_tokens", int64_t{3}); }).tokens[0] == std::vector<int32_t>(greedy.begin(), greedy.begin() + 3));
+
+  CHECK(run(engine, hot([](R& r) { r.set("top_k", int64_t{1}); })).tokens[0] == greedy);
+  CHECK(run(engine, hot([](R& r) { r.set_real("top_p", 1e-6); })).tokens[0] == greedy);
+  CHECK(run(engine, hot([](R& r) { r.set_real("min_p", 1); })).tokens[0] == greedy);
+  CHECK(run(engine, hot([](R& r) { r.set("id", "y"); })).tokens[0] != sampled);
+  const std::vector<int32_t> seeded = run(engine, hot([](R& r) { r.set("seed", int64_t{0}); })).tokens[0];
+  CHECK(seeded != sampled);
+  CHECK(run(engine, hot([](R& r) { r.set("seed", int64_t{0}).set("id", "y"); })).tokens[0] == seeded);
+  CHECK(run(engine, hot([](R& r) { r.set("seed", int64_t{1}); })).tokens[0] != seeded);
+  const Result three = run(engine, hot([](R& r) { r.set("n", int64_t{3}); }));
+  CHECK(three.tokens.size() == 3);
+  CHECK(three.tokens.at(0) != three.tokens.at(2));
+
+  for (const char* key : {"presence_penalty", "frequency_penalty"}) {
+    const Change penalty = [key](R& r) { r.set_real(key, 2).set("max_tokens", int64_t{200}).set("ignore_eos", int64_t{1}); };
+    const Change none = [](R& r) { r.set("max_tokens", int64_t{200}).set("ignore_eos", int64_t{1}); };
+    CHECK(run(engine, penalty).tokens[0] != run(engine, none).tokens[0]);
+  }
+  CHECK(run(engine, [](R& r) { r.set_real("repetition_penalty", 3).set("max_tokens", int64_t{100}); }).tokens[0] !=
+        run(engine, [](R& r) { r.set("max_tokens", int64_t{100}); }).tokens[0]);
+
+  const Result allowed = run(engine, hot([](R& r) { r.set_ids("allowed_token_ids", {40, 41}); }));
+  for (int32_t t : allowed.tokens.at(0)) CHECK((t == 40 || t == 41));
+  const Result biased = run(engine, [](R& r) { r.add_logit_bias(99, 100); });
+  CHECK(biased.tokens.at(0) == std::vector<int32_t>(24, 99));
+
+  const Result stopped = run(engine, [](R& r) { r.add_logit_bias(99, 100).set_ids("stop_token_ids", {98, 99}); });
+  CHECK(stopped.finish == MOEBIUS_FINISH_STOP);
+  CHECK(stopped.tokens.at(0) == std::vector<int32_t>{99});
+  const Result later = run(engine, [](R& r) { r.add_logit_bias(99, 100).set_ids("stop_token_ids", {99}).set("min_tokens", int64_t{4}); });
+  CHECK(later.tokens.at(0).size() == 5);
+  const Result ended = run(engine, [](R& r) { r.add_logit_bias(kEndOfText, 100); });
+  CHECK(ended.finish == MOEBIUS_FINISH_STOP);
+  CHECK(ended.tokens.at(0).size() == 1);
+  const Result on = run(engine, [](R& r) { r.add_logit_bias(kEndOfText, 100).set("ignore_eos", int64_t{1}); });
+  CHECK(on.finish == MOEBIUS_FINISH_LENGTH);
+
+  const moebius_event with = run(engine, [](R& r) { r.set("logprobs", int64_t{4}); }).last;
+  CHECK(with.num_top == 4);
+  CHECK(with.logprob < 0);
+  CHECK(with.top_logprobs[0] >= with.top_logprobs[3]);
+  CHECK(run(engine, [](R&) {}).last.num_top == 0);
+}
+
+TEST_CASE("priority, deadline_ms and keep_logits have their effect") {
+  moebius_cpp::Config c;
+  c.set("threads", int64_t{1}).set("kv_tokens", int64_t{4096}).set("max_batch", int64_t{1});
+  moebius_cpp::Engine engine(kModel, c);
+  const auto submit = [&](const char* key, int64_t value) {
+    moebius_cpp::Request r({5, 6, 7});
+    r.set("max_tokens", int64_t{4}).set("ignore_eos", int64_t{1}).set(key, value);
+    return engine.submit(r);
+  };
+  const uint64_t later = submit("priority", 3), sooner = submit("priority", 1), late = submit("deadline_ms", 1), kept = submit("keep_logits", 1);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  std::vector<std::pair<uint64_t, int>> ends;
+  std::vector<moebius_event> events;
+  while (ends.size() < 4) {
+    engine.step();
+    engine.poll(events);
+    for (const moebius_event& e : events)
+      if (e.type == MOEBIUS_EVENT_FINISHED) ends.emplace_back(e.request, e.finish_reason);
+  }
+  CHECK(ends == std::vector<std::pair<uint64_t, int>>{{late, MOEBIUS_FINISH_ABORT}, {kept, MOEBIUS_FINISH_LENGTH}, {sooner, MOEBIUS_FINISH_LENGTH},
+                                                      {later, MOEBIUS_FINISH_LENGTH}});
+  CHECK(engine.take_logits(kept).size() == (3 + 4 - 1) * 1024);
+  CHECK_THROWS_AS(engine.take_logits(sooner), moebius_cpp::Error);
+}
+
+TEST_CASE("the policy of a config, and one set later, decide") {
+  moebius_cpp::Config c;
+  c.set("ranks", int64_t{2}).set("threads", int64_t{1}).set("kv_tokens", int64_t{4096});
+  moebius_cpp::Engine engine(kModel, c);
+  moebius_cpp::Request r({5, 6, 7});
+  r.set("max_tokens", int64_t{30}).set("ignore_eos", int64_t{1});
+  engine.submit(r);
+  for (int i = 0; i < 3; ++i) engine.step();
+  CHECK(engine.stats().switches == 0);
+  c.set("policy", "threshold").set("policy_variant", "rollout").set_real("policy_threshold", 1).set_real("policy_cooldown_s", 0);
+  c.set("policy_window_steps", int64_t{2});
+  REQUIRE(moebius_engine_set_policy(engine.get(), c.get(), nullptr) == MOEBIUS_OK);
+  for (int i = 0; i < 3; ++i) engine.step();
+  CHECK(engine.stats().switches == 1);
+  std::vector<moebius_event> events;
+  engine.poll(events);
+  int decisions = 0;
+  for (const moebius_event& e : events)
+    if (e.type == MOEBIUS_EVENT_DECISION) {
+      ++decisions;
+      CHECK(e.to == MOEBIUS_LAYOUT_EP);
+      CHECK_THAT(std::string(e.reason), Catch::Contains("rollout") && Catch::Contains("over 2 steps"));
+    }
+  CHECK(decisions == 1);
+
+  moebius_cpp::Engine from_config(kModel, c);
+  from_config.submit(r);
+  for (int i = 0; i < 3; ++i) from_config.step();
+  CHECK(from_config.stats().switches == 1);
+}
+
+TEST_CASE("the engine's own thread serves two hosts that submit, cancel and poll, and holds a seam under a stall budget") {
+  auto engine = small_engine();
+  REQUIRE(moebius_engine_set_stall_budget(engine.get(), 0.001, nullptr) == MOEBIUS_OK);
+  CHECK(moebius_engine_set_stall_budget(engine.get(), -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  REQUIRE(moebius_engine_start(engine.get(), nullptr) == MOEBIUS_OK);
+  CHECK(moebius_engine_start(engine.get(), nullptr) == MOEBIUS_E_INVALID_STATE);
+  constexpr int kEach = 8;
+  std::atomic<int> finished{0}, aborted{0}, seams{0};
+  std::atomic<bool> failed{false};
+  const auto host = [&] {
+    try {
+      std::vector<moebius_event> events;
+      for (int i = 0; i < kEach; ++i) {
+        moebius_cpp::Request r({1 + i, 2, 3});
+        r.set("max_tokens", int64_t{i % 4 == 3 ? 1500 : 20}).set("ignore_eos", int64_t{1});
+        const uint64_t id = engine.submit(r);
+        if (i % 4 == 3) engine.cancel(id);
+        if (i == 2) engine.hold_seam(3);
+      }
+      const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+      while (finished < 2 * kEach && std::chrono::steady_clock::now() < until) {
+        engine.poll(events, 20);
+        for (const moebius_event& e : events) {
+          finished += e.type == MOEBIUS_EVENT_FINISHED;
+          aborted += e.type == MOEBIUS_EVENT_FINISHED && e.finish_reason == MOEBIUS_FINISH_ABORT;
+          seams += e.type == MOEBIUS_EVENT_SEAM;
+        }
+      }
+    } catch (const std::exception&) {
+      failed = true;
+    }
+  };
+  std::thread one(host), two(host);
+  one.join(), two.join();
+  REQUIRE(moebius_engine_stop(engine.get(), nullptr) == MOEBIUS_OK);
+  CHECK(moebius_engine_stop(engine.get(), nullptr) == MOEBIUS_OK);
+  CHECK_FALSE(failed);
+  CHECK(finished == 2 * kEach);
+  CHECK(aborted == 4);
+  for (int i = 0; i < 200 && engine.stats().switching; ++i) engine.step();  // the host drives it again
+  CHECK(engine.stats().seam == 3);
+}
+
+TEST_CASE("on failure no out-parameter is touched but a needed size") {
+  auto engine = small_engine(1);
+  moebius_engine* e = engine.get();
+  const moebius_cpp::Tokenizer tokenizer(kModel);
+  const moebius_cpp::Request empty({});
+  // Memory that a failing call gets as every out-parameter; the needed size is elsewhere.
+  alignas(16) unsigned char bytes[sizeof(moebius_event)];
+  const auto as = [&](auto* null) { return reinterpret_cast<decltype(null)>(bytes); };
+  size_t needed = 12345;
+  moebius_engine** out_engine = nullptr;
+  moebius_tokenizer** out_tokenizer = nullptr;
+  moebius_decoder** out_decoder = nullptr;
+  const char** text = nullptr;
+  const int32_t ids[] = {300, 301, 302};
+  struct Call {
+    const char* name;
+    std::function<moebius_status()> run;
+    bool sets_needed = false;
+  };
+  const auto sized = [&](auto* null, uint32_t size) {
+    auto* out = as(null);
+    std::memcpy(bytes, &size, sizeof size);
+    return out;
+  };
+  const std::vector<Call> calls = {
+      {"engine_create", [&] { return moebius_engine_create("/no/such", nullptr, as(out_engine), nullptr); }},
+      {"config_key", [&] { return moebius_config_key(9999, as(text), as(text), as(text), as(text), nullptr); }},
+      {"engine_submit", [&] { return moebius_engine_submit(e, empty.get(), as((uint64_t*)nullptr), nullptr); }},
+      {"engine_model", [&] { return moebius_engine_model(e, sized((moebius_model_info*)nullptr, 4), nullptr); }},
+      {"engine_step", [&] { return moebius_engine_step(e, sized((moebius_step_result*)nullptr, 4), nullptr); }},
+      {"engine_poll", [&] { return moebius_engine_poll(e, as((moebius_event*)nullptr), 1, 8, 0, &needed, nullptr); }},
+      {"engine_estimate_switch", [&] { return moebius_engine_estimate_switch(e, 0, sized((moebius_switch_estimate*)nullptr, 4), nullptr); }},
+      {"engine_estimate_switch", [&] { return moebius_engine_estimate_switch(e, 9, as((moebius_switch_estimate*)nullptr), nullptr); }},
+      {"engine_stats", [&] { return moebius_engine_stats(e, sized((moebius_stats*)nullptr, 4), nullptr); }},
+      {"engine_memory", [&] { return moebius_engine_memory(e, sized((moebius_memory*)nullptr, 4), nullptr); }},
+      {"engine_metrics_text", [&] { return moebius_engine_metrics_text(e, as((char*)nullptr), 3, &needed, nullptr); }, true},
+      {"engine_take_logits", [&] { return moebius_engine_take_logits(e, 77, 0, as((float*)nullptr), 9, &needed, nullptr); }},
+      {"tokenizer_load", [&] { return moebius_tokenizer_load("/no/such", as(out_tokenizer), nullptr); }},
+      {"tokenizer_encode", [&] { return moebius_tokenizer_encode(tokenizer.get(), "What say you", 12, 1, as((int32_t*)nullptr), 1, &needed, nullptr); }, true},
+      {"tokenizer_decode", [&] { return moebius_tokenizer_decode(tokenizer.get(), ids, 3, 0, as((char*)nullptr), 1, &needed, nullptr); }, true},
+      {"decoder_create", [&] { return moebius_decoder_create(nullptr, as(out_decoder), nullptr); }},
+      {"decoder_push", [&] { return moebius_decoder_push(nullptr, 1, as(text), as((size_t*)nullptr), nullptr); }},
+      {"decoder_finish", [&] { return moebius_decoder_finish(nullptr, as(text), as((size_t*)nullptr), nullptr); }},
+  };
+  for (const Call& call : calls) {
+    INFO(call.name);
+    std::memset(bytes, 0xab, sizeof bytes);
+    needed = 12345;
+    CHECK(call.run() < 0);
+    CHECK((needed != 12345) == call.sets_needed);
+    for (size_t i = sizeof(uint32_t); i < sizeof bytes; ++i)
+      if (bytes[i] != 0xab) FAIL_CHECK("byte " << i << " was written");
+  }
 }
