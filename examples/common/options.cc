@@ -25,6 +25,10 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
   app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--chunk-tokens", chunk_tokens, "prompt tokens that a step takes over all requests")->check(CLI::PositiveNumber)->capture_default_str();
   app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--max-queue", max_queue, "waiting requests; what is beyond waits outside")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--kv-tokens", kv_tokens, "KV tokens at most, over all ranks (0: as many as the memory holds)")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   app.add_option("--stall-budget-ms", stall_budget_ms, "time that each step may lend to a switch (0: all at once)")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
@@ -37,6 +41,7 @@ moebius_cpp::Config EngineOptions::config() const {
   c.set("ranks", ranks).set("threads", threads).set("layout", layout).set("memory_bytes", memory_bytes);
   c.set("slices_per_expert", slices_per_expert).set("chunk_tokens", chunk_tokens).set("max_batch", max_batch);
   c.set("page_tokens", page_tokens).set("seed", seed).set("prefix_cache", prefix_cache).set("preempt_to_fit", preempt_to_fit);
+  c.set("max_queue", max_queue).set("kv_tokens", kv_tokens);
   c.set_real("stall_budget_ms", stall_budget_ms);
   if (!isa.empty()) c.set("isa", isa);
   return c;

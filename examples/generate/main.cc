@@ -339,11 +339,28 @@ void add_sampling(CLI::App& app, SamplingKeys& keys) {
   real("--frequency-penalty", "frequency_penalty", "the same, by how often", "0");
   real("--repetition-penalty", "repetition_penalty", "against tokens of prompt and output", "1");
   integer("--sampling-seed", "seed", "seed of every request (unset: hash of --seed and the request's id)", "unset");
+  integer("--n", "n", "samples of a prompt; a record holds one, so only 1 is taken", "1");
+  integer("--priority", "priority", "lower values run first, then arrival", "0");
+  real("--deadline-ms", "deadline_ms", "a request that takes longer ends with abort (0: none)", "0");
   integer("--logprobs", "logprobs", "log-probabilities of the chosen and the k likeliest tokens", "none");
   app.add_flag_function("--ignore-eos", [&keys](int64_t) { keys["ignore_eos"] = true; }, "go on after an end-of-text token")->group("Sampling");
-  app.add_option_function<std::vector<int32_t>>(
-         "--stop-token-ids", [&keys](const std::vector<int32_t>& v) { keys["stop_token_ids"] = v; }, "end after one of these")
-      ->delimiter(',')
+  const auto ids = [&](const char* flag, const char* key, const char* doc) {
+    app.add_option_function<std::vector<int32_t>>(flag, [&keys, key](const std::vector<int32_t>& v) { keys[key] = v; }, doc)
+        ->delimiter(',')
+        ->default_str("none")
+        ->group("Sampling");
+  };
+  ids("--stop-token-ids", "stop_token_ids", "end after one of these");
+  ids("--allowed-token-ids", "allowed_token_ids", "choose among these only");
+  app.add_option_function<std::string>(
+         "--logit-bias",
+         [&keys](const std::string& text) {
+           const json bias = json::parse(text, nullptr, false);
+           if (bias.is_discarded()) throw BadInput("--logit-bias: '" + text + "' is no JSON object of token id and bias");
+           keys["logit_bias"] = bias;
+         },
+         "added to these logits: {\"17\": 2.5, \"4\": -100}")
+      ->default_str("none")
       ->group("Sampling");
 }
 

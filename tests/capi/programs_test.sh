@@ -88,6 +88,54 @@ run --max-batch 1 >"$work/r3"
 $generate --prompt-ids 5,6,7 --max-tokens 500 --ignore-eos --prompts /dev/null 2>/dev/null && fail "two prompt sources are taken"
 "$bin/moebius-generate" --model "$model" --prompt "What " --max-tokens 5 >/dev/full 2>/dev/null; [ $? -eq 1 ] || fail "a full disk is no status 1"
 
+# Every sampling flag reaches the request: with 99 forced by a bias, each changes what is printed.
+most=6
+one() { $generate --prompt-ids 5,6,7 --format json --max-tokens "$most" "$@" 2>"$work/err" | sed 's/.*"token_ids":\[\([0-9,]*\)\].*"finish_reason":"\([a-z]*\)".*/\1 \2/'; }
+is() { local want=$1; shift; local got; got=$(one "$@"); [ "$got" = "$want" ] || fail "'$got', not '$want', with $* ($(head -c 300 "$work/err"))"; }
+is '99,99,99,99,99,99 length' --logit-bias '{"99": 100}' --temperature 0
+is '40,40,40,40,40,40 length' --allowed-token-ids 40
+is '99 stop' --logit-bias '{"99":100}' --temperature 0 --stop-token-ids 98,99
+is '0 stop' --logit-bias '{"0":100}' --temperature 0
+is '0,0,0,0,0,0 length' --logit-bias '{"0":100}' --temperature 0 --ignore-eos
+most=3; is '99,99,99 length' --logit-bias '{"99":100}' --temperature 0; most=6
+[ "$(one --temperature 0 --logit-bias '{"99":100}' --stop-token-ids 99 --min-tokens 2 | tr ',' '\n' | wc -l)" -eq 3 ] || fail "--min-tokens"
+greedy=$(one --temperature 0 --ignore-eos) sampled=$(one --ignore-eos --temperature 2)
+[ "$greedy" != "$sampled" ] || fail "--temperature has no effect"
+for flags in "--top-k 1" "--top-p 0.000001" "--min-p 1"; do is "$greedy" --ignore-eos --temperature 2 $flags; done
+is "$sampled" --ignore-eos --temperature 2 --n 1 --priority 3 --deadline-ms 60000
+[ "$(one --ignore-eos --temperature 2 --sampling-seed 5)" != "$sampled" ] || fail "--sampling-seed has no effect"
+[ "$(one --ignore-eos --temperature 2 --seed 5)" != "$sampled" ] || fail "--seed has no effect"
+most=150; long=$(one --temperature 0 --ignore-eos)
+for flag in --presence-penalty --frequency-penalty --repetition-penalty; do
+  [ "$(one --temperature 0 --ignore-eos $flag 2)" != "$long" ] || fail "$flag has no effect"
+done
+$generate --prompt-ids 1 --format json --logprobs 2 2>/dev/null | grep -q '"logprobs":\[{' || fail "--logprobs"
+expect 2 "--n" $generate --prompt-ids 1 --n
+expect 2 "n is 2" $generate --prompt-ids 1 --n 2
+expect 2 "logit_bias" $generate --prompt-ids 1 --logit-bias 5
+expect 2 "--logit-bias" $generate --prompt-ids 1 --logit-bias x
+expect 2 "logit_bias" $generate --prompt-ids 1 --logit-bias '{"5": 101}'
+expect 2 "logit_bias" $generate --prompt-ids 1 --logit-bias '{"5000": 1}'
+expect 2 "allowed_token_ids" $generate --prompt-ids 1 --allowed-token-ids 5000
+
+# A switch that does not fit is refused and the run goes on; a full KV preempts; a full queue makes the rest wait.
+ids=$(seq -s, 1 330)
+for i in 1 2 3; do printf '{"prompt_ids":[%s],"max_tokens":40,"ignore_eos":true}\n' "$ids"; done >"$work/p.jsonl"
+run --ranks 2 --page-tokens 64 --kv-tokens 1280 --prefix-cache 0 --chunk-tokens 1000 --switch-at 3:ep --events "$work/ev" >"$work/r5"
+grep -q '"step":3,"type":"switch_refused".*"reason":".*tokens short' "$work/ev" || fail "no switch_refused event: $(cat "$work/ev")"
+grep -q 'switch refused' "$work/err" || fail "a refused switch is not named on stderr"
+[ "$(grep -c '"finish_reason":"length"' "$work/r5")" -eq 3 ] || fail "requests after a refused switch"
+for i in $(seq 10); do printf '{"prompt_ids":[%s,5,6],"max_tokens":50,"temperature":0,"ignore_eos":true}\n' "$i"; done >"$work/p.jsonl"
+run --events "$work/ev" >"$work/r6"
+run --kv-tokens 320 --events "$work/ev2" >"$work/r7"
+grep -q '"type":"preempted","id":' "$work/ev2" || fail "no preempted event"
+cmp -s "$work/r6" "$work/r7" || fail "records differ after preemptions"
+run --max-queue 2 --max-batch 3 >"$work/r8"
+cmp -s "$work/r6" "$work/r8" || fail "a full queue drops or changes requests"
+$generate --prompt "ROMEO:" --max-tokens 5 --temperature 0 >"$work/t1" 2>/dev/null && grep -q '^ROMEO:' "$work/t1" || fail "text of one prompt"
+$generate --prompts "$work/p.jsonl" --format text >"$work/t2" 2>/dev/null || fail "text of a file"
+[ "$(grep -c '^--- [0-9] (length)$' "$work/t2")" -eq 10 ] || fail "text names each request with its reason"
+
 # A library that fails in its sixth step, in front of the real one.
 export ASAN_OPTIONS=${ASAN_OPTIONS:-}:verify_asan_link_order=0
 cat >"$work/failing.c" <<'C'
