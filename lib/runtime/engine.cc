@@ -7,6 +7,7 @@
 #include "lib/base/time.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
+#include "lib/runtime/probe.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius {
@@ -140,6 +141,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     context.dims = {shape_.hidden, static_cast<int32_t>(shape_.num_experts), model_.top_k, model_.norm_topk_prob};
     executors_.push_back(std::make_unique<RankExecutor>(store_.forward(), store_.tables(r), context));
   }
+  compare_ranks();
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, config_.ranks);
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
@@ -152,6 +154,14 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
 }
 
 Engine::Impl::~Impl() { stop(); }
+
+void Engine::Impl::compare_ranks() {
+  std::vector<uint64_t> digests(static_cast<size_t>(config_.ranks));
+  world_.run_long([this, &digests](int rank, int thread) {
+    if (thread == 0) digests[static_cast<size_t>(rank)] = probe_digest(*executors_[rank]->context().ops);
+  });
+  compare_probes(digests);
+}
 
 // ---- what other threads hand in
 

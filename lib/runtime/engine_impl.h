@@ -62,6 +62,7 @@ class Engine::Impl {
   std::function<void(int rank, int thread)> step_hook;  // called by every thread at the start of a step's region; may throw
 
  private:
+  void compare_ranks();
   void take_inbox();
   void take_wishes();
   void observe_load();

@@ -1,0 +1,28 @@
+#include "lib/runtime/probe.h"
+
+#include "lib/base/error.h"
+#include "lib/cpu/cpu_ops.h"
+#include "tests/catch.h"
+
+namespace moebius {
+
+TEST_CASE("the probe's digest repeats, and the last bit of one product changes it") {
+  static const Ops& real = cpu_ops(best_isa());
+  Ops other = real;
+  other.linear = [](const LinearArgs& args, const Lane& lane) {
+    real.linear(args, lane);
+    reinterpret_cast<uint32_t&>(args.parts[0].y[77]) ^= 1;
+  };
+  CHECK(probe_digest(real) == probe_digest(real));
+  CHECK(probe_digest(real) != probe_digest(other));
+  for (const Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
+    if (isa_available(isa)) CHECK(probe_digest(cpu_ops(isa)) == probe_digest(cpu_ops(isa)));
+}
+
+TEST_CASE("ranks whose probes differ are named") {
+  const uint64_t same[] = {5, 5, 5}, differs[] = {5, 5, 6};
+  compare_probes(same);
+  CHECK_THROWS_WITH(compare_probes(differs), Catch::Contains("rank 2") && Catch::Contains("0000000000000006"));
+}
+
+}  // namespace moebius
