@@ -82,6 +82,9 @@ for flags in "--ranks 1" "--ranks 2 --layout ep" "--ranks 4 --threads 2" "--rank
 done
 run --ranks 2 --logits-out "$work/l2" >/dev/null
 cmp -s "$work/l" "$work/l2" || fail "logits differ"
+run --ranks 2 --switch-at 4:ep,4:tp,4:ep --events "$work/ev" --logits-out "$work/l2" >"$work/r2"
+[ "$(grep -c '"step":4,"type":"switch_finished"' "$work/ev")" -eq 3 ] || fail "of three switches at one step some are lost"
+cmp -s "$work/r1" "$work/r2" && cmp -s "$work/l" "$work/l2" || fail "three switches at one step change something"
 printf '{"id":1,"prompt_ids":[1],"ignore_eos":true,"max_tokens":3}\n{"id":2,"prompt_ids":[2],"ignore_eos":true,"max_tokens":3}\n' >"$work/p.jsonl"
 run --max-batch 1 >"$work/r3"
 [ "$(wc -l <"$work/r3")" -eq 2 ] || fail "a small batch drops requests"

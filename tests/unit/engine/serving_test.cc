@@ -1,5 +1,6 @@
 // Continuous batching: arrivals, cancels, priorities, preemption, prefix cache, samples, deadlines, the engine's own thread.
 #include <atomic>
+#include <limits>
 #include <thread>
 
 #include "tests/unit/engine/harness.h"
@@ -354,6 +355,13 @@ TEST_CASE("bad requests are refused at submit with the numbers") {
   RequestSpec bad = greedy_request("a", {3}, 4);
   bad.sampling.top_p = 0;
   CHECK_THROWS_WITH(engine.submit(bad), Catch::Contains("top_p"));
+  for (double deadline : {-1.0, 1e30, std::numeric_limits<double>::quiet_NaN()}) {
+    bad = greedy_request("a", {3}, 4);
+    bad.deadline_ms = deadline;
+    CHECK_THROWS_WITH(engine.submit(bad), Catch::Contains("deadline_ms"));
+  }
+  config.kv_tokens = -1;
+  CHECK_THROWS_WITH(Engine(kQwen, config), Catch::Contains("kv_tokens"));
 }
 
 TEST_CASE("beyond max_queue submit is refused and nothing is lost") {
