@@ -579,17 +579,21 @@ void Engine::Impl::finish(Sequence& s, FinishReason reason, const std::string& w
   event.finish_reason = reason;
   event.reason = why;
   emit(std::move(event));
+  record_end(s, reason);
+  std::lock_guard lock(inbox_mutex_);
+  if (--s.request->unfinished > 0) return;
+  int64_t most = 0;
+  for (const Sequence& sample : s.request->samples) most = std::max(most, sample.generated());
+  metrics_.on_samples_finished(s.request->spec.sampling.n, most);
+}
+
+void Engine::Impl::record_end(const Sequence& s, FinishReason reason) {
   RequestTimes times;
   times.submitted = s.request->submitted;
   times.first_scheduled = s.first_scheduled;
   times.first_token = s.first_token;
   times.finished = Clock::now();
   metrics_.on_request_finished(times, s.prompt_tokens(), s.generated(), s.request->spec.sampling.max_tokens, reason);
-  std::lock_guard lock(inbox_mutex_);
-  if (--s.request->unfinished > 0) return;
-  int64_t most = 0;
-  for (const Sequence& sample : s.request->samples) most = std::max(most, sample.generated());
-  metrics_.on_samples_finished(s.request->spec.sampling.n, most);
 }
 
 // Kept logits outlive the request until they are taken.
@@ -606,6 +610,7 @@ void Engine::Impl::fail_everything(const std::string& why) {
       if (s.state == SequenceState::kFinished) continue;
       s.state = SequenceState::kFinished;
       --request->unfinished;
+      record_end(s, FinishReason::kError);
       Event event;
       event.type = EventType::kFinished;
       event.request = number;
@@ -616,6 +621,11 @@ void Engine::Impl::fail_everything(const std::string& why) {
       events_.push(std::move(event));
     }
   inbox_.clear();
+  waiting_hint_ = 0;
+  stats_.running = stats_.waiting = 0;
+  stats_.switching = false;
+  metrics_.set_gauges(stats_);
+  published_ = stats_;
 }
 
 // ---- reports

@@ -76,6 +76,7 @@ class Engine::Impl {
   void accept_tokens();
   void accept(Sequence& sequence, const SampleResult& result);
   void finish(Sequence& sequence, FinishReason reason, const std::string& why = {});
+  void record_end(const Sequence& sequence, FinishReason reason);
   void forget_if_done(Request& request);
   Sequence& sequence_with_logits(uint64_t request, int32_t sample);
   void fail_everything(const std::string& why);

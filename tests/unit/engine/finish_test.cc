@@ -120,6 +120,39 @@ TEST_CASE("a deadline ends a request that waits, that is in prefill, that decode
     }
 }
 
+TEST_CASE("when a step fails every request ends with an error, nothing runs any more, and what was kept can be taken") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  const uint64_t kept = engine.submit(greedy_request("kept", prompt_of(1, 5), 50, true));
+  RequestSpec two = greedy_request("two", prompt_of(2, 5), 50);
+  two.sampling.n = 2;
+  engine.submit(two);
+  for (int i = 0; i < 3; ++i) engine.step();
+  const uint64_t queued = engine.submit(greedy_request("queued", prompt_of(3, 5), 50));
+  engine.impl().step_hook = [](int rank, int) {
+    if (rank == 1) fail(Code::kInternal, "a fault");
+  };
+  CHECK_THROWS_WITH(engine.step(), Catch::Contains("a fault"));
+  std::vector<Event> events(256);
+  events.resize(engine.poll(events, 0));
+  int ended = 0;
+  bool queued_too = false;
+  for (const Event& e : events)
+    if (e.type == EventType::kFinished) {
+      ++ended;
+      CHECK(e.finish_reason == FinishReason::kError);
+      CHECK_THAT(e.reason, Catch::Contains("a fault"));
+      queued_too |= e.request == queued;
+    }
+  CHECK(ended == 4);
+  CHECK(queued_too);
+  CHECK(engine.stats().running == 0);
+  CHECK(engine.stats().waiting == 0);
+  CHECK_THAT(engine.metrics_text(), Catch::Contains("finished_reason=\"error\"} 4\n"));
+  CHECK_THROWS_WITH(engine.step(), Catch::Contains("a fault"));
+  CHECK_THROWS_WITH(engine.submit(two), Catch::Contains("a fault"));
+  CHECK(engine.take_logits(kept).size() == (5 + 3 - 1) * 512u);
+}
+
 TEST_CASE("weights that are no numbers end the same requests with an error everywhere, and leave their batch mates' bits alone") {
   Script script;
   for (int i = 0; i < 12; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(700 + i, 1), 3, true), i / 6});
