@@ -177,6 +177,8 @@ typedef struct moebius_step_result {
 /* Runs one step (an idle one counts too). The calling thread computes. One thread at a time. out_result may be NULL. An error
  * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. */
 MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
+/* The engine's own thread steps whenever there is work, until stop (which waits for a step under way) or a failure. One thread
+ * at a time calls these two. INVALID_STATE: it runs already. */
 MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
 
@@ -286,6 +288,7 @@ MOEBIUS_API void moebius_tokenizer_destroy(moebius_tokenizer *tokenizer);
 MOEBIUS_API moebius_status moebius_tokenizer_encode(const moebius_tokenizer *tokenizer, const char *text, size_t num_bytes,
                                                     int32_t add_special_tokens, int32_t *out_ids, size_t capacity, size_t *out_count,
                                                     moebius_error **err);
+/* The same for bytes; no NUL is written. */
 MOEBIUS_API moebius_status moebius_tokenizer_decode(const moebius_tokenizer *tokenizer, const int32_t *ids, size_t num_ids,
                                                     int32_t skip_special_tokens, char *out_text, size_t capacity, size_t *out_bytes,
                                                     moebius_error **err);

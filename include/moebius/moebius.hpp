@@ -144,6 +144,23 @@ class Engine {
   void hold_seam(int32_t seam) {
     check([&](moebius_error** e) { return moebius_engine_hold_seam(get(), seam, e); });
   }
+  void set_stall_budget(double ms) {
+    check([&](moebius_error** e) { return moebius_engine_set_stall_budget(get(), ms, e); });
+  }
+  void set_policy(const Config& config) {
+    check([&](moebius_error** e) { return moebius_engine_set_policy(get(), config.get(), e); });
+  }
+  std::string metrics_text() const {
+    std::string text;
+    for (size_t needed = 1;;) try {
+        text.resize(needed);
+        check([&](moebius_error** e) { return moebius_engine_metrics_text(get(), &text[0], text.size(), &needed, e); });
+        text.resize(needed - 1);  // without the NUL
+        return text;
+      } catch (const Error&) {
+        if (needed <= text.size()) throw;  // else again with the room it asked for
+      }
+  }
   moebius_model_info model() const {
     moebius_model_info info{};
     info.struct_size = sizeof info;

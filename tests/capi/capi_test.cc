@@ -238,7 +238,8 @@ TEST_CASE("requests run, stream, switch and end; logits, metrics, memory and est
   std::string text(needed, '?');
   CHECK(moebius_engine_metrics_text(engine.get(), text.data(), needed - 1, nullptr, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
   CHECK(moebius_engine_metrics_text(engine.get(), text.data(), needed, nullptr, nullptr) == MOEBIUS_OK);
-  CHECK_THAT(text, Catch::Contains("moebius_generation_tokens_total"));
+  CHECK_THAT(text, Catch::Contains("moebius_generation_tokens_total{model_name=\"shakespeare-moe\",engine=\"0\"} "));
+  CHECK(engine.metrics_text() == text.c_str());
 
   moebius_memory memory{};
   memory.struct_size = sizeof memory;
@@ -460,7 +461,7 @@ TEST_CASE("the policy of a config, and one set later, decide") {
   CHECK(engine.stats().switches == 0);
   c.set("policy", "threshold").set("policy_variant", "rollout").set_real("policy_threshold", 1).set_real("policy_cooldown_s", 0);
   c.set("policy_window_steps", int64_t{2});
-  REQUIRE(moebius_engine_set_policy(engine.get(), c.get(), nullptr) == MOEBIUS_OK);
+  engine.set_policy(c);
   for (int i = 0; i < 3; ++i) engine.step();
   CHECK(engine.stats().switches == 1);
   std::vector<moebius_event> events;
@@ -482,7 +483,7 @@ TEST_CASE("the policy of a config, and one set later, decide") {
 
 TEST_CASE("the engine's own thread serves two hosts that submit, cancel and poll, and holds a seam under a stall budget") {
   auto engine = small_engine();
-  REQUIRE(moebius_engine_set_stall_budget(engine.get(), 0.001, nullptr) == MOEBIUS_OK);
+  engine.set_stall_budget(0.001);
   CHECK(moebius_engine_set_stall_budget(engine.get(), -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
   REQUIRE(moebius_engine_start(engine.get(), nullptr) == MOEBIUS_OK);
   CHECK(moebius_engine_start(engine.get(), nullptr) == MOEBIUS_E_INVALID_STATE);
