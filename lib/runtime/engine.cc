@@ -533,8 +533,10 @@ void Engine::Impl::accept_tokens() {
 void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
   Request& request = *s.request;
   if (result.failed) {
-    metrics_.on_corrupted();
-    finish(s, FinishReason::kError, "the logits are not numbers (NaN): a sum overflowed or the weights hold NaN");
+    if (!result.no_choice) metrics_.on_corrupted();
+    finish(s, FinishReason::kError,
+           result.no_choice ? "allowed_token_ids are all end or stop tokens, which min_tokens keeps away"
+                            : "the logits are not numbers (NaN): a sum overflowed or the weights hold NaN");
     forget_if_done(request);
     return;
   }

@@ -195,7 +195,7 @@ SampleResult sample(const float* logits, int64_t vocab, const SamplingParams& p,
   const float* x = adjust(logits, vocab, p, state, scratch, eos);
   const int64_t best = x == logits ? raw_best : ops.arg_max(x, vocab);
   if (best < 0 || x[best] == kNever) {
-    out.failed = true;
+    out.failed = out.no_choice = true;
     return out;
   }
   if (p.greedy()) out.token = static_cast<int32_t>(best);

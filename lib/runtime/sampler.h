@@ -52,7 +52,8 @@ struct SamplerScratch {
 };
 
 struct SampleResult {
-  bool failed = false;  // no finite logit
+  bool failed = false;     // nothing was chosen: the logits are no numbers, or
+  bool no_choice = false;  // allowed_token_ids and min_tokens leave no token
   int32_t token = -1;
   float logprob = 0;
   int32_t num_top = 0;

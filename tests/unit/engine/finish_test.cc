@@ -88,6 +88,19 @@ TEST_CASE("min_tokens keeps stop tokens away until so many are generated, then t
   CHECK(stopped.tokens == known.head(known.at + 1));
 }
 
+TEST_CASE("a request that may choose nothing ends with an error that says so, and is not counted as corrupted") {
+  Engine engine(kQwen, small_config(1, 1, Layout::kTp));
+  RequestSpec spec = greedy_request("a", prompt_of(1, 5), 8);
+  spec.sampling.allowed_token_ids = spec.sampling.stop_token_ids = {9};
+  spec.sampling.min_tokens = 2;
+  engine.submit(spec);
+  const std::vector<Event> events = step_and_poll(engine);
+  REQUIRE(!events.empty());
+  CHECK(events.back().finish_reason == FinishReason::kError);
+  CHECK_THAT(events.back().reason, Catch::Contains("min_tokens"));
+  CHECK_THAT(engine.metrics_text(), Catch::Contains("corrupted_requests_total{model_name=\"tiny-qwen3-moe\",engine=\"0\"} 0\n"));
+}
+
 TEST_CASE("a deadline ends a request that waits, that is in prefill, that decodes") {
   using namespace std::chrono_literals;
   EngineConfig config = small_config(1, 1, Layout::kTp);
@@ -172,6 +185,10 @@ TEST_CASE("weights that are no numbers end the same requests with an error every
     if (model == &embedding) CHECK(expected.outputs.at("r4").reason == FinishReason::kError);
     CHECK(errors > 0);
     CHECK(errors < 12);
+    Engine engine(model->path(), small_config(2, 1, Layout::kEp));
+    Runner(engine).run(script);
+    CHECK_THAT(engine.metrics_text(), Catch::Contains(fmt::format("corrupted_requests_total{{model_name=\"{}\",engine=\"0\"}} {}\n",
+                                                                  std::filesystem::path(model->path()).filename().string(), errors)));
     for (int ranks : {1, 2, 4})
       for (Layout layout : {Layout::kTp, Layout::kEp})
         for (int seam : {-2, 2}) {  // −2: left where it is
