@@ -9,10 +9,6 @@
 namespace moebius {
 namespace {
 
-// Bytes that one rank copies between two looks at the clock: some 100–200 µs at the rates of one core, so a stall budget is
-// overrun by no more than that. Fewer would spend the time on starting regions (a few µs each).
-constexpr int64_t kPieceBytes = 1 << 20;
-
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
 
 }  // namespace
@@ -247,7 +243,19 @@ int64_t Switcher::num_pieces() const {
   int64_t most = 0;
   for (const std::vector<int64_t>& ends : ends_[static_cast<int>(direction())][next_item()])
     if (!ends.empty()) most = std::max(most, ends.back());
-  return div_up(most, kPieceBytes);
+  return div_up(most, parts_.piece_bytes);
+}
+
+// Blocks whose KV of the next item has not been copied ahead: `most` of them at most, or of the full ones.
+void Switcher::list_blocks(int64_t most, bool only_full) {
+  const int item = next_item();
+  const bool to_ep = direction() == Layout::kEp;
+  list_.clear();
+  for (int32_t b : parts_.kv.live_blocks()) {
+    if (static_cast<int64_t>(list_.size()) >= most) break;
+    const Block& block = parts_.kv.block(b);
+    if (block.copied_item != item && (block.full || !only_full) && (to_ep || parts_.kv.leads_tp_page(b))) list_.push_back(b);
+  }
 }
 
 // Copies one piece of the next item while its layer still runs in the old layout. False: nothing is left to copy ahead.
@@ -259,16 +267,15 @@ bool Switcher::copy_ahead() {
     ++pieces_done_;
     return true;
   }
-  const Layout to = direction();
-  const int64_t per_block = std::max<int64_t>(1, parts_.arena.kv_page_bytes(0, Layout::kEp));
-  const size_t most = static_cast<size_t>(std::max<int64_t>(1, kPieceBytes * parts_.world.ranks() / per_block));
-  list_.clear();
-  for (int32_t b : parts_.kv.live_blocks()) {
-    if (list_.size() == most) break;
-    const Block& block = parts_.kv.block(b);
-    if (block.full && block.copied_item != next_item() && (to == Layout::kEp || parts_.kv.leads_tp_page(b))) list_.push_back(b);
+  if (backlog_ < 0) {
+    list_blocks(INT64_MAX, true);
+    backlog_ = static_cast<int64_t>(list_.size());
   }
+  const int64_t per_block = std::max<int64_t>(1, parts_.arena.kv_page_bytes(0, Layout::kEp));
+  const int64_t most = std::max<int64_t>(1, parts_.piece_bytes * parts_.world.ranks() / per_block);
+  list_blocks(std::min(most, backlog_), true);
   if (list_.empty()) return false;
+  backlog_ -= static_cast<int64_t>(list_.size());
   const int item = next_item();
   run_copies({}, pieces);
   for (int32_t b : list_) parts_.kv.set_copied_item(b, item);
@@ -278,14 +285,12 @@ bool Switcher::copy_ahead() {
 // Copies what is left of the next item, fences, and moves the seam over it.
 void Switcher::finish_item() {
   const Layout to = direction();
-  const int item = next_item();
   const int64_t pieces = num_pieces();
-  list_.clear();
-  for (int32_t b : parts_.kv.live_blocks())
-    if (parts_.kv.block(b).copied_item != item && (to == Layout::kEp || parts_.kv.leads_tp_page(b))) list_.push_back(b);
+  list_blocks(INT64_MAX, false);
   run_copies({pieces_done_, pieces}, pieces);
   seam_ += to == Layout::kTp ? 1 : -1;
   pieces_done_ = 0;
+  backlog_ = -1;
   Event event;
   event.type = EventType::kSeam;
   event.from = from_;
@@ -297,6 +302,7 @@ void Switcher::finish_item() {
 
 void Switcher::forget_ahead() {
   pieces_done_ = 0;
+  backlog_ = -1;
   parts_.kv.forget_copied();
 }
 
@@ -309,20 +315,22 @@ PagePair Switcher::pair_of(int32_t b) const {
 
 void Switcher::run_copies(Range pieces, int64_t num_pieces) {
   const auto start = Clock::now();
-  const Layout to = direction();
-  const int item = next_item();
+  const CopyPoint region{next_item(), direction(), undoing_};
   copied_.assign(copied_.size(), {});
   parts_.world.run([=, this](int rank, int thread) {
-    if (thread == 0 && hook) hook(item, rank, to, undoing_);
-    parts_.world.check_abort();  // a rank that slept writes nothing into a world that has gone back
+    CopyPoint point = region;
+    point.rank = rank;
+    point.thread = thread;
+    reach(point, CopyPoint::kBefore);
     Copied done;
     const auto begin = Clock::now();
-    if (!pieces.empty()) copy_weights(item, to, rank, thread, pieces, num_pieces, done.weights);
+    if (!pieces.empty()) copy_weights(point, pieces, num_pieces, done.weights);
     stream_fence();
     done.weights.seconds = seconds_since(begin);
-    copy_blocks(item, to, rank, thread, done.kv);
+    copy_blocks(point, done.kv);
     stream_fence();  // orders the copies before the region's end
     done.kv.seconds = seconds_since(begin) - done.weights.seconds;
+    reach(point, CopyPoint::kAfter);
     copied_[rank * parts_.world.threads() + thread] = done;
   });
   int64_t bytes = 0, changed = 0;
@@ -346,37 +354,44 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
   if (bytes > (4 << 20)) copy_rate_ = 0.5 * copy_rate_ + 0.5 * static_cast<double>(bytes) / seconds;
 }
 
+// A rank that slept, or that others have given up, writes nothing more.
+void Switcher::reach(CopyPoint point, CopyPoint::When when) const {
+  point.when = when;
+  if (hook) hook(point);
+  parts_.world.check_abort();
+}
+
 // This thread's share of weight pieces [pieces.begin, pieces.end) of num_pieces: a range of the rank's bytes of the item.
-void Switcher::copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Part& done) const {
-  const std::vector<BlockCopy>& copies = plan_to(to).items[item].to[rank];
+void Switcher::copy_weights(const CopyPoint& point, Range pieces, int64_t num_pieces, Part& done) const {
+  const std::vector<BlockCopy>& copies = plan_to(point.to).items[point.item].to[point.rank];
   if (copies.empty()) return;
-  const std::vector<int64_t>& ends = ends_[static_cast<int>(to)][item][rank];
+  const std::vector<int64_t>& ends = ends_[static_cast<int>(point.to)][point.item][point.rank];
   const int64_t begin = share_of(ends.back(), pieces.begin, num_pieces, 64).begin;
   const int64_t end = share_of(ends.back(), pieces.end - 1, num_pieces, 64).end;
-  const Range share = share_of(end - begin, thread, parts_.world.threads(), 64);
+  const Range share = share_of(end - begin, point.thread, parts_.world.threads(), 64);
   int64_t at = begin + share.begin;
   size_t i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
   for (; at < begin + share.end; ++i) {
     const BlockCopy& c = copies[i];
     const int64_t into = at - (ends[i] - c.bytes);
     const int64_t bytes = std::min(c.bytes - into, begin + share.end - at);
-    parts_.world.check_abort();
-    stream_copy(parts_.arenas[rank] + c.dst_offset + into, parts_.arenas[c.src_rank] + c.src_offset + into, bytes);
+    reach(point, CopyPoint::kBetween);
+    stream_copy(parts_.arenas[point.rank] + c.dst_offset + into, parts_.arenas[c.src_rank] + c.src_offset + into, bytes);
     at += bytes;
   }
   done.bytes += share.size();
   done.bytes_changed += share.size();
 }
 
-void Switcher::copy_blocks(int item, Layout to, int rank, int thread, Part& done) const {
-  for (size_t i = static_cast<size_t>(thread); i < list_.size(); i += static_cast<size_t>(parts_.world.threads())) {
-    if ((i & 63) == 0) parts_.world.check_abort();
-    for_each_kv_block(parts_.arena, to, item, rank, pair_of(list_[i]), [&](const BlockCopy& c, bool local) {
-      stream_copy(parts_.arenas[rank] + c.dst_offset, parts_.arenas[c.src_rank] + c.src_offset, c.bytes);
+void Switcher::copy_blocks(const CopyPoint& point, Part& done) const {
+  const auto threads = static_cast<size_t>(parts_.world.threads());
+  for (size_t i = static_cast<size_t>(point.thread); i < list_.size(); i += threads)
+    for_each_kv_block(parts_.arena, point.to, point.item, point.rank, pair_of(list_[i]), [&](const BlockCopy& c, bool local) {
+      reach(point, CopyPoint::kBetween);
+      stream_copy(parts_.arenas[point.rank] + c.dst_offset, parts_.arenas[c.src_rank] + c.src_offset, c.bytes);
       done.bytes += c.bytes;
       if (!local) done.bytes_changed += c.bytes;
     });
-  }
 }
 
 std::pair<int64_t, int64_t> Switcher::bytes_to(Layout to) const {

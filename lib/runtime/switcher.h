@@ -14,6 +14,8 @@
 //      needs no undoing, and earlier ones are undone by moving the seam back.
 //   3. Copied ahead are: a prefix of the item's weights, and full blocks (their KV never changes). What counts belongs to the
 //      block, is set only after the copying region has ended well, and is forgotten by a turn, a fault or an arrival.
+//   4. An item ends after a bounded number of steps: as many pieces as its weights have, then as many full blocks as there
+//      were when these were done, then the fence. Blocks that fill meanwhile are left to the fence, never waited for.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +23,7 @@
 #include <string>
 #include <vector>
 
+#include "lib/base/error.h"
 #include "lib/comm/world.h"
 #include "lib/kv/kv_manager.h"
 #include "lib/layout/arena.h"
@@ -31,8 +34,18 @@
 
 namespace moebius {
 
-// For tests: called by thread 0 of each rank before it copies for an item; may throw (a fault) or sleep (a slow rank).
-using CopyHook = std::function<void(int item, int rank, Layout to, bool undoing)>;
+// Where a thread is in a region that copies for an item.
+struct CopyPoint {
+  enum When { kBefore, kBetween, kAfter };  // all of its copies; two of them
+  int item = 0;
+  Layout to = Layout::kTp;
+  bool undoing = false;
+  int rank = 0, thread = 0;
+  When when = kBefore;
+  bool starts_rank() const { return when == kBefore && thread == 0; }
+};
+// For tests: called by every thread at every such point; may throw (a fault) or sleep (a slow rank).
+using CopyHook = std::function<void(const CopyPoint&)>;
 
 class Switcher {
  public:
@@ -46,6 +59,9 @@ class Switcher {
     Scheduler& scheduler;
     std::function<void(Event&&)> emit;
     std::function<void(Sequence&)> on_preempt;
+    // Bytes that one rank copies between two looks at the clock: some 100–200 µs at the rates of one core, so a stall budget
+    // is overrun by no more than that. Fewer would spend the time on starting regions (a few µs each).
+    int64_t piece_bytes = 1 << 20;
   };
   Switcher(Parts parts, Layout start);
 
@@ -76,6 +92,10 @@ class Switcher {
   const Part& kv_part() const { return kv_part_; }
 
   CopyHook hook;
+  void set_piece_bytes(int64_t bytes) {  // for tests, while nothing moves
+    MOEBIUS_ASSERT(!moving() && bytes > 0);
+    parts_.piece_bytes = bytes;
+  }
 
  private:
   Layout direction() const { return target_ > seam_ ? Layout::kTp : Layout::kEp; }
@@ -96,9 +116,11 @@ class Switcher {
   void forget_ahead();
   int64_t num_pieces() const;
   PagePair pair_of(int32_t block) const;
+  void list_blocks(int64_t most, bool only_full);
   void run_copies(Range pieces, int64_t num_pieces);
-  void copy_weights(int item, Layout to, int rank, int thread, Range pieces, int64_t num_pieces, Part& done) const;
-  void copy_blocks(int item, Layout to, int rank, int thread, Part& done) const;
+  void reach(CopyPoint point, CopyPoint::When when) const;
+  void copy_weights(const CopyPoint& point, Range pieces, int64_t num_pieces, Part& done) const;
+  void copy_blocks(const CopyPoint& point, Part& done) const;
 
   Parts parts_;
   int num_layers_;
@@ -106,6 +128,7 @@ class Switcher {
   bool undoing_ = false;
   std::string fault_;
   int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
+  int64_t backlog_ = -1;                                // full blocks still to be copied ahead; −1: not counted yet
   std::vector<int32_t> list_;                           // blocks that the next region copies
   std::vector<PagePair> pairs_;                         // for verify_tables
   std::vector<Copied> copied_;                          // [ranks · threads] what the last region copied

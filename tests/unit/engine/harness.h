@@ -84,6 +84,13 @@ inline std::vector<int32_t> prompt_of(uint32_t seed, int length, int vocab = 512
   return ids;
 }
 
+inline Script busy_script() {
+  Script s;
+  for (int i = 0; i < 6; ++i)
+    s.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(20 + i, 3 + 13 * i), 8 + i, true), i % 3});
+  return s;
+}
+
 class Runner {
  public:
   explicit Runner(Engine& engine) : engine_(engine) {}
@@ -96,7 +103,7 @@ class Runner {
     for (const ScriptedRequest& r : script.requests) expected += static_cast<size_t>(r.spec.sampling.n);
     std::vector<Event> events(256);
     const int32_t layers = engine_.model().num_layers;
-    for (int64_t step = 0; finished < expected || step <= last_due(script); ++step) {
+    for (int64_t step = 0; finished < expected || step <= last_due(script) || engine_.stats().switching; ++step) {
       if (step > max_steps) FAIL("no end after " << max_steps << " steps, " << finished << " of " << expected << " finished");
       for (const ScriptedSwitch& s : script.switches)
         if (s.step == step) engine_.hold_seam(s.seam < 0 ? layers : s.seam);
@@ -139,8 +146,13 @@ class Runner {
   Engine& engine_;
 };
 
-inline Outcome run_script(const std::string& model, const EngineConfig& config, const Script& script) {
+// Below the smallest item of every test model, so that copying ahead takes several pieces on every rank.
+inline constexpr int64_t kSmallPieces = 4096;
+
+// piece_bytes: 0 for the default.
+inline Outcome run_script(const std::string& model, const EngineConfig& config, const Script& script, int64_t piece_bytes = 0) {
   Engine engine(model, config);
+  if (piece_bytes > 0) engine.impl().switcher().set_piece_bytes(piece_bytes);
   return Runner(engine).run(script);
 }
 

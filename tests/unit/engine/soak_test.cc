@@ -75,8 +75,8 @@ TEST_CASE("random scripts of arrivals, cancels, preemptions, switches and faults
     config.kv_tokens = random.one_of({4096, 256 * config.ranks});
     Engine engine(model, config);
     int fault_at = random.below(3) == 0 ? random.below(12) : -1;
-    engine.impl().switcher().hook = [&](int, int rank, Layout, bool undoing) {
-      if (rank == 0 && !undoing && fault_at-- == 0) throw Error(Code::kIo, "injected");
+    engine.impl().switcher().hook = [&](const CopyPoint& p) {
+      if (p.starts_rank() && p.rank == 0 && !p.undoing && fault_at-- == 0) throw Error(Code::kIo, "injected");
     };
     const Outcome got = Runner(engine).run(script, 20000);
 

@@ -6,13 +6,6 @@
 namespace moebius::test {
 namespace {
 
-Script busy_script() {
-  Script s;
-  for (int i = 0; i < 6; ++i)
-    s.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(20 + i, 3 + 13 * i), 8 + i, true), i % 3});
-  return s;
-}
-
 // Every byte of every slice a rank owns in `layout`.
 std::vector<std::byte> weight_bytes(Engine& engine, Layout layout) {
   const ModelStore& store = engine.impl().store();
@@ -58,13 +51,13 @@ TEST_CASE("a switch at every step, in both directions, at once and incremental, 
     Script script = busy_script();
     const Outcome expected = run_script(model, small_config(1, 1, Layout::kTp), script);
     for (Layout start : {Layout::kTp, Layout::kEp})
-      for (double budget : {0.0, 1e-6, 0.05})
+      for (auto [budget, pieces] : {std::pair{0.0, int64_t{0}}, {1e-6, 0}, {1e-6, 16 * kSmallPieces}, {0.05, kSmallPieces}})
         for (int64_t step = 0; step < 16; ++step) {
           script.switches = {{step, start == Layout::kTp ? 0 : -1}};
           EngineConfig config = small_config(2, 1, start);
           config.stall_budget_ms = budget;
-          INFO(model << " from " << name_of(start) << " at step " << step << " budget " << budget);
-          const Outcome got = run_script(model, config, script);
+          INFO(model << " from " << name_of(start) << " at step " << step << " budget " << budget << " pieces " << pieces);
+          const Outcome got = run_script(model, config, script, pieces);
           CHECK(difference(expected, got) == "");
           CHECK(got.count(EventType::kSwitchStarted) == 1);
         }
@@ -76,11 +69,11 @@ TEST_CASE("switching back and forth without pause, on any number of ranks, chang
   const Outcome expected = run_script(kMixtral, small_config(1, 1, Layout::kTp), script);
   for (int64_t step = 0; step < 18; ++step) script.switches.push_back({step, step % 2 == 0 ? 0 : -1});
   for (int ranks : {2, 3, 4, 8})
-    for (double budget : {0.0, 1e-6}) {
+    for (auto [budget, pieces] : {std::pair{0.0, int64_t{0}}, {1e-6, 0}, {1e-6, kSmallPieces}}) {
       EngineConfig config = small_config(ranks, 1, Layout::kTp);
       config.stall_budget_ms = budget;
-      INFO("ranks " << ranks << " budget " << budget);
-      CHECK(difference(expected, run_script(kMixtral, config, script)) == "");
+      INFO("ranks " << ranks << " budget " << budget << " pieces " << pieces);
+      CHECK(difference(expected, run_script(kMixtral, config, script, pieces)) == "");
     }
 }
 
@@ -88,14 +81,15 @@ TEST_CASE("a turn-round after copying ahead changes no bit") {
   // With the smallest budget each step copies one piece: turns fall between copying ahead and the fence.
   Script script = busy_script();
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
-  for (int64_t first = 0; first < 4; ++first)
-    for (int64_t turn = 1; turn < 6; ++turn) {
-      script.switches = {{first, 0}, {first + turn, -1}, {first + turn + 2, 0}, {first + turn + 5, -1}};
-      EngineConfig config = small_config(2, 2, Layout::kTp);
-      config.stall_budget_ms = 1e-6;
-      INFO("first " << first << " turn " << turn);
-      CHECK(difference(expected, run_script(kQwen, config, script)) == "");
-    }
+  for (int64_t pieces : {int64_t{0}, kSmallPieces, 16 * kSmallPieces})
+    for (int64_t first = 0; first < 4; ++first)
+      for (int64_t turn = 1; turn < 6; ++turn) {
+        script.switches = {{first, 0}, {first + turn, -1}, {first + turn + 2, 0}, {first + turn + 5, -1}};
+        EngineConfig config = small_config(2, 2, Layout::kTp);
+        config.stall_budget_ms = 1e-6;
+        INFO("pieces " << pieces << " first " << first << " turn " << turn);
+        CHECK(difference(expected, run_script(kQwen, config, script, pieces)) == "");
+      }
 }
 
 TEST_CASE("weights and KV are the same bytes after a round trip") {
@@ -126,19 +120,20 @@ TEST_CASE("a fault at any item, rank and direction is rolled back and no token c
   for (Layout start : {Layout::kTp, Layout::kEp})
     for (int bad_item = 0; bad_item < 4; ++bad_item)
       for (int bad_rank = 0; bad_rank < 3; ++bad_rank)
-        for (double budget : {0.0, 1e-6}) {
+        for (auto [budget, pieces] : {std::pair{0.0, int64_t{1} << 20}, {1e-6, 1 << 20}, {1e-6, 16 * kSmallPieces}}) {
           EngineConfig config = small_config(3, 1, start);
           config.stall_budget_ms = budget;
           Engine engine(kQwen, config);
+          engine.impl().switcher().set_piece_bytes(pieces);
           int faults = 0;
-          engine.impl().switcher().hook = [&](int item, int rank, Layout, bool undoing) {
-            if (item == bad_item && rank == bad_rank && !undoing && faults == 0) {
+          engine.impl().switcher().hook = [&](const CopyPoint& p) {
+            if (p.starts_rank() && p.item == bad_item && p.rank == bad_rank && !p.undoing && faults == 0) {
               ++faults;
               throw Error(Code::kIo, "injected");
             }
           };
           script.switches = {{4, start == Layout::kTp ? 0 : -1}};
-          INFO("from " << name_of(start) << " item " << bad_item << " rank " << bad_rank << " budget " << budget);
+          INFO("from " << name_of(start) << " item " << bad_item << " rank " << bad_rank << " budget " << budget << " pieces " << pieces);
           const Outcome got = Runner(engine).run(script);
           CHECK(faults == 1);
           CHECK(got.count(EventType::kRolledBack) == 1);
@@ -153,8 +148,8 @@ TEST_CASE("a switch after a rolled-back one succeeds") {
   EngineConfig config = small_config(2, 1, Layout::kTp);
   Engine engine(kQwen, config);
   bool armed = true;
-  engine.impl().switcher().hook = [&](int item, int rank, Layout, bool) {
-    if (item == 1 && rank == 1 && std::exchange(armed, false)) throw Error(Code::kIo, "injected");
+  engine.impl().switcher().hook = [&](const CopyPoint& p) {
+    if (p.starts_rank() && p.item == 1 && p.rank == 1 && std::exchange(armed, false)) throw Error(Code::kIo, "injected");
   };
   script.switches = {{3, 0}, {5, 0}, {9, -1}};
   const Outcome got = Runner(engine).run(script);
@@ -170,9 +165,9 @@ TEST_CASE("a rank that is only slow is waited for, and wakes into a world that h
   config.wait_deadline_ms = 300;
   Engine engine(kQwen, config);
   std::atomic<bool> slow{true};
-  engine.impl().switcher().hook = [&](int item, int rank, Layout, bool) {
+  engine.impl().switcher().hook = [&](const CopyPoint& p) {
     // Past the fence's deadline, within the one for acknowledging.
-    if (item == 2 && rank == 1 && slow.exchange(false)) std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    if (p.starts_rank() && p.item == 2 && p.rank == 1 && slow.exchange(false)) std::this_thread::sleep_for(std::chrono::milliseconds(400));
   };
   script.switches = {{4, 0}};
   const Outcome got = Runner(engine).run(script);
@@ -185,8 +180,8 @@ TEST_CASE("a rank that never answers ends every request with a status, and later
   config.wait_deadline_ms = 100;
   Engine engine(kQwen, config);
   static std::atomic<bool> release{false};  // outlives the detached thread's last look at it
-  engine.impl().switcher().hook = [](int, int rank, Layout, bool) {
-    if (rank == 1)
+  engine.impl().switcher().hook = [](const CopyPoint& p) {
+    if (p.starts_rank() && p.rank == 1)
       while (!release) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   };
   const uint64_t a = engine.submit(greedy_request("a", prompt_of(1, 9), 20));
@@ -206,8 +201,8 @@ TEST_CASE("a rank that never answers ends every request with a status, and later
 
 TEST_CASE("when the way back fails too, every request gets its final status") {
   Engine engine(kQwen, small_config(2, 1, Layout::kTp));
-  engine.impl().switcher().hook = [&](int item, int rank, Layout to, bool) {
-    if ((item == 1 && rank == 0 && to == Layout::kEp) || to == Layout::kTp) throw Error(Code::kIo, "injected");
+  engine.impl().switcher().hook = [&](const CopyPoint& p) {
+    if ((p.item == 1 && p.rank == 0 && p.to == Layout::kEp) || p.to == Layout::kTp) throw Error(Code::kIo, "injected");
   };
   engine.submit(greedy_request("a", prompt_of(1, 9), 20));
   engine.submit(greedy_request("b", prompt_of(2, 9), 20));

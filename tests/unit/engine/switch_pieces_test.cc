@@ -1,0 +1,89 @@
+// Incremental switches: copying ahead in pieces, a little in every step, never starved and never all at once.
+#include "tests/unit/engine/harness.h"
+
+namespace moebius::test {
+namespace {
+
+constexpr double kTinyBudget = 1e-6;  // ms: spent by the first piece
+
+// Pieces that the weights of an item take on the rank that copies most, the largest over items.
+int64_t weight_pieces(Engine& engine, Layout to, int64_t piece_bytes) {
+  const ModelStore& store = engine.impl().store();
+  int64_t most = 0;
+  for (const ItemTransfer& item : (to == Layout::kTp ? store.to_tp() : store.to_ep()).items)
+    for (const std::vector<BlockCopy>& copies : item.to) {
+      int64_t bytes = 0;
+      for (const BlockCopy& c : copies) bytes += c.bytes;
+      most = std::max(most, div_up(bytes, piece_bytes));
+    }
+  return most;
+}
+
+}  // namespace
+
+TEST_CASE("64 decoding requests do not starve a switch of the smallest budget") {
+  // In nearly every step some request fills a block, more than a piece takes.
+  for (Layout start : {Layout::kTp, Layout::kEp})
+    for (int64_t piece_bytes : {8 * kSmallPieces, int64_t{1} << 20}) {
+      EngineConfig config = small_config(2, 1, start);
+      config.kv_tokens = 64 * 512;
+      config.chunk_tokens = 4096;
+      config.stall_budget_ms = kTinyBudget;
+      Engine engine(kQwen, config);
+      engine.impl().switcher().set_piece_bytes(piece_bytes);
+      for (int i = 0; i < 64; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 17 + i), 400));
+      for (int i = 0; i < 4; ++i) engine.step();
+      REQUIRE(engine.stats().running == 64);
+      const Layout to = other(start);
+      const int64_t layers = engine.model().num_layers;
+      // Blocks of an item: all that the requests will ever have.
+      const int64_t blocks_a_piece = std::max<int64_t>(1, piece_bytes * 2 / engine.impl().store().arena().kv_page_bytes(0, Layout::kEp));
+      const int64_t blocks = 64 * (400 + 81) / config.page_tokens;
+      const int64_t bound = layers * (weight_pieces(engine, to, piece_bytes) + div_up(blocks, blocks_a_piece) + 2);
+      engine.request_switch(to);
+      int64_t steps = 0;
+      do engine.step();
+      while (++steps < bound && engine.stats().switching && engine.stats().running == 64);
+      INFO("from " << name_of(start) << " pieces of " << piece_bytes << ": " << steps << " steps, bound " << bound);
+      CHECK(engine.stats().running == 64);
+      CHECK_FALSE(engine.stats().switching);
+      CHECK(engine.stats().seam == (to == Layout::kTp ? layers : 0));
+    }
+}
+
+TEST_CASE("with a tiny budget a switch spreads over steps, and every step copies something") {
+  for (Layout start : {Layout::kTp, Layout::kEp})
+    for (int ranks : {2, 4})
+      for (int threads : {1, 2}) {
+        EngineConfig config = small_config(ranks, threads, start);
+        config.stall_budget_ms = kTinyBudget;
+        Engine engine(kQwen, config);
+        constexpr int64_t kPiece = 8 * kSmallPieces;
+        engine.impl().switcher().set_piece_bytes(kPiece);
+        std::atomic<int> regions{0};
+        engine.impl().switcher().hook = [&](const CopyPoint& p) { regions += p.starts_rank() && p.rank == 0; };
+        for (int i = 0; i < 6; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 20 + 9 * i), 900));
+        for (int i = 0; i < 3; ++i) engine.step();
+        const Layout to = other(start);
+        const int64_t pieces = weight_pieces(engine, to, kPiece);
+        REQUIRE(pieces > 4);
+        INFO("from " << name_of(start) << " ranks " << ranks << " threads " << threads << " pieces " << pieces);
+        engine.request_switch(to);
+        int steps = 0;
+        do {
+          regions = 0;
+          engine.step();
+          ++steps;
+          CHECK(regions == 1);  // one piece, or one fence
+        } while (engine.stats().switching && steps < 2000);
+        CHECK(engine.stats().switches == 1);
+        std::vector<Event> events(4096);
+        std::vector<uint64_t> seams;
+        for (size_t n = engine.poll(events, 0), i = 0; i < n; ++i)
+          if (events[i].type == EventType::kSeam) seams.push_back(events[i].step);
+        REQUIRE(seams.size() == 4);
+        for (size_t i = 1; i < seams.size(); ++i) CHECK(static_cast<int64_t>(seams[i] - seams[i - 1]) > pieces);
+      }
+}
+
+}  // namespace moebius::test
