@@ -99,14 +99,15 @@ bool Switcher::fits(int target, std::string* reason) const {
 bool Switcher::begin(int target, bool preempt_to_fit) {
   MOEBIUS_ASSERT(target >= 0 && target <= num_layers_);
   Event event;
-  event.from = from_ = seam_ == 0 ? Layout::kEp : Layout::kTp;
   event.to = target > seam_ || (target == seam_ && seam_ == num_layers_) ? Layout::kTp : Layout::kEp;
+  event.from = target == seam_ ? event.to : other(event.to);
   event.seam = seam_;
   if (moving()) {  // a turn: what was copied ahead of the seam lies where the other direction will write
     const Layout before = direction();
     target_ = target;
     if (!moving() || direction() != before) forget_ahead();
-    origin_ = seam_;
+    from_ = event.from;
+    to_ = event.to;
     event.type = EventType::kSwitchStarted;
     event.reason = "turned";
     parts_.emit(std::move(event));
@@ -132,6 +133,8 @@ bool Switcher::begin(int target, bool preempt_to_fit) {
   weights_part_ = kv_part_ = {};
   origin_ = seam_;
   target_ = target;
+  from_ = event.from;
+  to_ = event.to;
   if (moving() && parts_.kv.phase() != Phase::kBoth) {
     std::vector<int32_t> homes;
     if (seam_ == num_layers_) choose_homes(&reason, homes);
@@ -187,7 +190,7 @@ void Switcher::arrive() {
   Event event;
   event.type = undoing_ ? EventType::kRolledBack : EventType::kSwitchFinished;
   event.from = from_;
-  event.to = seam_ == 0 ? Layout::kEp : seam_ == num_layers_ ? Layout::kTp : other(from_);
+  event.to = to_;
   event.seam = seam_;
   event.bytes = bytes_;
   event.bytes_changed = bytes_changed_;
@@ -203,22 +206,29 @@ void Switcher::arrive() {
 
 void Switcher::advance(double budget_ms) {
   if (!moving()) return;
+  // Once the old tables are gone there is nothing to go back to.
+  const auto can_go_back = [&] { return !parts_.world.dead() && parts_.kv.phase() == Phase::kBoth; };
   try {
     move_towards(budget_ms);
-  } catch (const Error& e) {
-    if (parts_.world.dead()) throw;
+  } catch (const std::exception& e) {
+    if (!can_go_back()) throw;
     roll_back(e.what());
+  } catch (...) {
+    if (!can_go_back()) throw;
+    roll_back("an exception of unknown type");
   }
 }
 
 // Everyone has stopped (World::run says so): the item under way was not needed by anybody yet, the earlier ones go back.
-void Switcher::roll_back(const std::string& why) {
-  fault_ = why;
+void Switcher::roll_back(std::string why) {
+  fault_ = std::move(why);
   undoing_ = true;
   target_ = origin_;
+  to_ = moving() ? direction() : other(to_);
+  from_ = other(to_);
   forget_ahead();
-  move_towards(0);
-  if (!moving() && undoing_) arrive();
+  if (moving()) move_towards(0);
+  else arrive();
 }
 
 void Switcher::move_towards(double budget_ms) {

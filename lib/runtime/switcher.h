@@ -6,7 +6,7 @@
 //
 //            begin(target)                 arrival at 0 or N
 //   pure ──────────────────▶ both tables ────────────────────▶ pure          hold: the seam rests inside, both tables alive
-//            refused: nothing changed        a fault: back to where the move began
+//            refused: nothing changed        a fault: back to where the move began, turns on the way included
 //
 // Invariants:
 //   1. Between calls the seam's layers are intact in their layouts, and every live block has a page in each living table.
@@ -73,8 +73,8 @@ class Switcher {
   // Aims the seam at `target` (0 = EP, N = TP, between: hold). Under way already: turns where it stands. False: refused, an
   // event says why, nothing was changed.
   bool begin(int target, bool preempt_to_fit);
-  // Moves towards the target: all the way when budget_ms is 0, else for about so long and by at least one piece. A fault
-  // rolls back; throws only when the world is dead or the way back failed too.
+  // Moves towards the target: all the way when budget_ms is 0, else for about so long and by at least one piece. Whatever is
+  // thrown meanwhile rolls back; this throws only when the world is dead or the way back failed too.
   void advance(double budget_ms);
 
   // Whether a switch would fit now; the reason with its numbers when not.
@@ -110,7 +110,7 @@ class Switcher {
   void verify_tables();
   void arrive();
   void move_towards(double budget_ms);
-  void roll_back(const std::string& why);
+  void roll_back(std::string why);
   bool copy_ahead();
   void finish_item();
   void forget_ahead();
@@ -124,7 +124,8 @@ class Switcher {
 
   Parts parts_;
   int num_layers_;
-  int seam_, target_, origin_;
+  int seam_, target_;
+  int origin_;                                          // where the move under way began: an end, or a seam that was held
   bool undoing_ = false;
   std::string fault_;
   int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
@@ -139,7 +140,7 @@ class Switcher {
   double seconds_ = 0, plan_seconds_ = 0;
   Part weights_part_, kv_part_;
   double copy_rate_ = 5e9;                              // until measured
-  Layout from_ = Layout::kTp;
+  Layout from_ = Layout::kTp, to_ = Layout::kTp;        // which way the seam moves, or moved last; equal: it had arrived before
   mutable std::vector<uint64_t> homes_of_block_;        // choose_homes: the homes that a shared block is on so far
 };
 

@@ -51,7 +51,7 @@ TEST_CASE("a switch at every step, in both directions, at once and incremental, 
     Script script = busy_script();
     const Outcome expected = run_script(model, small_config(1, 1, Layout::kTp), script);
     for (Layout start : {Layout::kTp, Layout::kEp})
-      for (auto [budget, pieces] : {std::pair{0.0, int64_t{0}}, {1e-6, 0}, {1e-6, 16 * kSmallPieces}, {0.05, kSmallPieces}})
+      for (auto [budget, pieces] : {std::pair{0.0, int64_t{0}}, {1e-6, 0}, {1e-6, 16 * kSmallPieces}, {0.05, 16 * kSmallPieces}})
         for (int64_t step = 0; step < 16; ++step) {
           script.switches = {{step, start == Layout::kTp ? 0 : -1}};
           EngineConfig config = small_config(2, 1, start);
