@@ -152,8 +152,8 @@ TEST_CASE("a switch that was rolled back is not tried again at every step") {
   EngineConfig config = small_config(2, 1, Layout::kTp);
   config.policy = rollout(2);
   Engine engine(kQwen, config);
-  engine.impl().switcher().hook = [](int item, int rank, Layout, bool undoing) {
-    if (!undoing && item == 1 && rank == 1) fail(Code::kInternal, "a fault");
+  engine.impl().switcher().hook = [](const CopyPoint& p) {
+    if (!p.undoing && p.starts_rank() && p.item == 1 && p.rank == 1) fail(Code::kInternal, "a fault");
   };
   for (int i = 0; i < 3; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 10), 60 + 20 * i));
   for (int i = 0; i < 50; ++i) engine.step();

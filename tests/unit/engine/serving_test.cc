@@ -355,7 +355,7 @@ TEST_CASE("bad requests are refused at submit with the numbers") {
   RequestSpec bad = greedy_request("a", {3}, 4);
   bad.sampling.top_p = 0;
   CHECK_THROWS_WITH(engine.submit(bad), Catch::Contains("top_p"));
-  for (double deadline : {-1.0, 1e30, std::numeric_limits<double>::quiet_NaN()}) {
+  for (double deadline : {-1.0, std::numeric_limits<double>::quiet_NaN()}) {
     bad = greedy_request("a", {3}, 4);
     bad.deadline_ms = deadline;
     CHECK_THROWS_WITH(engine.submit(bad), Catch::Contains("deadline_ms"));
