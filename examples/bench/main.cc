@@ -231,6 +231,7 @@ class Bench {
       int64_t bytes = 0, changed = 0;
       std::vector<double> seconds, memcpy;
     };
+    std::vector<double> plan_seconds;
     std::map<std::string, Part> parts[2];  // [to]
     for (int i = 0; i < 2 * o_.rounds; ++i) {
       const Layout to = flipped(i);
@@ -246,6 +247,7 @@ class Bench {
       record("weights", switcher.weights_part().bytes, switcher.weights_part().bytes_changed, switcher.weights_part().seconds);
       record("kv", switcher.kv_part().bytes, switcher.kv_part().bytes_changed, switcher.kv_part().seconds);
       record("all", all.bytes, all.bytes_changed, all.seconds);
+      plan_seconds.push_back(switcher.plan_seconds());
     }
     for (int to : {0, 1})
       for (const char* name : {"weights", "kv", "all"}) {
@@ -261,6 +263,7 @@ class Bench {
         row["seconds"] = median(p.seconds);
         row["memcpy_seconds"] = median(p.memcpy);
         row["share_of_memcpy"] = median(p.memcpy) / median(p.seconds);
+        row["plan_seconds"] = median(plan_seconds);  // of the whole switch, every request's metadata
         row["lead_bytes"] = e->memory().lead_bytes;
         row["layer_bytes"] = e->memory().layer_bytes;
         print(row);
@@ -335,6 +338,7 @@ class Bench {
                  row["from"].get<std::string>(), row["to"].get<std::string>(), row["part"].get<std::string>(), row["bytes"].get<double>() / 1048576,
                  row["bytes_changed"].get<double>() / 1048576, 1e3 * row["seconds"].get<double>(), 1e3 * row["memcpy_seconds"].get<double>(),
                  100 * row["share_of_memcpy"].get<double>());
+      if (row["part"] == "all") fmt::print("  planning {:.3f} ms", 1e3 * row["plan_seconds"].get<double>());
       end_line(row);
     } else {
       fmt::print("load {}  {:.1f} MiB in {:.3f} s, {:.2f} GB/s", row["shape"].get<std::string>(), row["bytes"].get<double>() / 1048576,

@@ -186,6 +186,7 @@ void Switcher::arrive() {
     }
   }
   forget_ahead();
+  plan_seconds_ += seconds_since(start);
   seconds_ += seconds_since(start);
   Event event;
   event.type = undoing_ ? EventType::kRolledBack : EventType::kSwitchFinished;

@@ -90,6 +90,7 @@ class Switcher {
   };
   const Part& weights_part() const { return weights_part_; }
   const Part& kv_part() const { return kv_part_; }
+  double plan_seconds() const { return plan_seconds_; }  // choosing homes, mapping and checking pages, releasing them
 
   CopyHook hook;
   void set_piece_bytes(int64_t bytes) {  // for tests, while nothing moves
