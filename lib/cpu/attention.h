@@ -25,10 +25,10 @@ struct QueryBlock {
 };
 
 struct BlockScratch {
-  Pair* q;         // gathered rows
-  float* scores;   // [kBlockRows][kAttentionSplit]
-  float* part;     // [kBlockRows][head_dim] output of one split
-  float* total;    // [kBlockRows][head_dim]
+  Pair* q;        // gathered rows
+  float* scores;  // [kBlockRows][kAttentionSplit]
+  float* part;    // [kBlockRows][head_dim] output of one split
+  float* total;   // [kBlockRows][head_dim]
 };
 
 // Where the KV of one sequence's local head lies.
@@ -39,7 +39,10 @@ struct KvWalk {
   const int32_t* pages;
 
   MOEBIUS_INLINE KvWalk(const KvView& kv, int64_t kv_head, const int32_t* page_table)
-      : slice{kv.page_tokens, kv.head_dim}, base(kv.base + kv_head * slice.bytes()), page_bytes(kv.num_kv_heads * slice.bytes()), pages(page_table) {}
+      : slice{kv.page_tokens, kv.head_dim},
+        base(kv.base + kv_head * slice.bytes()),
+        page_bytes(kv.num_kv_heads * slice.bytes()),
+        pages(page_table) {}
   MOEBIUS_INLINE const bf16* page_of(int64_t token) const {
     return reinterpret_cast<const bf16*>(base + pages[token / slice.page_tokens] * page_bytes);
   }
@@ -68,7 +71,8 @@ MOEBIUS_INLINE void fetch_tokens(const KvWalk& kv, int64_t from, int64_t to) {
 
 // part[r] += Σ_t p[t]·V[t] over tokens [from, to) of the split that starts at `begin`, in order, for R rows × C tiles from d0 on.
 template <int R, int C>
-MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const float* p, int64_t d0, float* part, int64_t stride) {
+MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const float* p, int64_t d0, float* part,
+                               int64_t stride) {
   F acc[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -113,7 +117,8 @@ MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from
 }
 
 // Rows of a block together as far as all of them see, then each on its own: the order of tokens is the same either way.
-MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const float* scores, const int64_t* counts, int64_t num, float* part, int64_t stride) {
+MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const float* scores, const int64_t* counts, int64_t num, float* part,
+                                 int64_t stride) {
   for (int64_t r = 0, n; r < num; r += n) {
     n = num - r < Vec::kRowsOut ? num - r : Vec::kRowsOut;
     int64_t least = counts[r];
@@ -146,15 +151,18 @@ MOEBIUS_INLINE void score_tiles(const KvWalk& kv, const RowBlocks& q, int64_t t,
 MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, float value_unscale, const QueryBlock& block,
                                  const BlockScratch& s) {
   const int64_t dim = kv.slice.head_dim, stride = round_up(dim, kTile), longest = block.longest;
-  const RowBlocks q = gather_rows(reinterpret_cast<std::byte*>(s.q), block.num, div_up(dim, 2), [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return block.q[r]; });
+  const RowBlocks q = gather_rows(reinterpret_cast<std::byte*>(s.q), block.num, div_up(dim, 2),
+                                  [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return block.q[r]; });
   float most[kBlockRows], sum[kBlockRows];
 
   for (int64_t begin = 0; begin < longest; begin += kAttentionSplit) {
     const int64_t end = longest < begin + kAttentionSplit ? longest : begin + kAttentionSplit;
     for (int64_t t = begin; t < end; t += 2 * kTile) {  // a tile never crosses a page: page sizes are multiples of it
       fetch_tokens(kv, t + kFetchTokens, t + kFetchTokens + 2 * kTile < longest ? t + kFetchTokens + 2 * kTile : longest);
-      if (t + kTile < end) score_tiles<2>(kv, q, t, softmax_scale, s.scores + (t - begin));
-      else score_tiles<1>(kv, q, t, softmax_scale, s.scores + (t - begin));
+      if (t + kTile < end)
+        score_tiles<2>(kv, q, t, softmax_scale, s.scores + (t - begin));
+      else
+        score_tiles<1>(kv, q, t, softmax_scale, s.scores + (t - begin));
     }
     int64_t counts[kBlockRows];
     float split_most[kBlockRows], split_sum[kBlockRows];
@@ -245,8 +253,7 @@ void attention(const AttentionArgs& args, const Lane& lane) {
     }
     filling ^= 1;
     QueryBlock& before = blocks[filling];
-    if (before.num > 0) attend_block(KvWalk(args.kv, before.kv_head, before.pages), args.softmax_scale, 1.0f / args.value_scale,
-                                     before, s);
+    if (before.num > 0) attend_block(KvWalk(args.kv, before.kv_head, before.pages), args.softmax_scale, 1.0f / args.value_scale, before, s);
     before.num = 0;
   };
   int64_t at = 0;

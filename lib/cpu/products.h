@@ -13,8 +13,8 @@ void linear(const LinearArgs& args, const Lane& lane) {
   for (int p = 0; p < args.num_parts; ++p) total += div_up(args.parts[p].n, kTile);
   const Range mine = share_of(total, lane.thread, lane.num_threads);
   if (mine.empty()) return;
-  const RowBlocks x = gather_rows(lane.scratch, args.rows.size(), div_up(args.k, 2),
-                                  [&](int64_t r) { return args.x + (args.rows.begin + r) * args.ldx; });
+  const RowBlocks x =
+      gather_rows(lane.scratch, args.rows.size(), div_up(args.k, 2), [&](int64_t r) { return args.x + (args.rows.begin + r) * args.ldx; });
   int64_t first = 0;  // tile number of the part's first tile
   for (int p = 0; p < args.num_parts && first < mine.end; ++p) {
     const LinearPart& part = args.parts[p];
@@ -26,8 +26,10 @@ void linear(const LinearArgs& args, const Lane& lane) {
         float* y = part.y + (args.rows.begin + r) * part.ldy + n0;
         for (int i = 0; i < c; ++i) {
           const int64_t left = part.n - n0 - i * kTile;
-          if (left >= kTile) Vec::store(y + i * kTile, acc[i]);
-          else Vec::store_n(y + i * kTile, acc[i], static_cast<int>(left));
+          if (left >= kTile)
+            Vec::store(y + i * kTile, acc[i]);
+          else
+            Vec::store_n(y + i * kTile, acc[i], static_cast<int>(left));
         }
       });
     first += tiles;
@@ -65,12 +67,15 @@ void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pa
       const SlicePart part = slice(s);
       const bf16* w = part.w + t * tile_elements;
       F acc[1][C];
-      tile_block<1, C>(x + part.first_pair * rows + r, rows, w, 2 * kTile, tile_elements, pairs, {reinterpret_cast<const char*>(w), 0}, acc);
+      tile_block<1, C>(x + part.first_pair * rows + r, rows, w, 2 * kTile, tile_elements, pairs, {reinterpret_cast<const char*>(w), 0},
+                       acc);
       float v[C * kTile];
       for (int c = 0; c < C; ++c) Vec::store(v + c * kTile, Vec::mul(acc[0][c], Vec::set1(factors[r])));
       for (int64_t i = 0; i < C * kTile && n0 + i < hidden; ++i) {
-        if (__builtin_fabsf(v[i]) < out.limit) to[i] += static_cast<uint64_t>(static_cast<int64_t>(__builtin_rintf(v[i])));
-        else __atomic_store_n(out.flags + row_of(r), uint8_t{1}, __ATOMIC_RELAXED);
+        if (__builtin_fabsf(v[i]) < out.limit)
+          to[i] += static_cast<uint64_t>(static_cast<int64_t>(__builtin_rintf(v[i])));
+        else
+          __atomic_store_n(out.flags + row_of(r), uint8_t{1}, __ATOMIC_RELAXED);
       }
     }
   }
@@ -103,8 +108,10 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
           for (int c = 0; c < C; ++c) {
             const int at = (r * C + c) * kTile;
             const F v = Vec::mul(acc[r][c], Vec::set1(factors[r]));
-            if (out.plain) Vec::store(plain + at, Vec::add(Vec::load(plain + at), v));
-            else Vec::see(seen, v), Vec::add_fixed(sum + at, v);
+            if (out.plain)
+              Vec::store(plain + at, Vec::add(Vec::load(plain + at), v));
+            else
+              Vec::see(seen, v), Vec::add_fixed(sum + at, v);
           }
       }
       if (!out.plain && !Vec::all_below(seen, limit)) {

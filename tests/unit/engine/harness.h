@@ -13,6 +13,13 @@
 
 namespace moebius::test {
 
+// Under a sanitizer the longest sweeps take every third case.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+inline constexpr int64_t kSweep = 3;
+#else
+inline constexpr int64_t kSweep = 1;
+#endif
+
 inline const std::string kQwen = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe";
 inline const std::string kDense = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe-dense";
 inline const std::string kMixtral = std::string(MOEBIUS_TEST_DATA) + "/tiny-mixtral";

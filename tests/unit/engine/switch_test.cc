@@ -52,7 +52,7 @@ TEST_CASE("a switch at every step, in both directions, at once and incremental, 
     const Outcome expected = run_script(model, small_config(1, 1, Layout::kTp), script);
     for (Layout start : {Layout::kTp, Layout::kEp})
       for (auto [budget, pieces] : {std::pair{0.0, int64_t{0}}, {1e-6, 0}, {1e-6, 16 * kSmallPieces}, {0.05, 16 * kSmallPieces}})
-        for (int64_t step = 0; step < 16; ++step) {
+        for (int64_t step = 0; step < 16; step += kSweep) {
           script.switches = {{step, start == Layout::kTp ? 0 : -1}};
           EngineConfig config = small_config(2, 1, start);
           config.stall_budget_ms = budget;
@@ -83,7 +83,7 @@ TEST_CASE("a turn-round after copying ahead changes no bit") {
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   for (int64_t pieces : {int64_t{0}, kSmallPieces, 16 * kSmallPieces})
     for (int64_t first = 0; first < 4; ++first)
-      for (int64_t turn = 1; turn < 6; ++turn) {
+      for (int64_t turn = 1; turn < 6; turn += kSweep) {
         script.switches = {{first, 0}, {first + turn, -1}, {first + turn + 2, 0}, {first + turn + 5, -1}};
         EngineConfig config = small_config(2, 2, Layout::kTp);
         config.stall_budget_ms = 1e-6;
