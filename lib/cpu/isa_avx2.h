@@ -88,17 +88,9 @@ struct Vec {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
   }
-  MOEBIUS_INLINE static uint32_t less(F x, F y) {
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ))) |
-           static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))) << 8;
-  }
   MOEBIUS_INLINE static uint32_t equal(F x, F y) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_EQ_OQ))) |
            static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_EQ_OQ))) << 8;
-  }
-  MOEBIUS_INLINE static F abs(F x) {
-    const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
-    return {_mm256_and_ps(x.a, mask), _mm256_and_ps(x.b, mask)};
   }
   // dst[i] += nearest integer of v[i], |v[i]| < kFixedLimit; anything for others. There is no conversion to 64 bits: adding
   // 1.5·2^52 leaves the integer in a double's low bits, to nearest even.

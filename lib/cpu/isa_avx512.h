@@ -63,9 +63,7 @@ struct Vec {
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
   }
-  MOEBIUS_INLINE static uint32_t less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   MOEBIUS_INLINE static uint32_t equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-  MOEBIUS_INLINE static F abs(F a) { return _mm512_abs_ps(a); }
 
   // dst[i] += nearest integer of v[i], |v[i]| < kFixedLimit; anything for others.
   static constexpr float kFixedLimit = 0x1p62f;

@@ -61,17 +61,11 @@ struct Vec {
       for (int i = 0; i < n; ++i) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
     return a.v[0];
   }
-  MOEBIUS_INLINE static uint32_t less(F a, F b) {
-    uint32_t m = 0;
-    for (int i = 0; i < 16; ++i) m |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
-    return m;
-  }
   MOEBIUS_INLINE static uint32_t equal(F a, F b) {
     uint32_t m = 0;
     for (int i = 0; i < 16; ++i) m |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
     return m;
   }
-  MOEBIUS_INLINE static F abs(F a) { return each([&](int i) { return __builtin_fabsf(a.v[i]); }); }
   // dst[i] += nearest integer of v[i], |v[i]| < kFixedLimit; nothing for others.
   static constexpr float kFixedLimit = 0x1p62f;
   MOEBIUS_INLINE static void add_fixed(int64_t* dst, F a) {
