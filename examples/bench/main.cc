@@ -18,7 +18,9 @@
 
 #include "examples/bench/floor.h"
 #include "examples/bench/profile.h"
+#include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
+#include "lib/runtime/sampler.h"
 
 namespace moebius::bench {
 namespace {
@@ -30,7 +32,7 @@ struct Options {
   bool dummy = false, plain_sums = false, profile = false;
   int ranks = 1, threads = 0, slices = 0, steps = 32, requests = 64, rounds = 5;
   std::vector<int> batches = {1, 8, 32};
-  int context = 64, tokens = 512;
+  int context = 64, tokens = 512, vocab = 151936;
   int64_t memory_bytes = 0;
 };
 
@@ -270,6 +272,34 @@ class Bench {
       }
   }
 
+  // Seconds to choose a token from one row of logits, with what each setting adds; no model runs.
+  void sampling() {
+    const auto vocab = static_cast<int64_t>(o_.vocab);
+    const Ops& ops = cpu_ops(o_.isa);
+    std::normal_distribution<float> gauss(0, 2);
+    std::vector<float> logits(static_cast<size_t>(vocab));
+    std::vector<int32_t> prompt(1024);
+    for (float& x : logits) x = gauss(random_);
+    for (int32_t& t : prompt) t = static_cast<int32_t>(random_() % static_cast<uint64_t>(vocab));
+    SamplerScratch scratch(vocab);
+    SamplingParams greedy, plain, top, all;
+    greedy.temperature = 0;
+    top.top_k = 50, top.top_p = 0.9;
+    all = top;
+    all.presence_penalty = 0.5, all.frequency_penalty = 0.2, all.repetition_penalty = 1.1, all.logprobs = kMaxTopLogprobs;
+    for (const auto& [name, params] : {std::pair("greedy", greedy), {"temperature", plain}, {"top_k, top_p", top}, {"and penalties, logprobs", all}}) {
+      SamplerState state;
+      state.start(params, 1, prompt, static_cast<int32_t>(vocab));
+      std::vector<double> seconds;
+      for (int i = 0; i < 100 * o_.rounds; ++i) {
+        const double begin = now();
+        sample(logits.data(), vocab, params, state, ops, scratch, {});
+        seconds.push_back(now() - begin);
+      }
+      print({{"what", "sampling"}, {"part", name}, {"tokens", vocab}, {"isa", ops.name}, {"seconds", median(seconds)}});
+    }
+  }
+
   void load() {
     std::vector<double> seconds;
     int64_t bytes = 0;
@@ -340,6 +370,10 @@ class Bench {
                  100 * row["share_of_memcpy"].get<double>());
       if (row["part"] == "all") fmt::print("  planning {:.3f} ms", 1e3 * row["plan_seconds"].get<double>());
       end_line(row);
+    } else if (row["what"] == "sampling") {
+      fmt::print("sampling from {} tokens  {:24} {:8.1f} µs a token", row["tokens"].get<int64_t>(), row["part"].get<std::string>(),
+                 1e6 * row["seconds"].get<double>());
+      end_line(row);
     } else {
       fmt::print("load {}  {:.1f} MiB in {:.3f} s, {:.2f} GB/s", row["shape"].get<std::string>(), row["bytes"].get<double>() / 1048576,
                  row["seconds"].get<double>(), row["bytes_per_second"].get<double>() / 1e9);
@@ -395,6 +429,8 @@ int run(int argc, char** argv) {
   auto* switches = common(app.add_subcommand("switch", "switches at once, there and back, beside a memcpy of as many bytes"));
   switches->add_option("--requests", o.requests, "live requests")->check(CLI::Range(1, 65536))->capture_default_str();
   switches->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  auto* sampling = common(app.add_subcommand("sampling", "choosing a token from a row of logits; no model runs"));
+  sampling->add_option("--vocab", o.vocab, "tokens of the vocabulary")->check(CLI::Range(64, 1 << 24))->capture_default_str();
   auto* load = common(app.add_subcommand("load", "loading a model"));
   try {
     app.parse(argc, argv);
@@ -406,6 +442,7 @@ int run(int argc, char** argv) {
     if (*decode) bench.decode();
     if (*prefill) bench.prefill();
     if (*switches) bench.switches();
+    if (*sampling) bench.sampling();
     if (*load) bench.load();
   } catch (const moebius::Error& e) {
     if (!bench.has_run()) throw;

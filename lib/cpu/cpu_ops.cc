@@ -61,4 +61,12 @@ const Ops& cpu_ops(Isa isa) {
   }
 }
 
+const Ops& cpu_ops(std::string_view name) {
+  if (name.empty()) return cpu_ops(best_isa());
+  const std::optional<Isa> isa = parse_isa(name);
+  if (!isa) fail(Code::kInvalidArgument, "isa '{}' is not known; known are avx512bf16, avx512, avx2, portable", name);
+  if (!isa_available(*isa)) fail(Code::kUnsupported, "this machine does not have what isa '{}' needs", name);
+  return cpu_ops(*isa);
+}
+
 }  // namespace moebius

@@ -16,5 +16,7 @@ std::optional<Isa> parse_isa(std::string_view name);
 bool isa_available(Isa isa);  // the processor and the operating system have it
 Isa best_isa();
 const Ops& cpu_ops(Isa isa);  // isa must be available
+// By name, the best there is for an empty one. Throws Error when the name is not known or the machine lacks what it needs.
+const Ops& cpu_ops(std::string_view isa);
 
 }  // namespace moebius

@@ -31,14 +31,6 @@ int threads_per_rank(const EngineConfig& config, const ModelConfig& model) {
   return config.threads;
 }
 
-const Ops& choose_ops(const std::string& name) {
-  if (name.empty()) return cpu_ops(best_isa());
-  const std::optional<Isa> isa = parse_isa(name);
-  if (!isa) fail(Code::kInvalidArgument, "isa '{}' is not known; known are avx512bf16, avx512, avx2, portable", name);
-  if (!isa_available(*isa)) fail(Code::kUnsupported, "this machine does not have what isa '{}' needs", name);
-  return cpu_ops(*isa);
-}
-
 void check_config(const EngineConfig& c) {
   const auto in_range = [](const char* key, auto value, auto least, auto most) {
     if (!(value >= least && value <= most)) fail(Code::kInvalidArgument, "{} is {}, must be from {} to {}", key, value, least, most);
@@ -110,7 +102,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     : config_(complete(config, read_config(model_dir))),
       model_(read_config(model_dir)),
       threads_(threads_per_rank(config_, model_)),
-      ops_(choose_ops(config_.isa)),
+      ops_(cpu_ops(config_.isa)),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),
       shape_(workspace_shape(model_, config_, threads_, ops_)),
       store_(model_dir, model_, config_, world_, Workspace::bytes(shape_)),

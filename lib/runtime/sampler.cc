@@ -19,38 +19,48 @@ bool penalises(const SamplingParams& p) {
   return p.presence_penalty != 0 || p.frequency_penalty != 0 || p.repetition_penalty != 1;
 }
 
+// Passes over a whole vocabulary look at this many values at a time, in loops that compilers turn into vector code.
+constexpr int64_t kBlock = 64;
+
 // Larger first; equal ones by token.
 struct ByValue {
   const float* x;
   bool operator()(int32_t a, int32_t b) const { return x[a] != x[b] ? x[a] > x[b] : a < b; }
 };
 
-// The k largest of x in order, into `order`: one pass that keeps a heap of k.
-void top_tokens(const float* x, int64_t n, int64_t k, std::vector<int32_t>& order) {
-  order.clear();
-  const ByValue before{x};
-  for (int64_t i = 0; i < n; ++i) {
-    const auto token = static_cast<int32_t>(i);
-    if (static_cast<int64_t>(order.size()) < k) {
-      if (x[i] > kNever) order.push_back(token), std::push_heap(order.begin(), order.end(), before);
-    } else if (x[i] > x[order.front()]) {  // an equal one has a higher index and stays out
-      std::pop_heap(order.begin(), order.end(), before);
-      order.back() = token;
-      std::push_heap(order.begin(), order.end(), before);
-    }
-  }
-  std::sort_heap(order.begin(), order.end(), before);
+bool any_above(const float* x, int64_t n, float bound) {
+  int any = 0;
+  for (int64_t i = 0; i < n; ++i) any |= x[i] > bound;
+  return any != 0;
 }
 
-void fill_logprobs(const float* logits, int64_t vocab, int32_t k, const Ops& ops, SamplerScratch& scratch, SampleResult& out) {
-  const int64_t best = ops.arg_max(logits, vocab);
-  const float most = logits[best];
-  const float log_sum = std::log(ops.exp_sum(logits, vocab, most, 1.0f, nullptr));
-  out.logprob = logits[out.token] - most - log_sum;
+// found(token) for each x above bound() in order; the bound may rise on the way.
+template <class Bound, class Found>
+void for_each_above(const float* x, int64_t n, const Bound& bound, const Found& found) {
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    if (!any_above(x + begin, end - begin, bound())) continue;
+    for (int64_t i = begin; i < end; ++i)
+      if (x[i] > bound()) found(static_cast<int32_t>(i));
+  }
+}
+
+// The k largest of x in order, into `order`: one pass that keeps a heap of k. An equal one with a higher index stays out.
+void top_tokens(const float* x, int64_t n, int64_t k, std::vector<int32_t>& order) {
+  order.clear();
   if (k == 0) return;
-  top_tokens(logits, vocab, k, scratch.order);
-  out.num_top = static_cast<int32_t>(scratch.order.size());
-  for (int32_t i = 0; i < out.num_top; ++i) out.top[i] = {scratch.order[i], logits[scratch.order[i]] - most - log_sum};
+  const ByValue before{x};
+  float least = kNever;
+  for_each_above(x, n, [&] { return least; }, [&](int32_t token) {
+    if (static_cast<int64_t>(order.size()) == k) {
+      std::pop_heap(order.begin(), order.end(), before);
+      order.pop_back();
+    }
+    order.push_back(token);
+    std::push_heap(order.begin(), order.end(), before);
+    if (static_cast<int64_t>(order.size()) == k) least = x[order.front()];
+  });
+  std::sort_heap(order.begin(), order.end(), before);
 }
 
 // allowed, bias, min_tokens and penalties applied to a copy; the row itself when none of them is asked for.
@@ -80,80 +90,86 @@ const float* adjust(const float* logits, int64_t vocab, const SamplingParams& p,
   return x;
 }
 
-// Walks candidates in a fixed order until their cumulative weight passes u·total.
-template <class TokenAt>
-int32_t pick(int64_t n, double total, double u, const float* weights, TokenAt token_at) {
-  const double goal = u * total;
+double sum_of_block(const float* w, int64_t n) {
+  constexpr int kLanes = 8;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) lanes[j] += static_cast<double>(w[i + j]);
+  for (; i < n; ++i) lanes[0] += static_cast<double>(w[i]);
   double sum = 0;
-  int32_t last = -1;
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t t = token_at(i);
-    if (!(weights[t] > 0)) continue;
-    last = t;
-    sum += weights[t];
-    if (sum > goal) return t;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+double sum_of(const float* w, int64_t n) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) sum += sum_of_block(w + begin, std::min(kBlock, n - begin));
+  return sum;
+}
+
+// The first index at which the weights so far, added as sum_of does, pass u·sum_of(w, n).
+int64_t pick(const float* w, int64_t n, double u) {
+  const double goal = u * sum_of(w, n);
+  double sum = 0;
+  int64_t last = 0;  // where rounding leaves none that passes: the last with a weight
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    const double next = sum + sum_of_block(w + begin, end - begin);
+    if (next > goal || end == n) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (!(w[i] > 0)) continue;
+        last = i;
+        if ((sum += static_cast<double>(w[i])) > goal) break;
+      }
+      if (next > goal) return last;
+    }
+    sum = next;
   }
   return last;
 }
 
-int32_t pick_random(const float* x, int64_t vocab, int64_t best, const SamplingParams& p, double u, const Ops& ops, SamplerScratch& s) {
-  float* w = s.probabilities.data();
-  ops.exp_sum(x, vocab, x[best], static_cast<float>(1.0 / p.temperature), w);  // w[best] = 1
-  const auto floor = static_cast<float>(p.min_p);
-  const bool few = p.top_k > 0 && p.top_k < vocab;
-  if (!few && p.top_p >= 1) {  // all tokens, by index
-    double total = 0;
-    for (int64_t i = 0; i < vocab; ++i) {
-      if (w[i] < floor) w[i] = 0;
-      total += w[i];
-    }
-    return pick(vocab, total, u, w, [](int64_t i) { return static_cast<int32_t>(i); });
-  }
-  if (few) {
-    top_tokens(w, vocab, p.top_k, s.order);
-    while (!s.order.empty() && (w[s.order.back()] < floor || w[s.order.back()] <= 0)) s.order.pop_back();
-  } else {
-    s.order.clear();
-  }
-  double total = 0;
-  if (few) {
-    for (int32_t t : s.order) total += w[t];
-  } else {
-    for (int64_t i = 0; i < vocab; ++i)
-      if (w[i] >= floor) total += w[i];
-  }
-  if (p.top_p >= 1) return pick(static_cast<int64_t>(s.order.size()), total, u, w, [&](int64_t i) { return s.order[i]; });
+// How many of the weights, largest first, reach the goal; all of them when none does.
+int64_t count_reaching(const float* w, int64_t n, double goal) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if ((sum += static_cast<double>(w[i])) >= goal) return i + 1;
+  return n;
+}
 
-  // top_p: the shortest run of largest weights that reaches top_p of the total. Weights are at most 1, so those below a
-  // falling bound are looked at only when the ones above it do not reach.
-  const double goal = p.top_p * total;
-  const auto cut = [&]() -> bool {
-    double sum = 0;
-    for (size_t i = 0; i < s.order.size(); ++i)
-      if ((sum += w[s.order[i]]) >= goal) {
-        s.order.resize(i + 1);
-        total = sum;
-        return true;
-      }
-    total = sum;
-    return false;
-  };
-  if (few) {
-    cut();
-  } else {
-    for (float bound = 0x1p-6f;; bound *= 0x1p-6f) {
-      const bool final = bound < 1e-30f;
-      s.order.clear();
-      for (int64_t i = 0; i < vocab; ++i)
-        if (w[i] >= floor && w[i] > (final ? 0.0f : bound)) s.order.push_back(static_cast<int32_t>(i));
-      double sum = 0;
-      for (int32_t t : s.order) sum += w[t];
-      if (sum < goal && !final) continue;
-      std::sort(s.order.begin(), s.order.end(), ByValue{w});
-      if (cut() || final) break;
-    }
+int32_t pick_random(const float* x, int64_t vocab, int64_t best, const SamplingParams& p, double u, const Ops& ops, SamplerScratch& s) {
+  float* w = s.probabilities.data();  // relative to the likeliest: w[best] = 1
+  const float most = x[best], factor = static_cast<float>(1.0 / p.temperature), floor = static_cast<float>(p.min_p);
+  if (p.top_k > 0 && p.top_k < vocab) {
+    top_tokens(x, vocab, p.top_k, s.order);
+    auto n = static_cast<int64_t>(s.order.size());
+    for (int64_t i = 0; i < n; ++i) w[i] = x[s.order[i]];
+    ops.exp_sum(w, n, most, factor, w);
+    while (n > 1 && (w[n - 1] < floor || w[n - 1] <= 0)) --n;
+    if (p.top_p < 1) n = count_reaching(w, n, p.top_p * sum_of(w, n));
+    return s.order[pick(w, n, u)];
   }
-  return pick(static_cast<int64_t>(s.order.size()), total, u, w, [&](int64_t i) { return s.order[i]; });
+  ops.exp_sum(x, vocab, most, factor, w);
+  for (int64_t i = 0; floor > 0 && i < vocab; ++i) w[i] = w[i] < floor ? 0 : w[i];
+  if (p.top_p >= 1) return static_cast<int32_t>(pick(w, vocab, u));
+
+  // top_p: the shortest run of largest weights that reaches top_p of the total. Those below a falling bound are looked at only
+  // when the ones above it do not reach.
+  const double goal = p.top_p * sum_of(w, vocab);
+  for (float bound = 0x1p-6f;; bound *= 0x1p-6f) {
+    const bool final = bound < 1e-30f;
+    s.order.clear();
+    double sum = 0;
+    for_each_above(w, vocab, [&] { return final ? 0.0f : bound; }, [&](int32_t t) {
+      s.order.push_back(t);
+      sum += static_cast<double>(w[t]);
+    });
+    if (sum >= goal || final) break;
+  }
+  std::sort(s.order.begin(), s.order.end(), ByValue{w});
+  float* ordered = s.logits.data();  // the adjusted logits are not needed any more
+  for (size_t i = 0; i < s.order.size(); ++i) ordered[i] = w[s.order[i]];
+  return s.order[pick(ordered, count_reaching(ordered, static_cast<int64_t>(s.order.size()), goal), u)];
 }
 
 }  // namespace
@@ -186,9 +202,10 @@ void SamplerState::add_generated(int32_t token) {
 SampleResult sample(const float* logits, int64_t vocab, const SamplingParams& p, SamplerState& state, const Ops& ops, SamplerScratch& scratch,
                     std::span<const int32_t> eos) {
   SampleResult out;
-  // A NaN anywhere makes the sum NaN; +infinity cannot be sampled from either.
   const int64_t raw_best = ops.arg_max(logits, vocab);
-  if (raw_best < 0 || !std::isfinite(logits[raw_best]) || std::isnan(ops.exp_sum(logits, vocab, logits[raw_best], 1.0f, nullptr))) {
+  const float most = raw_best < 0 ? kNever : logits[raw_best];
+  const float sum = ops.exp_sum(logits, vocab, most, 1.0f, nullptr);
+  if (!std::isfinite(most) || std::isnan(sum)) {  // a NaN anywhere makes the sum NaN; +infinity cannot be sampled from either
     out.failed = true;
     return out;
   }
@@ -201,7 +218,13 @@ SampleResult sample(const float* logits, int64_t vocab, const SamplingParams& p,
   if (p.greedy()) out.token = static_cast<int32_t>(best);
   else
     out.token = pick_random(x, vocab, best, p, philox_uniform(state.seed(), static_cast<uint64_t>(state.num_generated())), ops, scratch);
-  if (p.logprobs >= 0) fill_logprobs(logits, vocab, p.logprobs, ops, scratch, out);
+  if (p.logprobs >= 0) {
+    const float log_sum = std::log(sum);
+    out.logprob = logits[out.token] - most - log_sum;
+    top_tokens(logits, vocab, p.logprobs, scratch.order);
+    out.num_top = static_cast<int32_t>(scratch.order.size());
+    for (int32_t i = 0; i < out.num_top; ++i) out.top[i] = {scratch.order[i], logits[scratch.order[i]] - most - log_sum};
+  }
   state.add_generated(out.token);
   return out;
 }

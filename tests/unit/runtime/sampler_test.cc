@@ -22,12 +22,12 @@ std::vector<float> logits_of(int vocab, uint32_t seed) {
 }
 
 struct Drawer {
-  explicit Drawer(SamplingParams p, std::vector<int32_t> prompt = {1}, int vocab = 64) : params(std::move(p)), scratch(vocab), vocab_(vocab) {
+  explicit Drawer(SamplingParams p, std::vector<int32_t> prompt = {1}, int most = 200) : params(std::move(p)), scratch(most) {
     params.max_tokens = 1 << 20;
-    state.start(params, 42, prompt, vocab);
+    state.start(params, 42, prompt, most);
   }
   SampleResult operator()(const std::vector<float>& x) {
-    return sample(x.data(), vocab_, params, state, cpu_ops(best_isa()), scratch, eos);
+    return sample(x.data(), static_cast<int64_t>(x.size()), params, state, cpu_ops(best_isa()), scratch, eos);
   }
   std::map<int, int> draw(const std::vector<float>& x, int n) {
     std::map<int, int> counts;
@@ -38,7 +38,6 @@ struct Drawer {
   SamplerState state;
   SamplerScratch scratch;
   std::vector<int32_t> eos = {7};
-  int vocab_;
 };
 
 SamplingParams params_with(void (*change)(SamplingParams&)) {
@@ -89,7 +88,7 @@ std::vector<int> by_probability(const std::vector<double>& p) {
 }
 
 constexpr int kDraws = 40000;
-constexpr double kSigmas = 5;  // of 64 tokens: passes by chance with probability above 0.9999
+constexpr double kSigmas = 5;  // of 200 tokens: passes by chance with probability above 0.9999
 
 }  // namespace
 
@@ -112,13 +111,16 @@ TEST_CASE("draws follow the distribution at any temperature") {
   for (double t : {0.5, 1.0, 2.0}) {
     SamplingParams p;
     p.temperature = t;
-    const auto x = logits_of(64, 1);
-    CHECK(worst_sigma(Drawer(p).draw(x, kDraws), softmax(x, t), kDraws) < kSigmas);
+    for (int vocab : {64, 200}) {  // one block of the passes over a vocabulary, and several with a rest
+      const auto x = logits_of(vocab, 1);
+      CHECK(worst_sigma(Drawer(p).draw(x, kDraws), softmax(x, t), kDraws) < kSigmas);
+    }
   }
 }
 
 TEST_CASE("top_k, top_p and min_p keep exactly the tokens they should") {
-  const auto x = logits_of(64, 2);
+  const int vocab = GENERATE(64, 200);
+  const auto x = logits_of(vocab, 2);
   const auto p = softmax(x, 1);
   const auto order = by_probability(p);
   const auto head = [&](size_t n) { return std::vector<int>(order.begin(), order.begin() + static_cast<long>(n)); };
@@ -137,7 +139,7 @@ TEST_CASE("top_k, top_p and min_p keep exactly the tokens they should") {
     CHECK(worst_sigma(Drawer(s).draw(x, kDraws), only(p, head(nucleus(only(p, head(12)), order, top_p))), kDraws) < kSigmas);
   }
   std::vector<int> likely;
-  for (int i = 0; i < 64; ++i)
+  for (int i = 0; i < vocab; ++i)
     if (p[static_cast<size_t>(i)] >= 0.2 * p[static_cast<size_t>(order[0])]) likely.push_back(i);
   CHECK(worst_sigma(Drawer(params_with([](SamplingParams& s) { s.min_p = 0.2; })).draw(x, kDraws), only(p, likely), kDraws) < kSigmas);
 }
@@ -175,7 +177,7 @@ TEST_CASE("penalties count what was generated, repetition the prompt too") {
 }
 
 TEST_CASE("log-probabilities are of the raw distribution") {
-  const auto x = logits_of(64, 4);
+  const auto x = logits_of(200, 4);
   const auto p = softmax(x, 1);
   Drawer d(params_with([](SamplingParams& s) { s.temperature = 0.3, s.logprobs = 4, s.logit_bias = {{5, 40.0f}}; }));
   const SampleResult r = d(x);
