@@ -32,6 +32,8 @@ struct Options {
   bool dummy = false, plain_sums = false, profile = false;
   int ranks = 1, threads = 0, slices = 0, steps = 32, requests = 64, rounds = 5;
   std::vector<int> batches = {1, 8, 32};
+  std::vector<double> budgets;
+  int max_switch_steps = 200;
   int context = 64, tokens = 512, vocab = 151936;
   int64_t memory_bytes = 0;
 };
@@ -71,6 +73,7 @@ class Bench {
   explicit Bench(const Options& options) : o_(options) {
     if (o_.model.empty()) folder_.emplace(o_.shape);
     dir_ = o_.model.empty() ? folder_->path() : o_.model;
+    layout_now_ = o_.layout == "tp" ? Layout::kTp : Layout::kEp;
     if (!o_.compare.empty()) read_earlier();
   }
 
@@ -178,8 +181,10 @@ class Bench {
     const int tokens = o_.tokens;
     auto e = engine(1, tokens + 16);
     const FloorInputs shape = inputs_of(*e);
-    std::vector<double> seconds, floors;
+    std::vector<double> seconds, floors, steps;
     Rates rates = measure_rates(e->impl().world(), e->impl().ops());
+    if (o_.profile) e->impl().use_ops(profiled(e->impl().ops()));
+    reset_profile();
     for (int round = 0; round < o_.rounds; ++round) {
       submit(*e, 1, tokens, 1);
       double total = 0, floor = 0;
@@ -193,6 +198,7 @@ class Bench {
         work.experts_reached = r.experts_reached;
         floor += floor_seconds(work, rates);
         total += r.seconds;
+        steps.push_back(r.seconds);
         done += static_cast<int>(work.rows);
       }
       drain(*e);
@@ -205,6 +211,7 @@ class Bench {
     row["tokens"] = tokens;
     add_speed(row, tokens / median(seconds), tokens / median(floors), rates);
     print(row);
+    if (o_.profile) print_profile(steps, e->impl().world(), rates);
   }
 
   Layout flipped(int i) const { return (o_.layout == "tp") == (i % 2 == 0) ? Layout::kEp : Layout::kTp; }
@@ -272,6 +279,63 @@ class Bench {
       }
   }
 
+  // What a switch does to the gap between tokens: decode steps of `requests` requests, steady and while a switch moves under a budget.
+  void stalls() {
+    constexpr int kSteady = 50;  // steps before and after
+    const int64_t length = o_.context + 2 * o_.rounds * static_cast<int64_t>(o_.budgets.size()) * (2 * kSteady + o_.max_switch_steps) + 64;
+    auto e = engine(o_.requests, length);
+    submit(*e, o_.requests, o_.context, static_cast<int>(length - o_.context - 1));
+    while (e->step().prefill_rows > 0 || e->stats().running < o_.requests) drain(*e);
+    for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));
+    struct Stall {
+      std::vector<double> steady, longest, seconds, steps, kept;
+    };
+    std::map<double, Stall> stalls[2];  // [to]
+    for (int i = 0; i < 2 * o_.rounds; ++i)
+      for (double budget : o_.budgets) {
+        const Layout to = other(layout_now_);
+        Stall& stall = stalls[static_cast<int>(to)][budget];
+        std::vector<double> steady, moving;
+        const auto steps = [&](std::vector<double>& out) {
+          drain(*e);
+          out.push_back(e->step().seconds);
+        };
+        for (int k = 0; k < kSteady; ++k) steps(steady);
+        e->set_stall_budget(budget);
+        e->request_switch(to);
+        do steps(moving);
+        while (e->impl().switcher().moving() && static_cast<int>(moving.size()) < o_.max_switch_steps);
+        if (e->impl().switcher().moving()) throw std::runtime_error(fmt::format("a switch under {} ms took over {} steps", budget, moving.size()));
+        layout_now_ = to;
+        for (int k = 0; k < kSteady; ++k) steps(steady);
+        double total = 0;
+        for (double x : moving) total += x;
+        stall.steady.insert(stall.steady.end(), steady.begin(), steady.end());
+        stall.longest.push_back(*std::max_element(moving.begin(), moving.end()));
+        stall.seconds.push_back(total);
+        stall.steps.push_back(static_cast<double>(moving.size()));
+        stall.kept.push_back(median(steady) * static_cast<double>(moving.size()) / total);
+      }
+    for (int to : {0, 1})
+      for (auto& [budget, stall] : stalls[to]) {
+        std::sort(stall.steady.begin(), stall.steady.end());
+        json row = base("stall", *e);
+        row["batch"] = o_.requests;
+        row["context"] = o_.context;
+        row["from"] = name_of(other(static_cast<Layout>(to)));
+        row["to"] = name_of(static_cast<Layout>(to));
+        row["stall_budget_ms"] = budget;
+        row["steps"] = median(stall.steps);
+        row["seconds"] = median(stall.seconds);
+        row["longest_gap_seconds"] = median(stall.longest);
+        row["steady_gap_seconds"] = median(stall.steady);
+        row["steady_p99_seconds"] = stall.steady[stall.steady.size() * 99 / 100];
+        row["gap_against_p99"] = median(stall.longest) / stall.steady[stall.steady.size() * 99 / 100];
+        row["rate_kept"] = median(stall.kept);
+        print(row);
+      }
+  }
+
   // Seconds to choose a token from one row of logits, with what each setting adds; no model runs.
   void sampling() {
     const auto vocab = static_cast<int64_t>(o_.vocab);
@@ -333,7 +397,7 @@ class Bench {
 
   static std::string key_of(const json& row) {
     std::string key;
-    for (const char* k : {"what", "shape", "batch", "tokens", "context", "ranks", "threads", "layout", "from", "to", "part"})
+    for (const char* k : {"what", "shape", "batch", "tokens", "context", "ranks", "threads", "layout", "from", "to", "part", "stall_budget_ms"})
       key += row.contains(k) ? row[k].dump() + "|" : "|";
     return key;
   }
@@ -370,6 +434,12 @@ class Bench {
                  100 * row["share_of_memcpy"].get<double>());
       if (row["part"] == "all") fmt::print("  planning {:.3f} ms", 1e3 * row["plan_seconds"].get<double>());
       end_line(row);
+    } else if (row["what"] == "stall") {
+      fmt::print("switch {}→{} batch {:4}  budget {:6.2f} ms  {:4.0f} steps, {:8.2f} ms  longest gap {:7.2f} ms = {:.2f}× steady p99 ({:.2f} ms)  rate kept {:5.1f} %",
+                 row["from"].get<std::string>(), row["to"].get<std::string>(), row["batch"].get<int>(), row["stall_budget_ms"].get<double>(),
+                 row["steps"].get<double>(), 1e3 * row["seconds"].get<double>(), 1e3 * row["longest_gap_seconds"].get<double>(),
+                 row["gap_against_p99"].get<double>(), 1e3 * row["steady_p99_seconds"].get<double>(), 100 * row["rate_kept"].get<double>());
+      end_line(row);
     } else if (row["what"] == "sampling") {
       fmt::print("sampling from {} tokens  {:24} {:8.1f} µs a token", row["tokens"].get<int64_t>(), row["part"].get<std::string>(),
                  1e6 * row["seconds"].get<double>());
@@ -390,6 +460,7 @@ class Bench {
 
   Options o_;
   bool has_run_ = false;
+  Layout layout_now_ = Layout::kTp;
   std::optional<ShapeFolder> folder_;
   std::string dir_;
   std::mt19937_64 random_{1};
@@ -422,13 +493,17 @@ int run(int argc, char** argv) {
   auto* decode = common(app.add_subcommand("decode", "decode steps at given batch sizes"));
   decode->add_option("--batch", o.batches, "batch sizes, e.g. 1,8,32")->delimiter(',')->check(CLI::Range(1, 65536))->capture_default_str();
   decode->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
-  decode->add_flag("--profile", o.profile, "where a step's time goes, op by op, with the bytes and operations of each and its share of their floor");
   decode->add_option("--steps", o.steps, "timed steps")->check(CLI::Range(1, 100000))->capture_default_str();
   auto* prefill = common(app.add_subcommand("prefill", "one prompt"));
   prefill->add_option("--tokens", o.tokens, "tokens of the prompt")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  for (CLI::App* sub : {decode, prefill})
+    sub->add_flag("--profile", o.profile, "where a step's time goes, op by op, with the bytes and operations of each and its share of their floor");
   auto* switches = common(app.add_subcommand("switch", "switches at once, there and back, beside a memcpy of as many bytes"));
   switches->add_option("--requests", o.requests, "live requests")->check(CLI::Range(1, 65536))->capture_default_str();
   switches->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
+  switches->add_option("--stall-budget-ms", o.budgets, "instead: the gap between tokens while a switch moves, for each budget (0: at once)")
+      ->delimiter(',')->check(CLI::NonNegativeNumber);
+  switches->add_option("--max-steps", o.max_switch_steps, "with --stall-budget-ms: most steps of one switch")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   auto* sampling = common(app.add_subcommand("sampling", "choosing a token from a row of logits; no model runs"));
   sampling->add_option("--vocab", o.vocab, "tokens of the vocabulary")->check(CLI::Range(64, 1 << 24))->capture_default_str();
   auto* load = common(app.add_subcommand("load", "loading a model"));
@@ -441,7 +516,7 @@ int run(int argc, char** argv) {
   try {
     if (*decode) bench.decode();
     if (*prefill) bench.prefill();
-    if (*switches) bench.switches();
+    if (*switches) o.budgets.empty() ? bench.switches() : bench.stalls();
     if (*sampling) bench.sampling();
     if (*load) bench.load();
   } catch (const moebius::Error& e) {
