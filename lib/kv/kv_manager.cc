@@ -61,6 +61,27 @@ int64_t KvManager::blocks_in_use() const {
   return static_cast<int64_t>(live_.size()) - std::accumulate(cached_count_.begin(), cached_count_.end(), int64_t{0});
 }
 
+// A registered block counts on the first home that uses one with its key.
+int64_t KvManager::tp_pages_needed() const {
+  MOEBIUS_ASSERT(phase_ == Phase::kEp);
+  int64_t pages = 0;
+  for (int32_t b : live_) {
+    const Block& block = blocks_[b];
+    if (block.users == 0) continue;
+    bool counted = false;
+    for (int32_t h = 0; block.registered && h < block.home && !counted; ++h)
+      if (const int32_t twin = lookup(block.key, h); twin >= 0) counted = blocks_[twin].users > 0;
+    pages += !counted;
+  }
+  return pages;
+}
+
+bool KvManager::release_helps(int32_t b, int home) const {
+  const Block& block = blocks_[b];
+  if (block.users != 1) return false;
+  return lacks_ep_page(home) ? block.home == home : wants_tp() && tp_blocks_[block.tp_page] == 1;
+}
+
 // ---- pages and blocks
 
 int32_t KvManager::new_block() {

@@ -64,7 +64,13 @@ class KvManager {
   void release(int32_t block);
   // The cached or used block with this key for this home, one user added; −1 when there is none.
   int32_t find(const BlockKey& key, int home);
-  bool contains(const BlockKey& key, int home) const { return lookup(key, home_key(home)) >= 0; }
+  // The same without a user.
+  int32_t peek(const BlockKey& key, int home) const { return prefix_cache_ ? lookup(key, home_key(home)) : -1; }
+  bool contains(const BlockKey& key, int home) const { return peek(key, home) >= 0; }
+  // After a failed allocate, which left no cached block that could have helped: whether a page of the home is what lacks (else
+  // a TP page), and whether the release of a block by its only user would bring one.
+  bool lacks_ep_page(int home) const { return wants_ep() && ep_free_[home].empty() && cached_count_[home + 1] == 0; }
+  bool release_helps(int32_t block, int home) const;
   void set_full(int32_t block) { blocks_[block].full = true; }
   // Makes a full block findable. A second block with the same key stays unregistered.
   void register_block(int32_t block, const BlockKey& key, uint64_t root);
@@ -91,8 +97,10 @@ class KvManager {
   // Ends it: the seam has arrived, the other layout's pages are free.
   void close(Layout arrived);
 
-  // TP pages that the blocks in use take at most: what EP→TP needs (equal prefixes of several homes may take fewer).
+  // What EP→TP needs: TP pages that the blocks in use take at most and, in kEp, exactly. Equal prefixes of several homes take
+  // one page; finding them costs a look-up for each block and home.
   int64_t blocks_in_use() const;
+  int64_t tp_pages_needed() const;
 
  private:
   struct List {

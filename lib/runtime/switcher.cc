@@ -89,7 +89,8 @@ bool Switcher::fits(int target, std::string* reason) const {
   int64_t grow = 0;  // sequences whose next token opens a page
   for (const Sequence* s : parts_.scheduler.running())
     grow += static_cast<int64_t>(s->tokens.size()) + 1 > static_cast<int64_t>(s->blocks.size()) * parts_.kv.page_tokens();
-  const int64_t needed = parts_.kv.blocks_in_use() + grow;
+  if (parts_.kv.blocks_in_use() + grow <= parts_.kv.tp_capacity()) return true;
+  const int64_t needed = parts_.kv.tp_pages_needed() + grow;
   if (needed <= parts_.kv.tp_capacity()) return true;
   *reason = fmt::format("the running requests need {} KV pages, TP holds {} ({} tokens short)", needed, parts_.kv.tp_capacity(),
                         (needed - parts_.kv.tp_capacity()) * parts_.kv.page_tokens());

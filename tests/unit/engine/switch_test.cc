@@ -268,6 +268,35 @@ TEST_CASE("a switch that cannot fit is refused before anything changes, with the
   CHECK(engine.stats().refusals == 1);
 }
 
+TEST_CASE("a switch to TP fits when equal prefixes of several homes take one page each") {
+  // Four samples of 7 pages, 6 of them shared: two homes of 8 pages are full, and the next tokens want 4 pages more. In TP it is
+  // 6 + 4 + 4 of 16.
+  RequestSpec spec = greedy_request("n", prompt_of(3, 111), 16);
+  spec.sampling.temperature = 1.5;
+  spec.sampling.n = 4;
+  Script script;
+  script.requests.push_back({spec});
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  EngineConfig config = small_config(2, 1, Layout::kEp);
+  config.kv_tokens = 256;
+  bool needed = false;
+  for (int64_t step = 2; step < 8; ++step) {
+    Engine engine(kQwen, config);
+    engine.submit(spec);
+    for (int64_t i = 0; i < step; ++i) engine.step();
+    const KvManager& kv = engine.impl().kv();
+    int64_t most = kv.blocks_in_use();
+    for (const Sequence* s : engine.impl().scheduler().running()) most += s->tokens.size() + 1 > s->blocks.size() * 16;
+    needed = needed || most > kv.tp_capacity();
+    CHECK(engine.estimate_switch(Layout::kTp).fits);
+    script.switches = {{step, -1}};
+    const Outcome got = run_script(kQwen, config, script);
+    CHECK(got.count(EventType::kSwitchRefused) == 0);
+    CHECK(difference(expected, got) == "");
+  }
+  CHECK(needed);
+}
+
 TEST_CASE("a switch may make room by preempting, and no token changes") {
   Script script;
   for (int i = 0; i < 9; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(i, 30), 30)});

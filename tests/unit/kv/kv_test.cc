@@ -112,6 +112,47 @@ TEST_CASE("a TP page shared by requests of several homes becomes one EP page per
   check_pages(kv);
 }
 
+TEST_CASE("what TP needs counts equal prefixes of several homes once, and only what is in use") {
+  KvManager kv(8, {4, 4}, 16, true, Phase::kEp);
+  for (int home : {0, 1, 1}) {  // the second of home 1 finds its key taken: it has a page of its own
+    const int32_t b = kv.allocate(home);
+    kv.set_full(b);
+    kv.register_block(b, key_of(1), 1);
+  }
+  const int32_t only_cached = kv.allocate(0);
+  kv.set_full(only_cached);
+  kv.register_block(only_cached, key_of(2), 1);
+  const int32_t used = kv.allocate(1);
+  kv.set_full(used);
+  kv.register_block(used, key_of(2), 1);
+  CHECK(kv.tp_pages_needed() == 3);
+  kv.release(only_cached);
+  CHECK(kv.blocks_in_use() == 4);
+  CHECK(kv.tp_pages_needed() == 3);
+}
+
+TEST_CASE("a release helps where it frees a page of the kind that lacks") {
+  KvManager kv(3, {3, 2}, 16, true, Phase::kEp);
+  std::vector<int32_t> shared, own;
+  for (int home : {0, 1}) {
+    shared.push_back(kv.allocate(home));
+    kv.set_full(shared.back());
+    kv.register_block(shared.back(), key_of(1), 1);
+    own.push_back(kv.allocate(home));
+  }
+  kv.open_tp();  // three pages: one for the equal prefixes
+  REQUIRE(kv.allocate(0) == -1);
+  CHECK_FALSE(kv.lacks_ep_page(0));  // TP is full
+  CHECK_FALSE(kv.release_helps(shared[1], 0));
+  CHECK(kv.release_helps(own[1], 0));  // whichever home it is on
+  REQUIRE(kv.allocate(1) == -1);
+  CHECK(kv.lacks_ep_page(1));
+  CHECK_FALSE(kv.release_helps(own[0], 1));
+  CHECK(kv.release_helps(shared[1], 1));
+  REQUIRE(kv.find(key_of(1), 1) == shared[1]);
+  CHECK_FALSE(kv.release_helps(shared[1], 1));  // it has another user
+}
+
 TEST_CASE("a prefix page of one home is no hit for another while the seam is inside") {
   KvManager kv(8, {4, 4}, 16, true, Phase::kTp);
   const int32_t b = kv.allocate(-1);
