@@ -19,17 +19,10 @@ void erase_from(std::vector<Sequence*>& list, const Sequence& sequence) {
   list.erase(it);
 }
 
-// A later sample waits while the first one computes the prompt they share.
-bool waits_for_sibling(const Sequence& s) {
-  if (s.sample == 0 || s.request->spec.keep_logits) return false;
-  const Sequence& first = s.request->samples[0];
-  return first.state != SequenceState::kFinished && first.computed + 1 < first.prompt_tokens();
-}
-
 }  // namespace
 
 Scheduler::Scheduler(KvManager& kv, const SchedulerLimits& limits)
-    : kv_(kv), limits_(limits), homes_(kv.num_homes()) {
+    : kv_(kv), limits_(limits), places_(kv.num_homes()) {
   running_.reserve(limits.max_batch);
   picked_.reserve(limits.max_batch);
   preempted_.reserve(limits.max_batch);
@@ -90,52 +83,85 @@ bool Scheduler::grow(Sequence& sequence, int64_t num_tokens) {
       append_block(kv_, sequence, b);
       continue;
     }
-    Sequence* victim = victim_for(sequence);
-    preempted_.push_back(victim);
-    preempt(*victim);
-    if (victim == &sequence) return false;
+    Sequence& victim = victim_for(sequence);
+    preempted_.push_back(&victim);
+    preempt(victim);
+    if (&victim == &sequence) return false;
   }
   return true;
 }
 
-// The last running sequence whose pages would help; the sequence itself is one.
-Sequence* Scheduler::victim_for(const Sequence& sequence) const {
-  const bool any_home = kv_.phase() == Phase::kTp;
-  Sequence* same_home = nullptr;
-  for (size_t i = running_.size(); i-- > 0;) {
-    if (any_home || running_[i]->home == sequence.home) {
-      same_home = running_[i];
-      break;
-    }
-  }
-  MOEBIUS_ASSERT(same_home != nullptr);
-  // While both tables are alive the shortage may be of TP pages: then the last of all, if it is later still.
-  if (kv_.phase() == Phase::kBoth && same_home == &sequence && running_.back() != &sequence) return running_.back();
-  return same_home;
+// The last running sequence whose going would free a page of the kind that lacks; the sequence itself if none after it does.
+Sequence& Scheduler::victim_for(Sequence& sequence) const {
+  for (size_t i = running_.size(); i-- > 0 && running_[i] != &sequence;)
+    for (int32_t b : running_[i]->blocks)
+      if (kv_.release_helps(b, sequence.home)) return *running_[i];
+  return sequence;
 }
 
-int choose_home(const std::vector<HomeCandidate>& homes) {
-  const auto load = [](const HomeCandidate& h) { return std::tuple(h.requests, h.tokens, -h.shared); };
+int choose_home(std::span<const HomeCandidate> homes) {
+  const auto load = [](const HomeCandidate& h) { return std::tuple(h.requests, -h.shared, h.tokens); };
   int best = -1;
   for (int h = 0; h < static_cast<int>(homes.size()); ++h)
     if (homes[h].room >= homes[h].pages && (best < 0 || load(homes[h]) < load(homes[best]))) best = h;
   return best;
 }
 
-int Scheduler::home_for(int64_t pages) {
-  for (int h = 0; h < kv_.num_homes(); ++h) homes_[h] = {0, 0, kv_.available(h), pages, 0};
+// Where the whole of the sequence (one token more than it has) finds room now: a home, or 0 for the one table of pure TP.
+int Scheduler::place_for(const Sequence& sequence) {
+  const bool by_home = kv_.phase() != Phase::kTp;
+  const std::span<HomeCandidate> places(places_.data(), by_home ? places_.size() : 1);
+  const int64_t pages = div_up(static_cast<int64_t>(sequence.tokens.size()) + 1, kv_.page_tokens());
+  for (int h = 0; h < static_cast<int>(places.size()); ++h) places[h] = {0, 0, kv_.available(h), pages, 0};
   for (const Sequence* s : running_) {
-    ++homes_[s->home].requests;
-    homes_[s->home].tokens += static_cast<int64_t>(s->tokens.size());
+    HomeCandidate& place = places[by_home ? s->home : 0];
+    ++place.requests;
+    place.tokens += static_cast<int64_t>(s->tokens.size());
   }
-  return choose_home(homes_);
+  find_shared(sequence, places);
+  return choose_home(places);
 }
 
-// Holds the cached blocks that the sequence's tokens begin with; at least one token is left to compute.
-int64_t Scheduler::take_prefix(Sequence& sequence) {
+// Full blocks that a sequence may take from others; at least one token is left to compute.
+int64_t Scheduler::shareable_blocks(const Sequence& sequence) const {
   if (!limits_.prefix_cache || sequence.request->spec.keep_logits) return 0;
-  const int64_t page = kv_.page_tokens();
-  const int64_t usable = (static_cast<int64_t>(sequence.tokens.size()) - 1) / page;
+  return (static_cast<int64_t>(sequence.tokens.size()) - 1) / kv_.page_tokens();
+}
+
+// Blocks that are there take no new page if somebody uses them; cached ones count as room, and are taken from it.
+void Scheduler::find_shared(const Sequence& sequence, std::span<HomeCandidate> places) const {
+  const int64_t page = kv_.page_tokens(), usable = shareable_blocks(sequence);
+  BlockKey key;
+  bool found = true;
+  for (int64_t i = 0; i < usable && found; ++i) {
+    key = extend_key(key, {sequence.tokens.data() + i * page, static_cast<size_t>(page)});
+    found = false;
+    for (int h = 0; h < static_cast<int>(places.size()); ++h) {
+      if (places[h].shared < i) continue;  // its chain has ended before
+      const int32_t b = kv_.peek(key, h);
+      if (b < 0) continue;
+      ++places[h].shared;
+      places[h].pages -= kv_.block(b).users > 0;
+      found = true;
+    }
+  }
+}
+
+// A sample waits while a running sibling on the home that it would get computes what they share; with no room for the whole of
+// it anywhere, on any home.
+bool Scheduler::waits_for_sibling(const Sequence& sequence, int place) const {
+  const bool any_home = place < 0 || kv_.phase() == Phase::kTp;
+  const int64_t shareable = std::min(shareable_blocks(sequence), (sequence.prompt_tokens() - 1) / kv_.page_tokens());
+  for (const Sequence& s : sequence.request->samples)
+    if (&s != &sequence && s.state == SequenceState::kRunning && (any_home || s.home == place) &&
+        s.computed < shareable * kv_.page_tokens())
+      return true;
+  return false;
+}
+
+// Holds the findable blocks that the sequence's tokens begin with.
+int64_t Scheduler::take_prefix(Sequence& sequence) {
+  const int64_t page = kv_.page_tokens(), usable = shareable_blocks(sequence);
   BlockKey key;
   int64_t hits = 0;
   for (; hits < usable; ++hits) {
@@ -152,23 +178,14 @@ int64_t Scheduler::take_prefix(Sequence& sequence) {
   return hits * page;
 }
 
-// Waiting → running, if the whole of it (one token more than it has) finds room now.
-bool Scheduler::admit(Sequence& sequence) {
-  const int64_t tokens = static_cast<int64_t>(sequence.tokens.size());
-  const int64_t pages = div_up(tokens + 1, kv_.page_tokens());
-  if (kv_.phase() != Phase::kTp) {
-    sequence.home = home_for(pages);
-    if (sequence.home < 0) return false;
-  } else if (kv_.available(-1) < pages) {
-    return false;
-  }
-  const int64_t hits = take_prefix(sequence);
-  prefix_queries += static_cast<uint64_t>(tokens);
-  prefix_hits += static_cast<uint64_t>(hits);
+// Waiting → running.
+void Scheduler::admit(Sequence& sequence, int place) {
+  sequence.home = kv_.phase() == Phase::kTp ? -1 : place;
+  prefix_hits += static_cast<uint64_t>(take_prefix(sequence));
+  prefix_queries += static_cast<uint64_t>(sequence.tokens.size());
   erase_from(waiting_, sequence);
   sequence.state = SequenceState::kRunning;
   insert_in_order(running_, sequence);
-  return true;
 }
 
 void Scheduler::fill(StepPlan& out) {
@@ -189,14 +206,21 @@ void Scheduler::fill(StepPlan& out) {
     else --i;  // it left the list itself
   }
   // Nobody is admitted in a step that had to preempt: the pages would only be taken away again.
+  const Request* held = nullptr;  // siblings stand side by side, and what one waits for the next waits for too
   for (size_t i = 0; i < waiting_.size() && preempted_.empty() && budget > 0;) {
     if (static_cast<int>(running_.size()) >= limits_.max_batch) break;
     Sequence& s = *waiting_[i];
-    if (waits_for_sibling(s)) {
+    if (s.request == held) {
       ++i;
       continue;
     }
-    if (!admit(s)) break;  // the line waits: order is kept
+    const int place = place_for(s);
+    if (waits_for_sibling(s, place)) {
+      held = s.request;
+      continue;
+    }
+    if (place < 0) break;  // the line waits: order is kept
+    admit(s, place);
     const int64_t rows = rows_for(s);
     if (grow(s, s.computed + rows)) pick(s, rows);
     else break;

@@ -1,13 +1,14 @@
 // Which tokens of which sequences the next step computes: continuous batching with chunked prefill.
 //
 // Order is (priority, arrival) everywhere. Running sequences come first; prompt tokens share a budget of chunk_tokens a
-// step, decode tokens are outside it. When KV pages run out, the last running sequence in that order gives up its pages and
-// waits again, with its tokens kept (recomputed later, to the same bits).
+// step, decode tokens are outside it. When KV pages run out, the last running sequence in that order whose pages would help
+// gives them up and waits again, with its tokens kept (recomputed later, to the same bits).
 // Row limits hold by construction: a step has at most chunk_tokens + max_batch rows in all, which is both the TP limit and,
 // homes being parts of it, the EP limit of every home.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "lib/kv/kv_manager.h"
@@ -20,11 +21,12 @@ namespace moebius {
 struct HomeCandidate {
   int64_t requests = 0, tokens = 0;  // it has
   int64_t room = 0;                  // pages that could be had
-  int64_t pages = 0;                 // the sequence would take
+  int64_t pages = 0;                 // the sequence would take of these
   int64_t shared = 0;                // of the sequence's blocks, already there
 };
-// Fewest requests among those with room, then fewest tokens, then most shared, then the lowest. −1: none has room.
-int choose_home(const std::vector<HomeCandidate>& homes);
+// Fewest requests among those with room, then most shared, then fewest tokens, then the lowest (docs/decisions/0008). −1: none
+// has room.
+int choose_home(std::span<const HomeCandidate> homes);
 
 struct SchedulerLimits {
   int chunk_tokens = 512;
@@ -60,11 +62,14 @@ class Scheduler {
  private:
   void fill(StepPlan& out);
   bool grow(Sequence& sequence, int64_t num_tokens);
-  Sequence* victim_for(const Sequence& sequence) const;
-  bool admit(Sequence& sequence);
+  Sequence& victim_for(Sequence& sequence) const;
+  int place_for(const Sequence& sequence);
+  void find_shared(const Sequence& sequence, std::span<HomeCandidate> places) const;
+  int64_t shareable_blocks(const Sequence& sequence) const;
+  bool waits_for_sibling(const Sequence& sequence, int place) const;
+  void admit(Sequence& sequence, int place);
   int64_t take_prefix(Sequence& sequence);
   void order_by_home(StepPlan& out);
-  int home_for(int64_t pages);
 
   KvManager& kv_;
   SchedulerLimits limits_;
@@ -74,7 +79,7 @@ class Scheduler {
     int32_t num_rows;
   };
   std::vector<Picked> picked_;
-  std::vector<HomeCandidate> homes_;  // [homes]
+  std::vector<HomeCandidate> places_;  // [homes]
 };
 
 }  // namespace moebius

@@ -40,6 +40,22 @@ TEST_CASE("when KV runs out requests are preempted and recomputed, and none is l
     }
 }
 
+TEST_CASE("while the seam is inside, a home short of pages takes none from requests of another home") {
+  // Two requests a home, by turns. r2 opens its 7th page, home 0's 11th of 10, while all four run; r3 has pages, but on home 1.
+  constexpr int kPrompt[] = {45, 46, 84, 46}, kMax[] = {60, 34, 50, 34};
+  Script script;
+  for (int i = 0; i < 4; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(300 + i, kPrompt[i]), kMax[i]), 0});
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  script.switches = {{6, 2}};
+  EngineConfig config = small_config(2, 1, Layout::kEp);
+  config.kv_tokens = 320;
+  const Outcome got = run_script(kQwen, config, script);
+  CHECK(difference(expected, got) == "");
+  const auto first = std::find_if(got.events.begin(), got.events.end(), [](const Event& e) { return e.type == EventType::kPreempted; });
+  REQUIRE(first != got.events.end());
+  CHECK(first->request == 3);
+}
+
 TEST_CASE("a preempted request's logits come once for each position, with the bits they have without preemption") {
   Script script = crowd(10, 40);
   for (ScriptedRequest& r : script.requests) r.spec.keep_logits = true;
@@ -188,6 +204,67 @@ TEST_CASE("samples of one prompt share its pages and differ by seed") {
   CHECK(engine.stats().prefix_hits >= 3 * 48);
   const Outcome again = run_script(kQwen, small_config(2, 1, Layout::kEp), script);
   CHECK(difference(got, again) == "");
+}
+
+TEST_CASE("in EP the samples of a prompt divide over the homes, and each home computes it once") {
+  RequestSpec spec = greedy_request("n", prompt_of(3, 150), 12);  // three chunks; 9 of its pages can be shared
+  spec.sampling.temperature = 1.5;
+  spec.sampling.n = 4;
+  Script script;
+  script.requests.push_back({spec});
+  Engine tp(kQwen, small_config(1, 1, Layout::kTp));
+  const Outcome expected = Runner(tp).run(script);
+  CHECK(tp.stats().prefix_hits == 3 * 144);
+  for (auto [ranks, hits] : {std::pair{1, uint64_t{3}}, {2, 2}, {3, 1}, {4, 0}}) {
+    Engine ep(kQwen, small_config(ranks, 1, Layout::kEp));
+    const Outcome got = Runner(ep).run(script);
+    INFO("ranks " << ranks);
+    CHECK(ep.stats().prefix_hits == hits * 144);
+    CHECK(difference(expected, got) == "");
+  }
+  EngineConfig plain = small_config(2, 1, Layout::kEp);
+  plain.prefix_cache = false;
+  Engine ep(kQwen, plain);
+  CHECK(difference(expected, Runner(ep).run(script)) == "");
+  CHECK(ep.stats().prefix_hits == 0);
+}
+
+TEST_CASE("samples share pages that hold no more than one of them would take by itself") {
+  // 10 pages a home: a prompt of 7 pages and one of its own for each of 3 samples.
+  RequestSpec spec = greedy_request("n", prompt_of(3, 113), 10);
+  spec.sampling.temperature = 1.5;
+  spec.sampling.n = 3;
+  Script script;
+  script.requests.push_back({spec});
+  for (Layout layout : {Layout::kTp, Layout::kEp}) {
+    EngineConfig config = small_config(1, 1, layout);
+    config.kv_tokens = 160;
+    Engine engine(kQwen, config);
+    int32_t most = 0;
+    engine.submit(spec);
+    while (engine.step().worked) most = std::max(most, engine.stats().running);
+    CHECK(most == 3);
+    CHECK(engine.stats().preemptions == 0);
+  }
+}
+
+TEST_CASE("in EP a request goes to the home that has its prefix when no other has fewer requests") {
+  // Two prefixes, a home each at first; longer requests of the second make its home the one with more tokens.
+  const auto prompt = [](int prefix, int tail, int length) {
+    std::vector<int32_t> p = prompt_of(static_cast<uint32_t>(700 + prefix), 64);
+    const std::vector<int32_t> end = prompt_of(static_cast<uint32_t>(800 + tail), length);
+    p.insert(p.end(), end.begin(), end.end());
+    return p;
+  };
+  Script script;
+  script.requests.push_back({greedy_request("a", prompt(0, 0, 5), 40), 0});
+  script.requests.push_back({greedy_request("b", prompt(1, 1, 70), 40), 2});
+  for (int i = 2; i < 6; ++i)  // every other one finds as many requests on both homes, but more tokens on its prefix's
+    script.requests.push_back({greedy_request("r" + std::to_string(i), prompt(1 - i % 2, i, 9 + i), 40), 4 + 3 * i});
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  Engine engine(kQwen, small_config(2, 1, Layout::kEp));
+  CHECK(difference(expected, Runner(engine).run(script)) == "");
+  CHECK(engine.stats().prefix_hits == 4 * 64);
 }
 
 TEST_CASE("an explicit seed gives the same samples whatever the request is called and when it comes; without one the id decides") {
