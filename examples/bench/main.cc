@@ -225,7 +225,7 @@ class Bench {
     for (size_t n; (n = e.poll(events, 0)) > 0;)
       for (size_t i = 0; i < n; ++i) {
         if (events[i].type == EventType::kSwitchFinished) return events[i];
-        if (events[i].type == EventType::kSwitchRefused) throw std::runtime_error("switch refused: " + events[i].reason);
+        if (events[i].type == EventType::kSwitchRefused) throw std::runtime_error("switch refused: " + events[i].reason.str());
       }
     throw std::runtime_error("no switch happened");
   }

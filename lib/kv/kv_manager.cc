@@ -292,8 +292,12 @@ std::span<const int32_t> KvManager::live_blocks() const { return live_; }
 
 // The block that stands for `block` among sequences of `home`; made (from the same TP page) when there is none yet.
 int32_t KvManager::block_for_home(int32_t block, int home) {
+  const auto place = [&](int32_t b) {
+    MOEBIUS_ASSERT(take_ep_page(b, home));
+    if (blocks_[block].registered) root_homes_.emplace_back(blocks_[block].root, home);
+  };
   if (blocks_[block].ep_page < 0) {
-    MOEBIUS_ASSERT(take_ep_page(block, home));
+    place(block);
     return block;
   }
   int32_t last = block;
@@ -302,7 +306,7 @@ int32_t KvManager::block_for_home(int32_t block, int home) {
     last = b;
   }
   const int32_t made = new_block();
-  MOEBIUS_ASSERT(take_ep_page(made, home));
+  place(made);
   blocks_[last].split = made;
   blocks_[made].tp_page = blocks_[block].tp_page;
   ++tp_blocks_[blocks_[made].tp_page];
@@ -329,10 +333,8 @@ void KvManager::open_ep(std::span<const SequenceBlocks> sequences) {
         ++blocks_[b].users;
         held = b;
       }
-      if (blocks_[b].registered) root_homes_.emplace_back(blocks_[b].root, sequence.home);
     }
   std::sort(root_homes_.begin(), root_homes_.end());
-  root_homes_.erase(std::unique(root_homes_.begin(), root_homes_.end()), root_homes_.end());
   phase_ = Phase::kBoth;
   while (cached >= 0) {
     const int32_t b = cached;

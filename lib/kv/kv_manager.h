@@ -136,7 +136,7 @@ class KvManager {
   std::vector<std::vector<int32_t>> ep_free_;      // [home]
   std::vector<int32_t> tp_blocks_;                 // [tp page] blocks on it
   std::vector<int32_t> tp_leader_;                 // [tp page] see leads_tp_page
-  std::vector<std::pair<uint64_t, int32_t>> root_homes_;
+  std::vector<std::pair<uint64_t, int32_t>> root_homes_;  // open_ep: (root, home) of each block in use
   std::vector<int32_t> live_, live_slot_;          // blocks that exist, and each one's place there
   std::vector<List> cached_;                       // [home + 1], oldest first
   std::vector<int64_t> cached_count_;              // [home + 1]

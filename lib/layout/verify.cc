@@ -232,17 +232,21 @@ void verify_transfer(const ArenaPlan& arena, const TransferPlan& plan) {
          totals.bytes);
 }
 
-void verify_pages(std::span<const PagePair> pairs, Layout to, int64_t tp_pages, const std::vector<int64_t>& ep_pages) {
-  std::vector<int64_t> first(ep_pages.size() + 1, 0);  // of each home's pages among all destination pages
-  for (size_t r = 0; r < ep_pages.size(); ++r) first[r + 1] = first[r] + ep_pages[r];
-  std::vector<bool> written(static_cast<size_t>(to == Layout::kTp ? tp_pages : first.back()), false);
+PageVerifier::PageVerifier(int64_t tp_pages, const std::vector<int64_t>& ep_pages) : tp_pages_(tp_pages), first_(ep_pages.size() + 1, 0) {
+  for (size_t r = 0; r < ep_pages.size(); ++r) first_[r + 1] = first_[r] + ep_pages[r];
+  written_.resize(static_cast<size_t>(std::max(tp_pages, first_.back())));
+}
+
+void PageVerifier::verify(std::span<const PagePair> pairs, Layout to) {
+  written_.assign(written_.size(), false);
   for (const PagePair& p : pairs) {
-    if (p.home < 0 || p.home >= static_cast<int>(ep_pages.size()) || p.tp_page < 0 || p.tp_page >= tp_pages || p.ep_page < 0 ||
-        p.ep_page >= ep_pages[static_cast<size_t>(p.home)])
-      fail(Code::kInternal, "page pair (tp {}, home {}, ep {}) is out of range: {} TP pages", p.tp_page, p.home, p.ep_page, tp_pages);
-    const auto page = static_cast<size_t>(to == Layout::kTp ? p.tp_page : first[static_cast<size_t>(p.home)] + p.ep_page);
-    if (written[page]) fail(Code::kInternal, "page (tp {}, home {}, ep {}) would be written twice", p.tp_page, p.home, p.ep_page);
-    written[page] = true;
+    const bool known = p.home >= 0 && p.home + 1 < static_cast<int>(first_.size());
+    const auto home = static_cast<size_t>(known ? p.home : 0);
+    if (!known || p.tp_page < 0 || p.tp_page >= tp_pages_ || p.ep_page < 0 || p.ep_page >= first_[home + 1] - first_[home])
+      fail(Code::kInternal, "page pair (tp {}, home {}, ep {}) is out of range: {} TP pages", p.tp_page, p.home, p.ep_page, tp_pages_);
+    const auto page = static_cast<size_t>(to == Layout::kTp ? p.tp_page : first_[home] + p.ep_page);
+    if (written_[page]) fail(Code::kInternal, "page (tp {}, home {}, ep {}) would be written twice", p.tp_page, p.home, p.ep_page);
+    written_[page] = true;
   }
 }
 

@@ -21,7 +21,16 @@ void verify_arena(const ArenaPlan& arena);
 // they bring each gained slice once, and nothing else.
 void verify_transfer(const ArenaPlan& arena, const TransferPlan& plan);
 
-// Pages in range, and no destination page of a move to `to` written twice (a bitmap).
-void verify_pages(std::span<const PagePair> pairs, Layout to, int64_t tp_pages, const std::vector<int64_t>& ep_pages);
+// Pages in range, and no destination page of a move to `to` written twice (a bitmap). Allocates only when it is made.
+class PageVerifier {
+ public:
+  PageVerifier(int64_t tp_pages, const std::vector<int64_t>& ep_pages);
+  void verify(std::span<const PagePair> pairs, Layout to);  // throws Error(kInternal)
+
+ private:
+  int64_t tp_pages_;
+  std::vector<int64_t> first_;  // [homes + 1] of each home's pages among all EP pages
+  std::vector<bool> written_;
+};
 
 }  // namespace moebius

@@ -108,7 +108,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       store_(model_dir, model_, config_, world_, Workspace::bytes(shape_)),
       kv_(store_.arena().tp_pages(), ep_pages_of(store_.arena()), config_.page_tokens, config_.prefix_cache,
           config_.layout == Layout::kTp ? Phase::kTp : Phase::kEp),
-      scheduler_(kv_, {config_.chunk_tokens, config_.max_batch, config_.prefix_cache}),
+      scheduler_(kv_, {config_.chunk_tokens, config_.max_batch, config_.max_queue, config_.prefix_cache}),
       switcher_({world_, store_.arena(), store_.to_tp(), store_.to_ep(), store_.arenas(), kv_, scheduler_,
                  [this](Event&& e) { emit(std::move(e)); },
                  [this](Sequence& s) { emit_request(EventType::kPreempted, s); }},
@@ -249,9 +249,9 @@ void Engine::Impl::set_stall_budget(double ms) {
 }
 
 void Engine::Impl::set_policy(const PolicyConfig& policy) {
-  make_policy(policy, config_.ranks);  // refuses a bad one here
+  std::unique_ptr<Policy> made = make_policy(policy, config_.ranks);  // refuses a bad one here
   std::lock_guard lock(inbox_mutex_);
-  wished_policy_ = policy;
+  wished_policy_ = std::move(made);
 }
 
 // ---- events
@@ -332,7 +332,7 @@ void Engine::Impl::take_wishes() {
     std::lock_guard lock(inbox_mutex_);
     seams_.swap(wished_seams_);
     if (wished_budget_) stall_budget_ms_ = *std::exchange(wished_budget_, std::nullopt);
-    if (wished_policy_) policy_ = make_policy(*std::exchange(wished_policy_, std::nullopt), config_.ranks);
+    if (wished_policy_) policy_ = std::move(wished_policy_);
   }
   for (size_t i = 0; i < seams_.size(); ++i) {
     if (config_.ranks == 1) {
@@ -562,7 +562,7 @@ void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
   forget_if_done(request);
 }
 
-void Engine::Impl::finish(Sequence& s, FinishReason reason, const std::string& why) {
+void Engine::Impl::finish(Sequence& s, FinishReason reason, std::string_view why) {
   scheduler_.remove(s);
   Event event;
   event.type = EventType::kFinished;
@@ -608,7 +608,7 @@ void Engine::Impl::fail_everything(const std::string& why) {
       event.request = number;
       event.sample = s.sample;
       event.finish_reason = FinishReason::kError;
-      event.reason = why;
+      event.reason = std::string_view(why);
       event.step = step_;
       events_.push(std::move(event));
     }
@@ -687,7 +687,9 @@ SwitchEstimate Engine::Impl::estimate_switch(Layout to) {
   const int target = to == Layout::kTp ? switcher_.num_layers() : 0;
   e.fits = true;
   if (config_.ranks == 1 || switcher_.seam() == target) return e;
-  e.fits = switcher_.fits(target, &e.reason);
+  Reason reason;
+  e.fits = switcher_.fits(target, &reason);
+  e.reason = reason.str();
   std::tie(e.bytes, e.bytes_changed) = switcher_.bytes_to(to);
   e.seconds = static_cast<double>(e.bytes) / switcher_.copy_rate();
   return e;

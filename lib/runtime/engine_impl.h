@@ -75,7 +75,7 @@ class Engine::Impl {
   void sample_row(const LogitRow& row, const float* logits, int lane);
   void accept_tokens();
   void accept(Sequence& sequence, const SampleResult& result);
-  void finish(Sequence& sequence, FinishReason reason, const std::string& why = {});
+  void finish(Sequence& sequence, FinishReason reason, std::string_view why = {});
   void record_end(const Sequence& sequence, FinishReason reason);
   void forget_if_done(Request& request);
   Sequence& sequence_with_logits(uint64_t request, int32_t sample);
@@ -126,7 +126,7 @@ class Engine::Impl {
   std::vector<uint64_t> cancels_;
   std::vector<int32_t> wished_seams_;  // in the order asked for, at most kMaxWishes
   std::optional<double> wished_budget_;
-  std::optional<PolicyConfig> wished_policy_;
+  std::unique_ptr<Policy> wished_policy_;
   uint64_t next_number_ = 1;
   int64_t waiting_hint_ = 0;     // waiting sequences, for the queue limit
   std::vector<Request*> arriving_;

@@ -1,10 +1,10 @@
-// What the engine tells its host, in the order it happened. Fixed-size but for `reason`, which only rare events carry.
+// What the engine tells its host, in the order it happened. Of fixed size: a step that emits events allocates nothing.
 #pragma once
 
 #include <array>
 #include <cstdint>
-#include <string>
 
+#include "lib/base/fixed_text.h"
 #include "lib/layout/types.h"
 #include "lib/runtime/sampling_params.h"
 
@@ -31,6 +31,9 @@ struct TokenLogprob {
   float logprob = 0;
 };
 
+// A decision's record (some 130 bytes), what failed before it (60), and the text of a refusal (150).
+using Reason = FixedText<384>;
+
 struct Event {
   EventType type = EventType::kToken;
   uint64_t step = 0;            // the step before or in which it happened
@@ -46,7 +49,7 @@ struct Event {
   int64_t bytes = 0;            // written by the switch (weights and KV, all ranks)
   int64_t bytes_changed = 0;    // of these, to a new owner
   double seconds = 0;
-  std::string reason;
+  Reason reason;                // rare events have one
 };
 
 }  // namespace moebius

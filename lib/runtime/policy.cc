@@ -13,7 +13,7 @@ class ManualPolicy final : public Policy {
  public:
   std::optional<Decision> observe(const LoadSample&) override { return std::nullopt; }
   void on_switched(double) override {}
-  void on_failed(Layout, const std::string&) override {}
+  void on_failed(Layout, std::string_view) override {}
 };
 
 struct VariantDefaults {
@@ -59,11 +59,11 @@ class ThresholdPolicy final : public Policy {
     shadowed_ = shadow_;
     asked_mean_ = mean;
     asked_step_ = load.step;
-    const std::string again = std::exchange(failure_, {});
+    const Reason again = std::exchange(failure_, {});
     return Decision{wanted, shadow_,
-                    fmt::format("threshold {}: mean {:.1f} over {} steps {} {:.1f}: {} → {} (running {}, waiting {}){}",
+                    Reason::of("threshold {}: mean {:.1f} over {} steps {} {:.1f}: {} → {} (running {}, waiting {}){}",
                                 kVariants[static_cast<size_t>(variant_)].name, mean, window_.size(), mean >= threshold_ ? "≥" : "<",
-                                threshold_, name_of(load.layout), name_of(wanted), load.running, load.waiting, again)};
+                                threshold_, name_of(load.layout), name_of(wanted), load.running, load.waiting, again.view())};
   }
 
   void on_switched(double time_s) override {
@@ -71,9 +71,9 @@ class ThresholdPolicy final : public Policy {
     last_switch_s_ = time_s;
     failure_.clear();
   }
-  void on_failed(Layout to, const std::string& why) override {
+  void on_failed(Layout to, std::string_view why) override {
     failed_to_ = to;
-    failure_ = fmt::format("; again after step {} at mean {:.1f}, which failed: {}", asked_step_, asked_mean_, why);
+    failure_ = Reason::of("; again after step {} at mean {:.1f}, which failed: {}", asked_step_, asked_mean_, why);
   }
 
  private:
@@ -98,7 +98,7 @@ class ThresholdPolicy final : public Policy {
   double asked_mean_ = 0;
   uint64_t asked_step_ = 0;
   Layout failed_to_ = Layout::kTp;
-  std::string failure_;
+  Reason failure_;
 };
 
 }  // namespace

@@ -5,9 +5,10 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <string>
+#include <string_view>
 
 #include "lib/layout/types.h"
+#include "lib/runtime/event.h"
 
 namespace moebius {
 
@@ -41,7 +42,7 @@ struct LoadSample {
 struct Decision {
   Layout to = Layout::kTp;
   bool shadow = false;
-  std::string record;
+  Reason record;
 };
 
 class Policy {
@@ -50,7 +51,7 @@ class Policy {
   virtual std::optional<Decision> observe(const LoadSample& load) = 0;
   virtual void on_switched(double time_s) = 0;
   // A switch to `to` was refused or rolled back: no cooldown is spent, but the same is not asked for again at once.
-  virtual void on_failed(Layout to, const std::string& why) = 0;
+  virtual void on_failed(Layout to, std::string_view why) = 0;
 };
 
 // Throws kInvalidArgument on values out of range.

@@ -26,6 +26,8 @@ Scheduler::Scheduler(KvManager& kv, const SchedulerLimits& limits)
   running_.reserve(limits.max_batch);
   picked_.reserve(limits.max_batch);
   preempted_.reserve(limits.max_batch);
+  constexpr int kLongQueue = 1 << 20;  // 8 MiB of pointers; only a longer queue makes the list grow within a step
+  waiting_.reserve(static_cast<size_t>(std::min(limits.max_queue, kLongQueue)) + static_cast<size_t>(limits.max_batch));
 }
 
 void Scheduler::add(Sequence& sequence) {

@@ -31,6 +31,7 @@ int choose_home(std::span<const HomeCandidate> homes);
 struct SchedulerLimits {
   int chunk_tokens = 512;
   int max_batch = 64;
+  int max_queue = 65536;
   bool prefix_cache = true;
 };
 
@@ -52,6 +53,7 @@ class Scheduler {
   // The step has been computed: KV of its rows counts, full blocks become findable.
   void commit(const StepPlan& plan);
 
+  int max_batch() const { return limits_.max_batch; }
   const std::vector<Sequence*>& running() const { return running_; }
   const std::vector<Sequence*>& waiting() const { return waiting_; }
   // Remakes the page tables of a running sequence from its blocks (a switch has begun or ended).

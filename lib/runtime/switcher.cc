@@ -14,7 +14,9 @@ double seconds_since(Clock::time_point t) { return std::chrono::duration<double>
 }  // namespace
 
 Switcher::Switcher(Parts parts, Layout start)
-    : parts_(std::move(parts)), num_layers_(static_cast<int>(parts_.to_tp.items.size())) {
+    : parts_(std::move(parts)),
+      num_layers_(static_cast<int>(parts_.to_tp.items.size())),
+      page_verifier_(parts_.arena.tp_pages(), parts_.arena.ep_pages()) {
   seam_ = target_ = origin_ = start == Layout::kTp ? num_layers_ : 0;
   for (Layout to : {Layout::kTp, Layout::kEp})
     for (const ItemTransfer& item : plan_to(to).items) {
@@ -24,75 +26,74 @@ Switcher::Switcher(Parts parts, Layout start)
         for (const BlockCopy& c : copies) ends.push_back((ends.empty() ? 0 : ends.back()) + c.bytes);
       }
     }
-  const int64_t ep_pages = [&] {
-    int64_t sum = 0;
-    for (int h = 0; h < parts_.kv.num_homes(); ++h) sum += parts_.kv.ep_capacity(h);
-    return sum;
-  }();
-  list_.reserve(parts_.kv.tp_capacity() + ep_pages);
-  pairs_.reserve(parts_.kv.tp_capacity() + ep_pages);
+  int64_t pages = parts_.kv.tp_capacity();
+  for (int h = 0; h < parts_.kv.num_homes(); ++h) pages += parts_.kv.ep_capacity(h);
+  list_.reserve(pages);
+  pairs_.reserve(pages);
+  homes_of_block_.assign(pages, 0);
   copied_.resize(static_cast<size_t>(parts_.world.ranks()) * parts_.world.threads());
-  homes_of_block_.assign(parts_.kv.tp_capacity() + ep_pages, 0);
+  candidates_.resize(parts_.kv.num_homes());
+  order_.reserve(parts_.scheduler.max_batch());
+  homes_.reserve(parts_.scheduler.max_batch());
+  sequences_.reserve(parts_.scheduler.max_batch());
 }
 
 // ---- starting
 
-// Homes for all running sequences, longest first; the reason when one finds no room.
-bool Switcher::choose_homes(std::string* reason, std::vector<int32_t>& homes) const {
+// Fills homes_ for all running sequences, longest first; false, and the reason, when one finds no room.
+bool Switcher::choose_homes(Reason* reason) {
   const std::vector<Sequence*>& running = parts_.scheduler.running();
   const KvManager& kv = parts_.kv;
-  std::vector<int> order(running.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int a, int b) { return running[a]->tokens.size() > running[b]->tokens.size(); });
-  homes.assign(running.size(), -1);
-  std::vector<HomeCandidate> candidates(kv.num_homes());
-  for (int h = 0; h < kv.num_homes(); ++h) candidates[h].room = kv.ep_capacity(h);
+  order_.resize(running.size());
+  std::iota(order_.begin(), order_.end(), 0);
+  std::sort(order_.begin(), order_.end(), [&](int a, int b) {
+    const size_t x = running[a]->tokens.size(), y = running[b]->tokens.size();
+    return x != y ? x > y : a < b;
+  });
+  homes_.assign(running.size(), -1);
+  for (int h = 0; h < kv.num_homes(); ++h) candidates_[h] = {0, 0, kv.ep_capacity(h)};
 
-  for (int i : order) {
+  bool all = true;
+  for (int i : order_) {
     const Sequence& s = *running[i];
     const int64_t pages = div_up(static_cast<int64_t>(s.tokens.size()) + 1, kv.page_tokens());
     for (int h = 0; h < kv.num_homes(); ++h) {
-      candidates[h].pages = std::max<int64_t>(pages, s.blocks.size());
-      candidates[h].shared = 0;
+      candidates_[h].shared = 0;
       for (int32_t b : s.blocks)
-        if (kv.block(b).users > 1 && (homes_of_block_[b] >> h & 1)) ++candidates[h].shared;
-      candidates[h].pages -= candidates[h].shared;
+        if (kv.block(b).users > 1 && (homes_of_block_[b] >> h & 1)) ++candidates_[h].shared;
+      candidates_[h].pages = std::max<int64_t>(pages, s.blocks.size()) - candidates_[h].shared;
     }
-    const int home = choose_home(candidates);
-    if (home < 0) {
+    homes_[i] = choose_home(candidates_);
+    if (homes_[i] < 0) {
       int64_t most = 0;
-      for (const HomeCandidate& c : candidates) most = std::max(most, c.room);
-      *reason = fmt::format("a request of {} tokens needs {} KV pages in EP, no rank has more than {} left of {} ({} tokens short)",
-                            s.tokens.size(), pages, most, kv.ep_capacity(0), (pages - most) * kv.page_tokens());
-    } else {
-      homes[i] = home;
-      candidates[home].room -= candidates[home].pages;
-      ++candidates[home].requests;
-      candidates[home].tokens += static_cast<int64_t>(s.tokens.size());
-      for (int32_t b : s.blocks)
-        if (kv.block(b).users > 1) homes_of_block_[b] |= uint64_t{1} << home;
+      for (const HomeCandidate& c : candidates_) most = std::max(most, c.room);
+      *reason = Reason::of("a request of {} tokens needs {} KV pages in EP, no rank has more than {} left of {} ({} tokens short)",
+                           s.tokens.size(), pages, most, kv.ep_capacity(0), (pages - most) * kv.page_tokens());
+      all = false;
+      break;
     }
-    if (home < 0) break;
+    HomeCandidate& home = candidates_[homes_[i]];
+    home.room -= home.pages;
+    ++home.requests;
+    home.tokens += static_cast<int64_t>(s.tokens.size());
+    for (int32_t b : s.blocks)
+      if (kv.block(b).users > 1) homes_of_block_[b] |= uint64_t{1} << homes_[i];
   }
   for (const Sequence* s : running)
     for (int32_t b : s->blocks) homes_of_block_[b] = 0;
-  return std::find(homes.begin(), homes.end(), -1) == homes.end();
+  return all;
 }
 
-bool Switcher::fits(int target, std::string* reason) const {
+bool Switcher::fits(int target, Reason* reason) {
   if (parts_.kv.phase() == Phase::kBoth || target == seam_) return true;  // both page tables are alive already
-  if (seam_ == num_layers_) {
-    std::vector<int32_t> homes;
-    return choose_homes(reason, homes);
-  }
+  if (seam_ == num_layers_) return choose_homes(reason);
   int64_t grow = 0;  // sequences whose next token opens a page
   for (const Sequence* s : parts_.scheduler.running())
     grow += static_cast<int64_t>(s->tokens.size()) + 1 > static_cast<int64_t>(s->blocks.size()) * parts_.kv.page_tokens();
   if (parts_.kv.blocks_in_use() + grow <= parts_.kv.tp_capacity()) return true;
   const int64_t needed = parts_.kv.tp_pages_needed() + grow;
   if (needed <= parts_.kv.tp_capacity()) return true;
-  *reason = fmt::format("the running requests need {} KV pages, TP holds {} ({} tokens short)", needed, parts_.kv.tp_capacity(),
+  *reason = Reason::of("the running requests need {} KV pages, TP holds {} ({} tokens short)", needed, parts_.kv.tp_capacity(),
                         (needed - parts_.kv.tp_capacity()) * parts_.kv.page_tokens());
   return false;
 }
@@ -116,7 +117,7 @@ bool Switcher::begin(int target, bool preempt_to_fit) {
     return true;
   }
   const auto start = Clock::now();
-  std::string reason;
+  Reason reason;
   while (!fits(target, &reason)) {
     if (!preempt_to_fit || parts_.scheduler.running().empty()) {
       event.type = EventType::kSwitchRefused;
@@ -128,42 +129,40 @@ bool Switcher::begin(int target, bool preempt_to_fit) {
     parts_.scheduler.preempt(last);
     parts_.on_preempt(last);
   }
+  event.type = EventType::kSwitchStarted;
+  parts_.emit(std::move(event));
   started_ = start;
   bytes_ = bytes_changed_ = 0;
-  seconds_ = 0;
+  seconds_ = plan_seconds_ = 0;
   weights_part_ = kv_part_ = {};
   origin_ = seam_;
   target_ = target;
   from_ = event.from;
   to_ = event.to;
-  if (moving() && parts_.kv.phase() != Phase::kBoth) {
-    std::vector<int32_t> homes;
-    if (seam_ == num_layers_) choose_homes(&reason, homes);
-    open(direction(), homes);
-  }
-  plan_seconds_ = seconds_since(start);
-  seconds_ = plan_seconds_;
-  event.type = EventType::kSwitchStarted;
-  parts_.emit(std::move(event));
-  if (!moving()) arrive();
-  return true;
+  return attempt([&] {
+    if (moving() && parts_.kv.phase() != Phase::kBoth) open(direction());
+    plan_seconds_ = seconds_ = seconds_since(start);
+    if (!moving()) arrive();
+  });
 }
 
-void Switcher::open(Layout to, const std::vector<int32_t>& homes) {
+// To EP: homes_ are as fits() has chosen them.
+void Switcher::open(Layout to) {
   const std::vector<Sequence*>& running = parts_.scheduler.running();
   if (to == Layout::kTp) {
     parts_.kv.open_tp();
   } else {
-    std::vector<KvManager::SequenceBlocks> sequences(running.size());
+    sequences_.clear();
     for (size_t i = 0; i < running.size(); ++i) {
-      running[i]->home = homes[i];
-      sequences[i] = {running[i]->blocks, homes[i]};
+      running[i]->home = homes_[i];
+      sequences_.push_back({running[i]->blocks, homes_[i]});
     }
-    parts_.kv.open_ep(sequences);
+    parts_.kv.open_ep(sequences_);
   }
   for (Sequence* s : running) parts_.scheduler.remake_tables(*s);
-  verify_tables();
   forget_ahead();
+  verify_tables();
+  if (open_hook) open_hook();
 }
 
 // Page lists are checked before anything is copied by them: no two blocks may write one page.
@@ -171,10 +170,10 @@ void Switcher::verify_tables() {
   pairs_.clear();
   for (int32_t b : parts_.kv.live_blocks())
     if (parts_.kv.leads_tp_page(b)) pairs_.push_back(pair_of(b));
-  verify_pages(pairs_, Layout::kTp, parts_.arena.tp_pages(), parts_.arena.ep_pages());
+  page_verifier_.verify(pairs_, Layout::kTp);
   pairs_.clear();
   for (int32_t b : parts_.kv.live_blocks()) pairs_.push_back(pair_of(b));
-  verify_pages(pairs_, Layout::kEp, parts_.arena.tp_pages(), parts_.arena.ep_pages());
+  page_verifier_.verify(pairs_, Layout::kEp);
 }
 
 void Switcher::arrive() {
@@ -191,14 +190,16 @@ void Switcher::arrive() {
   seconds_ += seconds_since(start);
   Event event;
   event.type = undoing_ ? EventType::kRolledBack : EventType::kSwitchFinished;
-  event.from = from_;
+  const bool from_inside = origin_ > 0 && origin_ < num_layers_;
+  event.from = undoing_ || from_inside ? from_ : origin_ == 0 ? Layout::kEp : Layout::kTp;  // turns on the way do not count
   event.to = to_;
   event.seam = seam_;
   event.bytes = bytes_;
   event.bytes_changed = bytes_changed_;
   event.seconds = seconds_;
-  event.reason = undoing_ ? fault_ : fmt::format("plan {:.3f} ms, move {:.3f} ms, since start {:.3f} ms", plan_seconds_ * 1e3,
-                                                 (seconds_ - plan_seconds_) * 1e3, seconds_since(started_) * 1e3);
+  event.reason = undoing_ ? fault_
+                          : Reason::of("plan {:.3f} ms, move {:.3f} ms, since start {:.3f} ms", plan_seconds_ * 1e3,
+                                       (seconds_ - plan_seconds_) * 1e3, seconds_since(started_) * 1e3);
   undoing_ = false;
   origin_ = seam_;
   parts_.emit(std::move(event));
@@ -207,11 +208,16 @@ void Switcher::arrive() {
 // ---- moving
 
 void Switcher::advance(double budget_ms) {
-  if (!moving()) return;
-  // Once the old tables are gone there is nothing to go back to.
+  if (moving()) attempt([&] { move_towards(budget_ms); });
+}
+
+// Rolls back whatever f throws; false then. Once only one page table is alive there is nothing to go back to.
+template <class F>
+bool Switcher::attempt(F&& f) {
   const auto can_go_back = [&] { return !parts_.world.dead() && parts_.kv.phase() == Phase::kBoth; };
   try {
-    move_towards(budget_ms);
+    f();
+    return true;
   } catch (const std::exception& e) {
     if (!can_go_back()) throw;
     roll_back(e.what());
@@ -219,11 +225,12 @@ void Switcher::advance(double budget_ms) {
     if (!can_go_back()) throw;
     roll_back("an exception of unknown type");
   }
+  return false;
 }
 
 // Everyone has stopped (World::run says so): the item under way was not needed by anybody yet, the earlier ones go back.
-void Switcher::roll_back(std::string why) {
-  fault_ = std::move(why);
+void Switcher::roll_back(std::string_view why) {
+  fault_ = why;
   undoing_ = true;
   target_ = origin_;
   to_ = moving() ? direction() : other(to_);

@@ -20,7 +20,7 @@
 
 #include <cstdint>
 #include <functional>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "lib/base/error.h"
@@ -70,15 +70,15 @@ class Switcher {
   bool moving() const { return seam_ != target_; }
   int target() const { return target_; }
 
-  // Aims the seam at `target` (0 = EP, N = TP, between: hold). Under way already: turns where it stands. False: refused, an
-  // event says why, nothing was changed.
+  // Aims the seam at `target` (0 = EP, N = TP, between: hold). Under way already: turns where it stands. False: refused, or
+  // rolled back because opening the other page tables failed; an event says why, and the layout is what it was.
   bool begin(int target, bool preempt_to_fit);
   // Moves towards the target: all the way when budget_ms is 0, else for about so long and by at least one piece. Whatever is
   // thrown meanwhile rolls back; this throws only when the world is dead or the way back failed too.
   void advance(double budget_ms);
 
   // Whether a switch would fit now; the reason with its numbers when not.
-  bool fits(int target, std::string* reason) const;
+  bool fits(int target, Reason* reason);
   // Bytes that a switch of everything would write now, and those to a new owner.
   std::pair<int64_t, int64_t> bytes_to(Layout to) const;
   double copy_rate() const { return copy_rate_; }  // bytes per second of the copies so far
@@ -93,6 +93,7 @@ class Switcher {
   double plan_seconds() const { return plan_seconds_; }  // choosing homes, mapping and checking pages, releasing them
 
   CopyHook hook;
+  std::function<void()> open_hook;         // for tests: called when the other page tables have been opened; may throw
   void set_piece_bytes(int64_t bytes) {  // for tests, while nothing moves
     MOEBIUS_ASSERT(!moving() && bytes > 0);
     parts_.piece_bytes = bytes;
@@ -106,12 +107,14 @@ class Switcher {
   struct alignas(64) Copied {  // by one thread in one region
     Part weights, kv;
   };
-  bool choose_homes(std::string* reason, std::vector<int32_t>& homes) const;
-  void open(Layout to, const std::vector<int32_t>& homes);
+  bool choose_homes(Reason* reason);
+  void open(Layout to);
   void verify_tables();
   void arrive();
   void move_towards(double budget_ms);
-  void roll_back(std::string why);
+  template <class F>
+  bool attempt(F&& f);
+  void roll_back(std::string_view why);
   bool copy_ahead();
   void finish_item();
   void forget_ahead();
@@ -128,11 +131,12 @@ class Switcher {
   int seam_, target_;
   int origin_;                                          // where the move under way began: an end, or a seam that was held
   bool undoing_ = false;
-  std::string fault_;
+  Reason fault_;
   int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
   int64_t backlog_ = -1;                                // full blocks still to be copied ahead; −1: not counted yet
   std::vector<int32_t> list_;                           // blocks that the next region copies
-  std::vector<PagePair> pairs_;                         // for verify_tables
+  PageVerifier page_verifier_;
+  std::vector<PagePair> pairs_;                         // for it
   std::vector<Copied> copied_;                          // [ranks · threads] what the last region copied
   std::vector<std::vector<std::vector<int64_t>>> ends_[2];  // [to][item][rank] running byte totals of the weight copies
   // Figures of the switch under way.
@@ -142,7 +146,11 @@ class Switcher {
   Part weights_part_, kv_part_;
   double copy_rate_ = 5e9;                              // until measured
   Layout from_ = Layout::kTp, to_ = Layout::kTp;        // which way the seam moves, or moved last; equal: it had arrived before
-  mutable std::vector<uint64_t> homes_of_block_;        // choose_homes: the homes that a shared block is on so far
+  // choose_homes, sized once: [blocks] the homes that a shared block is on so far, [homes], and of the running sequences.
+  std::vector<uint64_t> homes_of_block_;
+  std::vector<HomeCandidate> candidates_;
+  std::vector<int32_t> order_, homes_;
+  std::vector<KvManager::SequenceBlocks> sequences_;
 };
 
 }  // namespace moebius

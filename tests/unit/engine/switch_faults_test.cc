@@ -49,6 +49,37 @@ TEST_CASE("a fault of any type, of any thread, between two blocks is rolled back
       }
 }
 
+TEST_CASE("a fault when the other page tables have just been opened closes them again") {
+  Script script = busy_script();
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  for (Layout start : {Layout::kTp, Layout::kEp})
+    for (int kind : {0, 1}) {
+      Engine engine(kQwen, small_config(2, 1, start));
+      const Phase phase = engine.impl().kv().phase();
+      bool armed = true;
+      engine.impl().switcher().open_hook = [&] {
+        if (!std::exchange(armed, false)) return;
+        CHECK(engine.impl().kv().phase() == Phase::kBoth);
+        if (kind == 0) throw Error(Code::kInternal, "injected");
+        throw std::bad_alloc();
+      };
+      const int32_t target = start == Layout::kTp ? 0 : -1;
+      script.switches = {{4, target}};
+      const Outcome got = Runner(engine).run(script);
+      CHECK(difference(expected, got) == "");
+      CHECK(engine.impl().kv().phase() == phase);
+      CHECK(got.count(EventType::kSwitchStarted) == 1);
+      CHECK(got.count(EventType::kRolledBack) == 1);
+      CHECK(got.count(EventType::kSwitchFinished) == 0);
+      for (const Event& e : got.events)
+        if (e.type == EventType::kRolledBack) CHECK(e.from == other(start));  // the layout that was not reached
+      script.switches = {{4, target}};
+      const Outcome after = Runner(engine).run(script);
+      CHECK(after.count(EventType::kSwitchFinished) == 1);
+      CHECK(difference(expected, after) == "");
+    }
+}
+
 TEST_CASE("a fault after a turn goes back to the end that the switch came from") {
   for (Layout start : {Layout::kTp, Layout::kEp}) {
     Engine engine(kQwen, small_config(2, 1, start));

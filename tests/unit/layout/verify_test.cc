@@ -229,7 +229,7 @@ TEST_CASE("page lists are checked for range and for pages that would be written 
   const std::vector<int64_t> ep = {4, 0, 3};
   const auto refused = [&](const std::vector<PagePair>& pairs, Layout to) {
     try {
-      verify_pages(pairs, to, 5, ep);
+      PageVerifier(5, ep).verify(pairs, to);
     } catch (const Error& e) {
       return std::string(e.what());
     }
