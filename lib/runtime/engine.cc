@@ -260,11 +260,14 @@ void Engine::Impl::emit(Event&& event) {
   event.step = step_;
   switch (event.type) {
     case EventType::kSwitchFinished:
-      metrics_.on_switch(event.from, event.to, event.seconds, event.bytes);
-      policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
-      ++stats_.switches;
+      metrics_.on_bytes_moved(event.bytes);
       stats_.switch_seconds += event.seconds;
       stats_.bytes_moved += event.bytes;
+      if (event.seam > 0 && event.seam < model_.shape.num_layers()) break;  // held inside: no layout has been reached
+      metrics_.on_switch(event.from, event.to, event.seconds);
+      ++stats_.switches;
+      // Asking for the layout that serves already is no switch to pause after.
+      if (event.from != event.to || event.bytes > 0) policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
       break;
     case EventType::kSwitchRefused:
       metrics_.on_refusal();

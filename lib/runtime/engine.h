@@ -76,7 +76,8 @@ struct EngineStats {
   int32_t running = 0, waiting = 0;
   int32_t seam = 0, num_layers = 0;
   bool switching = false;
-  uint64_t switches = 0, rollbacks = 0, refusals = 0, preemptions = 0;
+  uint64_t switches = 0;            // that arrived at a layout; a seam that is held inside is none
+  uint64_t rollbacks = 0, refusals = 0, preemptions = 0;
   double switch_seconds = 0;
   int64_t bytes_moved = 0;
   uint64_t prompt_tokens = 0, generation_tokens = 0;

@@ -93,10 +93,9 @@ void Metrics::on_expert_load(int layer, double imbalance) {
   imbalance_ = imbalance;
 }
 
-void Metrics::on_switch(Layout from, Layout to, double seconds, int64_t bytes) {
+void Metrics::on_switch(Layout from, Layout to, double seconds) {
   ++switches_[static_cast<size_t>(from)][static_cast<size_t>(to)];
   switch_seconds_.record(seconds);
-  bytes_moved_ += static_cast<uint64_t>(bytes);
 }
 
 void Metrics::set_gauges(const EngineStats& s) {

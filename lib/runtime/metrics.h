@@ -55,7 +55,8 @@ class Metrics {
   void on_rejection() { ++rejections_; }   // the queue was full
   void on_exchange(int64_t all_reduce_bytes, int64_t all_to_all_bytes);
   void on_expert_load(int layer, double imbalance);  // max ÷ mean of a step's rows per expert
-  void on_switch(Layout from, Layout to, double seconds, int64_t bytes);
+  void on_switch(Layout from, Layout to, double seconds);  // arrived at a layout
+  void on_bytes_moved(int64_t bytes) { bytes_moved_ += static_cast<uint64_t>(bytes); }
   void on_rollback() { ++rollbacks_; }
   void on_refusal() { ++refusals_; }
   void on_preemption() { ++preemptions_; }

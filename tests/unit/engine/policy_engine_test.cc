@@ -148,6 +148,27 @@ TEST_CASE("a refused switch is not asked for at every step, and spends no cooldo
   CHECK_THAT(decisions[1].reason, Catch::Contains("tokens short"));
 }
 
+TEST_CASE("a seam that is held inside is no switch and starts no cooldown, nor does asking for the present layout") {
+  for (int ranks : {1, 2}) {
+    EngineConfig config = small_config(ranks, 1, Layout::kTp);
+    config.policy = rollout(4);
+    config.policy.cooldown_s = 1000;
+    Engine engine(kQwen, config);
+    for (int i = 0; i < 3; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 10), 60));
+    for (int32_t seam : {4, 2}) {
+      engine.hold_seam(seam);
+      engine.step();
+    }
+    CHECK(engine.stats().seam == 2);
+    CHECK(engine.stats().switches == 1);  // to TP, where it was
+    CHECK((engine.stats().bytes_moved > 0) == (ranks > 1));
+    for (int i = 0; i < 3; ++i) engine.submit(greedy_request("s" + std::to_string(i), prompt_of(i, 10), 60));
+    engine.step();
+    CHECK(engine.stats().seam == 0);
+    CHECK(engine.stats().switches == 2);
+  }
+}
+
 TEST_CASE("a switch that was rolled back is not tried again at every step") {
   EngineConfig config = small_config(2, 1, Layout::kTp);
   config.policy = rollout(2);

@@ -72,6 +72,19 @@ TEST_CASE("the prefill and rollout variants count prompt tokens, and running wit
   CHECK(rollout.steps_to_decide(1, 8, 8) == 1);
 }
 
+TEST_CASE("a reason that is too long is cut between characters") {
+  using Text = FixedText<8>;
+  CHECK(Text("12345678").str() == "12345678");
+  CHECK(Text("123456789").str() == "12345678");
+  CHECK(Text("1234567→").str() == "1234567");
+  CHECK(Text("123456→").str() == "123456");
+  CHECK(Text::of("{}→{}", 123456, 7).str() == "123456");
+  CHECK(Text::of("{}→{}", 1234, 7).str() == "1234→7");
+  Text copy = Text("a→b");
+  copy = Text(copy);
+  CHECK(copy == "a→b");
+}
+
 TEST_CASE("after a switch nothing is asked for until the cooldown has passed") {
   PolicyConfig c = threshold(ThresholdVariant::kRollout);
   c.window_steps = 4;
@@ -121,7 +134,7 @@ TEST_CASE("bad policies are refused") {
 
 TEST_CASE("every metric has its name and type, and every histogram its buckets") {
   Metrics m;
-  m.on_switch(Layout::kTp, Layout::kTp, 0.02, 1);  // turned round
+  m.on_switch(Layout::kTp, Layout::kTp, 0.02);  // turned round
   m.on_corrupted();
   m.on_rejection();
   m.on_exchange(100, 7);
@@ -180,7 +193,8 @@ TEST_CASE("metrics are well-formed Prometheus text") {
   m.on_step(17);
   m.on_first_token(0.03);
   m.on_inter_token(1e9);
-  m.on_switch(Layout::kTp, Layout::kEp, 0.02, 1 << 20);
+  m.on_switch(Layout::kTp, Layout::kEp, 0.02);
+  m.on_bytes_moved(1 << 20);
   RequestTimes times;
   times.submitted = times.first_scheduled = times.first_token = std::chrono::steady_clock::now();
   times.finished = times.submitted + std::chrono::seconds(2);
