@@ -162,15 +162,25 @@ struct World::State {
 World::World(int ranks, int threads, double deadline_ms)
     : ranks_(ranks), threads_(threads), state_(std::make_shared<State>(ranks, threads, deadline_ms)) {
   for (int r = 0; r < ranks; ++r)
-    for (int t = 0; t < threads; ++t)
-      if (r + t > 0) {
-        state_->workers.emplace_back([state = state_, r, t] { state->work(r, t); });
-        const std::string name = fmt::format("moebius-{}.{}", r, t);
-        pthread_setname_np(state_->workers.back().native_handle(), name.substr(0, 15).c_str());
+    for (int t = 0; t < threads; ++t) try {
+        if (r + t > 0) start(r, t);
+      } catch (const std::exception& e) {
+        stop();  // those that have started
+        fail(Code::kOutOfMemory, "thread {} of {} of rank {} cannot start ({} ranks, {} threads in all): {}", t, threads, r, ranks,
+             ranks * threads, e.what());
       }
 }
 
-World::~World() {
+void World::start(int rank, int thread) {
+  state_->workers.reserve(static_cast<size_t>(state_->total));  // nothing may throw between a thread's start and its being kept
+  std::thread& worker = state_->workers.emplace_back([state = state_, rank, thread] { state->work(rank, thread); });
+  const std::string name = fmt::format("moebius-{}.{}", rank, thread);
+  pthread_setname_np(worker.native_handle(), name.substr(0, 15).c_str());
+}
+
+World::~World() { stop(); }
+
+void World::stop() {
   state_->stopping.store(true, std::memory_order_release);
   state_->epoch.advance();
   for (std::thread& worker : state_->workers) {

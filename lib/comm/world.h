@@ -37,7 +37,8 @@ class RegionFunction {
 
 class World {
  public:
-  // The thread that calls run() computes as (rank 0, thread 0); ranks·threads − 1 more are started here.
+  // The thread that calls run() computes as (rank 0, thread 0); ranks·threads − 1 more are started here. Throws kOutOfMemory when
+  // the system has no more.
   World(int ranks, int threads, double deadline_ms);
   ~World();
   World(const World&) = delete;
@@ -64,6 +65,8 @@ class World {
   struct State;
 
  private:
+  void start(int rank, int thread);
+  void stop();
   void run_within(const RegionFunction& f, bool limited);
 
   int ranks_, threads_;

@@ -1,8 +1,13 @@
 #include "lib/comm/world.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
+#include <fstream>
 #include <numeric>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -24,6 +29,27 @@ TEST_CASE("a region runs once on every thread and its end is a fence") {
       CHECK(runs == std::vector<int>(ranks * threads, 200));
     }
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which need address space of their own
+TEST_CASE("a thread that cannot start is an error, and those that have started end") {
+  long pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  rlimit before{};
+  REQUIRE(getrlimit(RLIMIT_AS, &before) == 0);
+  rlimit little = before;
+  little.rlim_cur = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE)) + (64 << 20);  // some stacks of 8 MiB
+  REQUIRE(setrlimit(RLIMIT_AS, &little) == 0);
+  std::string message;
+  try {
+    World world(4, 64, 5000);
+  } catch (const Error& e) {
+    message = e.what();
+  }
+  REQUIRE(setrlimit(RLIMIT_AS, &before) == 0);
+  CHECK_THAT(message, Catch::Contains("of 64 of rank") && Catch::Contains("cannot start (4 ranks, 256 threads in all)"));
+  World(2, 2, 5000).run([](int, int) {});
+}
+#endif
 
 TEST_CASE("the caller computes as rank 0's first thread") {
   World world(2, 1, 5000);
