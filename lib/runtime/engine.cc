@@ -99,8 +99,8 @@ std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages
 // ---- construction
 
 Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& config)
-    : config_(complete(config, read_config(model_dir))),
-      model_(read_config(model_dir)),
+    : model_(read_config(model_dir)),
+      config_(complete(config, model_)),
       threads_(threads_per_rank(config_, model_)),
       ops_(cpu_ops(config_.isa)),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),

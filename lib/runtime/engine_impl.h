@@ -87,8 +87,8 @@ class Engine::Impl {
   bool has_work();
 
   const Clock::time_point created_ = Clock::now();
-  const EngineConfig config_;
   const ModelConfig model_;
+  const EngineConfig config_;
   const int threads_;
   const Ops& ops_;
   World world_;
