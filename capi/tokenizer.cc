@@ -7,6 +7,7 @@ struct moebius_tokenizer {
 };
 
 struct moebius_decoder {
+  const moebius::Tokenizer& tokenizer;
   moebius::StreamDecoder decoder;
   std::string text;  // lent to the caller until the next call
 };
@@ -22,6 +23,11 @@ void lend(moebius_decoder& d, std::string text, const char** out_text, size_t* o
   d.text = std::move(text);
   if (out_text != nullptr) *out_text = d.text.c_str();
   if (out_bytes != nullptr) *out_bytes = d.text.size();
+}
+
+// The engine's ids may go further than the tokenizer's: a model's vocabulary is often padded.
+void require_known(const moebius::Tokenizer& t, int32_t id) {
+  if (id < 0 || id >= t.vocab_size()) fail(Code::kInvalidArgument, "id {} is outside the tokenizer's vocabulary of {}", id, t.vocab_size());
 }
 
 }  // namespace
@@ -57,6 +63,7 @@ moebius_status moebius_tokenizer_decode(const moebius_tokenizer* tokenizer, cons
   return guarded(err, [&] {
     const moebius_tokenizer& t = not_null(tokenizer, "tokenizer");
     if (num_ids > 0) not_null(ids, "ids");
+    for (size_t i = 0; i < num_ids; ++i) require_known(t.tokenizer, ids[i]);
     const std::string text = t.tokenizer.decode({ids, num_ids}, skip_special_tokens != 0);
     if (out_bytes != nullptr) *out_bytes = text.size();
     if (capacity == 0) return;
@@ -69,7 +76,8 @@ moebius_status moebius_tokenizer_decode(const moebius_tokenizer* tokenizer, cons
 moebius_status moebius_decoder_create(const moebius_tokenizer* tokenizer, moebius_decoder** out_decoder, moebius_error** err) {
   return guarded(err, [&] {
     not_null(out_decoder, "out_decoder");
-    *out_decoder = new moebius_decoder{moebius::StreamDecoder(not_null(tokenizer, "tokenizer").tokenizer), {}};
+    const moebius_tokenizer& t = not_null(tokenizer, "tokenizer");
+    *out_decoder = new moebius_decoder{t.tokenizer, moebius::StreamDecoder(t.tokenizer), {}};
   });
 }
 
@@ -78,6 +86,7 @@ void moebius_decoder_destroy(moebius_decoder* decoder) { delete decoder; }
 moebius_status moebius_decoder_push(moebius_decoder* decoder, int32_t id, const char** out_text, size_t* out_bytes, moebius_error** err) {
   return guarded(err, [&] {
     moebius_decoder& d = not_null(decoder, "decoder");
+    require_known(d.tokenizer, id);
     lend(d, d.decoder.push(id), out_text, out_bytes);
   });
 }

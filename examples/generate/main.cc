@@ -280,10 +280,14 @@ class Generate {
     if (tokenizer_) {
       std::vector<int32_t> ids = r.prompt->prompt_ids;
       ids.insert(ids.end(), r.tokens.begin(), r.tokens.end());
-      fmt::print("{}\n", tokenizer_->decode(ids, true));
-    } else {
-      fmt::print("{}\n", fmt::join(r.tokens, " "));
+      try {
+        fmt::print("{}\n", tokenizer_->decode(ids, true));
+        return;
+      } catch (const moebius_cpp::Error& e) {  // an id of a padded vocabulary
+        fmt::print(stderr, "moebius-generate: request {} as ids: {}\n", r.prompt->key, e.what());
+      }
     }
+    fmt::print("{}\n", fmt::join(r.tokens, " "));
   }
 
   // safetensors: float32 logits.<id> [T, vocab].

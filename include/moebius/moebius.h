@@ -288,11 +288,13 @@ MOEBIUS_API void moebius_tokenizer_destroy(moebius_tokenizer *tokenizer);
 MOEBIUS_API moebius_status moebius_tokenizer_encode(const moebius_tokenizer *tokenizer, const char *text, size_t num_bytes,
                                                     int32_t add_special_tokens, int32_t *out_ids, size_t capacity, size_t *out_count,
                                                     moebius_error **err);
-/* The same for bytes; no NUL is written. */
+/* The same for bytes; no NUL is written. An id outside the tokenizer's vocabulary is INVALID_ARGUMENT and named (a model's own
+ * vocabulary is often padded beyond it); one inside without a token decodes to nothing. */
 MOEBIUS_API moebius_status moebius_tokenizer_decode(const moebius_tokenizer *tokenizer, const int32_t *ids, size_t num_ids,
                                                     int32_t skip_special_tokens, char *out_text, size_t capacity, size_t *out_bytes,
                                                     moebius_error **err);
-/* Streaming: each push gives the complete UTF-8 that has become certain, borrowed until the next call on the decoder. */
+/* Streaming: each push gives the complete UTF-8 that has become certain, borrowed until the next call on the decoder. After an id
+ * that is refused as above the decoder is as before and may go on. */
 MOEBIUS_API moebius_status moebius_decoder_create(const moebius_tokenizer *tokenizer, moebius_decoder **out_decoder, moebius_error **err);
 MOEBIUS_API void moebius_decoder_destroy(moebius_decoder *decoder);
 MOEBIUS_API moebius_status moebius_decoder_push(moebius_decoder *decoder, int32_t id, const char **out_text, size_t *out_bytes,

@@ -287,6 +287,27 @@ TEST_CASE("text is streamed in whole characters and equals what is decoded at on
   moebius_decoder_destroy(decoder);
 }
 
+TEST_CASE("an id outside the tokenizer's vocabulary is refused by name and leaves a decoder as it was") {
+  const moebius_cpp::Tokenizer tokenizer(kModel);
+  const std::vector<int32_t> ids = tokenizer.encode("日");
+  REQUIRE(ids.size() == 3);
+  for (int32_t id : {-1, 1 << 20, INT32_MIN, INT32_MAX}) {
+    CHECK_THROWS_WITH(tokenizer.decode({ids[0], id}), Catch::Contains("id " + std::to_string(id) + " is outside"));
+    moebius_decoder* decoder = nullptr;
+    REQUIRE(moebius_decoder_create(tokenizer.get(), &decoder, nullptr) == MOEBIUS_OK);
+    const char* piece = "untouched";
+    size_t bytes = 0;
+    std::string streamed;
+    for (int32_t next : ids) {
+      CHECK(moebius_decoder_push(decoder, id, &piece, &bytes, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+      REQUIRE(moebius_decoder_push(decoder, next, &piece, &bytes, nullptr) == MOEBIUS_OK);
+      streamed.append(piece, bytes);
+    }
+    CHECK(streamed == "日");
+    moebius_decoder_destroy(decoder);
+  }
+}
+
 TEST_CASE("a step whose result struct is wrong is refused before it runs") {
   auto engine = small_engine(1);
   struct {
