@@ -25,13 +25,6 @@ RegularFile::RegularFile(const std::filesystem::path& path)
 
 RegularFile::~RegularFile() { close(descriptor_); }
 
-void RegularFile::require_same_size() const {
-  struct stat status {};
-  if (fstat(descriptor_, &status) != 0) fail(Code::kIo, "{}: {}", name_, std::strerror(errno));
-  if (static_cast<uint64_t>(status.st_size) != size_)
-    fail(Code::kCorruptModel, "{}: had {} bytes when it was opened and has {} now", name_, size_, status.st_size);
-}
-
 void RegularFile::read(uint64_t offset, void* out, size_t bytes) const {
   for (size_t done = 0; done < bytes;) {
     const ssize_t n = pread(descriptor_, static_cast<char*>(out) + done, bytes - done, static_cast<off_t>(offset + done));

@@ -17,9 +17,8 @@ class RegularFile {
   RegularFile& operator=(const RegularFile&) = delete;
 
   const std::string& name() const { return name_; }
-  int descriptor() const { return descriptor_; }
   uint64_t size() const { return size_; }  // when it was opened
-  void require_same_size() const;          // throws kCorruptModel with both sizes
+  // All of the bytes, or throws kCorruptModel (the file ends before) or kIo.
   void read(uint64_t offset, void* out, size_t bytes) const;
 
  private:

@@ -1,9 +1,6 @@
 #include "lib/model/safetensors.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <iterator>
 #include <optional>
@@ -186,31 +183,26 @@ std::map<std::string, TensorInfo> parse_safetensors_header(const std::string& fi
   return tensors;
 }
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : name_(path.string()) {
-  const RegularFile file(path);
-  size_ = file.size();
-  if (size_ < 8) fail(Code::kCorruptModel, "{}: has {} bytes, a safetensors file has at least 8", name_, size_);
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path) {
+  const uint64_t size = file_.size();
+  if (size < 8) fail(Code::kCorruptModel, "{}: has {} bytes, a safetensors file has at least 8", name(), size);
   uint64_t header = 0;
-  file.read(0, &header, 8);
-  if (header == 0 || header > kMaxHeaderBytes || header > size_ - 8)
-    fail(Code::kCorruptModel, "{}: header length {} is impossible: the file has {} bytes, a header at most {}", name_, header, size_,
+  file_.read(0, &header, 8);
+  if (header == 0 || header > kMaxHeaderBytes || header > size - 8)
+    fail(Code::kCorruptModel, "{}: header length {} is impossible: the file has {} bytes, a header at most {}", name(), header, size,
          kMaxHeaderBytes);
   data_start_ = 8 + header;
-
-  void* mapping = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.descriptor(), 0);
-  if (mapping == MAP_FAILED) fail(Code::kIo, "{}: cannot be mapped: {}", name_, std::strerror(errno));
-  mapping_ = static_cast<std::byte*>(mapping);
-  try {
-    file.require_same_size();
-    tensors_ = parse_safetensors_header(name_, {reinterpret_cast<const char*>(mapping_) + 8, header}, size_ - data_start_);
-  } catch (...) {
-    munmap(mapping_, size_);
-    throw;
-  }
+  std::string text(header, '\0');
+  file_.read(8, text.data(), text.size());
+  tensors_ = parse_safetensors_header(name(), text, size - data_start_);
 }
 
-SafetensorsFile::~SafetensorsFile() {
-  if (mapping_ != nullptr) munmap(mapping_, size_);
+void SafetensorsFile::read(const std::string& tensor, const TensorInfo& info, uint64_t offset, void* out, size_t bytes) const {
+  try {
+    file_.read(data_start_ + info.begin + offset, out, bytes);
+  } catch (const Error& e) {
+    fail(e.code(), "{} (tensor '{}', from byte {} of its {})", e.what(), tensor, offset, info.end - info.begin);
+  }
 }
 
 Checkpoint::Checkpoint(const std::filesystem::path& model_dir) : name_(model_dir.string()) {
@@ -223,7 +215,7 @@ Checkpoint::Checkpoint(const std::filesystem::path& model_dir) : name_(model_dir
   if (!std::filesystem::exists(single, error))
     fail(Code::kNotFound, "{}: holds neither model.safetensors nor model.safetensors.index.json", name_);
   files_.push_back(std::make_unique<SafetensorsFile>(single));
-  for (const auto& [name, info] : files_[0]->tensors()) tensors_[name] = {files_[0].get(), &info};
+  for (const auto& [name, info] : files_[0]->tensors()) tensors_[name] = {files_[0].get(), &name, &info};
 }
 
 void Checkpoint::read_index(const std::filesystem::path& model_dir, const std::filesystem::path& index) {
@@ -247,11 +239,11 @@ void Checkpoint::read_index(const std::filesystem::path& model_dir, const std::f
     }
     const auto it = shard->tensors().find(tensor);
     if (it == shard->tensors().end()) fail(Code::kCorruptModel, "{}: tensor '{}' is not in its file '{}'", where, tensor, base);
-    tensors_[tensor] = {shard, &it->second};
+    tensors_[tensor] = {shard, &it->first, &it->second};
   }
   for (const auto& file : files_)
     for (const auto& [name, info] : file->tensors())
-      if (tensors_.emplace(name, Tensor{file.get(), &info}).first->second.file != file.get())
+      if (tensors_.emplace(name, Tensor{file.get(), &name, &info}).first->second.file != file.get())
         fail(Code::kCorruptModel, "{}: tensor '{}' is in two files", where, name);
 }
 

@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "lib/model/regular_file.h"
+
 namespace moebius {
 
 enum class Dtype { kBf16, kF16, kF32, kOther };
@@ -22,24 +24,21 @@ struct TensorInfo {
   uint64_t begin = 0, end = 0;  // bytes from the start of the file's data
 };
 
-// One file, mapped read-only. A file that shrinks while it is mapped ends the process with SIGBUS, as any mapped file does;
-// its size is checked again after mapping.
+// One file, read with pread: one that shrinks or cannot be read while it is open is an error with a message, where a mapping
+// would end the host process with SIGBUS.
 class SafetensorsFile {
  public:
   explicit SafetensorsFile(const std::filesystem::path& path);
-  ~SafetensorsFile();
-  SafetensorsFile(const SafetensorsFile&) = delete;
-  SafetensorsFile& operator=(const SafetensorsFile&) = delete;
 
-  const std::string& name() const { return name_; }
+  const std::string& name() const { return file_.name(); }
   const std::map<std::string, TensorInfo>& tensors() const { return tensors_; }
-  // Unaligned bytes of a tensor of this file.
-  const std::byte* data(const TensorInfo& tensor) const { return mapping_ + data_start_ + tensor.begin; }
+  // Bytes [offset, offset + bytes) of a tensor of this file. Throws kCorruptModel where the file ends early, or kIo; the message
+  // names the file, the tensor and the offset. Any number of threads may read.
+  void read(const std::string& tensor, const TensorInfo& info, uint64_t offset, void* out, size_t bytes) const;
 
  private:
-  std::string name_;
-  std::byte* mapping_ = nullptr;
-  uint64_t size_ = 0, data_start_ = 0;
+  RegularFile file_;
+  uint64_t data_start_ = 0;
   std::map<std::string, TensorInfo> tensors_;
 };
 
@@ -53,8 +52,9 @@ class Checkpoint {
 
   struct Tensor {
     const SafetensorsFile* file = nullptr;
+    const std::string* name = nullptr;
     const TensorInfo* info = nullptr;
-    const std::byte* data() const { return file->data(*info); }
+    void read(uint64_t offset, void* out, size_t bytes) const { file->read(*name, *info, offset, out, bytes); }
   };
   const Tensor* find(const std::string& name) const;
   const std::map<std::string, Tensor>& tensors() const { return tensors_; }

@@ -14,9 +14,6 @@
 namespace moebius {
 namespace {
 
-// Rows and columns that a packing step holds: 16 rows × 512 columns of bf16 stay in the first-level cache.
-constexpr int64_t kStripColumns = 512;
-
 float max_abs(const bf16* x, int64_t n) {
   uint32_t most = 0;  // of |x| as bits: ordered as the values are; NaN counts as largest
   for (int64_t i = 0; i < n; ++i) most = std::max(most, static_cast<uint32_t>(x[i] & 0x7fff));
@@ -26,24 +23,20 @@ float max_abs(const bf16* x, int64_t n) {
 // Writes rows [rows) × columns [columns) of a matrix as tiles of outputs = rows. Pair p of tile t begins at
 // out + t·tile_elements + p·pair_elements, 16 outputs × 2. Missing rows and columns are 0.
 float pack_rows(const MatrixReader& m, Range rows, Range columns, bf16* out, int64_t tile_elements, int64_t pair_elements) {
-  alignas(64) bf16 strip[kTile * kStripColumns];
+  const int64_t width = columns.size();
+  std::vector<bf16> strip(static_cast<size_t>(kTile * width));  // [rows of a tile, columns]: whole rows, since a file has them in turn
   float most = 0;
   for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kTile) {
     const Range some{r0, std::min(rows.end, r0 + kTile)};
-    bf16* tile = out + (r0 - rows.begin) / kTile * tile_elements;
-    for (int64_t c0 = columns.begin; c0 < columns.end; c0 += kStripColumns) {
-      const Range wide{c0, std::min(columns.end, c0 + kStripColumns)};
-      const int64_t width = wide.size();
-      m.read(some, wide, strip);
-      most = std::max(most, max_abs(strip, some.size() * width));
-      bf16* pair = tile + (c0 - columns.begin) / 2 * pair_elements;
-      for (int64_t c = 0; c < width; c += 2, pair += pair_elements)
-        for (int64_t r = 0; r < kTile; ++r) {
-          const bool row = r < some.size();
-          pair[2 * r] = row ? strip[r * width + c] : bf16{0};
-          pair[2 * r + 1] = row && c + 1 < width ? strip[r * width + c + 1] : bf16{0};
-        }
-    }
+    m.read(some, columns, strip.data());
+    most = std::max(most, max_abs(strip.data(), some.size() * width));
+    bf16* pair = out + (r0 - rows.begin) / kTile * tile_elements;
+    for (int64_t c = 0; c < width; c += 2, pair += pair_elements)
+      for (int64_t r = 0; r < kTile; ++r) {
+        const bool row = r < some.size();
+        pair[2 * r] = row ? strip[static_cast<size_t>(r * width + c)] : bf16{0};
+        pair[2 * r + 1] = row && c + 1 < width ? strip[static_cast<size_t>(r * width + c + 1)] : bf16{0};
+      }
   }
   return most;
 }
@@ -117,13 +110,6 @@ SliceMaxima pack_slice(const WeightSource& source, const ModelConfig& model, con
 
 namespace {
 
-// Element (r, c) of a matrix in the file: at base + (r·row_stride + c·column_stride)·size.
-struct StoredMatrix {
-  const std::byte* base = nullptr;
-  Dtype dtype = Dtype::kBf16;
-  int64_t row_stride = 0, column_stride = 1;
-};
-
 bf16 convert(const std::byte* p, Dtype dtype) {
   uint16_t half;
   float single;
@@ -144,23 +130,50 @@ float convert_to_float(const std::byte* p, Dtype dtype) {
   }
 }
 
+int64_t element_bytes(const Checkpoint::Tensor& t) { return t.info->dtype == Dtype::kF32 ? 4 : 2; }
+
+// A matrix in a file: row_length elements a row, beginning at element `first` of its tensor.
+struct StoredMatrix {
+  Checkpoint::Tensor tensor;
+  int64_t first = 0, row_length = 0;
+};
+
+// bf16 rows that follow one another in the file are read straight to where they are wanted, anything else by way of a buffer.
 class StoredReader final : public MatrixReader {
  public:
-  explicit StoredReader(const StoredMatrix& m) : m_(m) {}
+  explicit StoredReader(const StoredMatrix& m) : m_(m), size_(element_bytes(m.tensor)) {}
   void read(Range rows, Range columns, bf16* out) const override {
-    const int64_t size = m_.dtype == Dtype::kF32 ? 4 : 2, width = columns.size();
-    for (int64_t r = rows.begin; r < rows.end; ++r, out += width) {
-      const std::byte* row = m_.base + (r * m_.row_stride + columns.begin * m_.column_stride) * size;
-      if (m_.dtype == Dtype::kBf16 && m_.column_stride == 1) {
-        std::memcpy(out, row, static_cast<size_t>(width) * 2);  // tensors may lie at any address
-        continue;
+    const int64_t width = columns.size();
+    const bool as_stored = m_.tensor.info->dtype == Dtype::kBf16;
+    if (as_stored && width == m_.row_length) {
+      m_.tensor.read(byte_of(rows.begin, 0), out, static_cast<size_t>(rows.size() * width * 2));
+      return;
+    }
+    for (int64_t r = rows.begin; r < rows.end;) {
+      // From the first wanted element of row r to the last of row `last`, what lies between rows included.
+      const int64_t last = std::min(rows.end - 1, r + rows_at_once(width) - 1);
+      buffer_.resize(static_cast<size_t>(((last - r) * m_.row_length + width) * size_));
+      m_.tensor.read(byte_of(r, columns.begin), buffer_.data(), buffer_.size());
+      const std::byte* row = buffer_.data();
+      for (; r <= last; ++r, out += width, row += m_.row_length * size_) {
+        if (as_stored) std::memcpy(out, row, static_cast<size_t>(width) * 2);
+        else for (int64_t c = 0; c < width; ++c) out[c] = convert(row + c * size_, m_.tensor.info->dtype);
       }
-      for (int64_t c = 0; c < width; ++c) out[c] = convert(row + c * m_.column_stride * size, m_.dtype);
     }
   }
 
  private:
+  // A gap of up to 4 KiB takes no longer to be read along than another call does.
+  static constexpr int64_t kMaxGapBytes = 4096, kBufferBytes = 256 << 10;
+  int64_t rows_at_once(int64_t width) const {
+    if ((m_.row_length - width) * size_ > kMaxGapBytes) return 1;
+    return std::max<int64_t>(1, kBufferBytes / (m_.row_length * size_));
+  }
+  uint64_t byte_of(int64_t row, int64_t column) const { return static_cast<uint64_t>((m_.first + row * m_.row_length + column) * size_); }
+
   StoredMatrix m_;
+  int64_t size_;
+  mutable std::vector<std::byte> buffer_;
 };
 
 class CheckpointSource final : public WeightSource {
@@ -172,14 +185,16 @@ class CheckpointSource final : public WeightSource {
 
   std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t rows, int64_t columns) const override {
     const Checkpoint::Tensor& t = require(name, {rows, columns});
-    return std::make_unique<StoredReader>(StoredMatrix{t.data(), t.info->dtype, columns, 1});
+    return std::make_unique<StoredReader>(StoredMatrix{t, 0, columns});
   }
 
   std::vector<float> vector(const std::string& name, int64_t size) const override {
     const Checkpoint::Tensor& t = require(name, {size});
     std::vector<float> out(static_cast<size_t>(size));
-    const int64_t bytes = t.info->dtype == Dtype::kF32 ? 4 : 2;
-    for (int64_t i = 0; i < size; ++i) out[static_cast<size_t>(i)] = convert_to_float(t.data() + i * bytes, t.info->dtype);
+    const int64_t bytes = element_bytes(t);
+    std::vector<std::byte> stored(static_cast<size_t>(size * bytes));
+    t.read(0, stored.data(), stored.size());
+    for (int64_t i = 0; i < size; ++i) out[static_cast<size_t>(i)] = convert_to_float(stored.data() + i * bytes, t.info->dtype);
     return out;
   }
 
@@ -205,13 +220,12 @@ class CheckpointSource final : public WeightSource {
       const int64_t fused_rows = down ? hidden : 2 * mlp.intermediate;
       const Checkpoint::Tensor& t = require(fused, {mlp.num_experts, fused_rows, columns});
       const int64_t first = expert * fused_rows + (part == ExpertPart::kUp ? mlp.intermediate : 0);
-      const int64_t size = t.info->dtype == Dtype::kF32 ? 4 : 2;
-      return {fused, {t.data() + first * columns * size, t.info->dtype, columns, 1}};
+      return {fused, {t, first * columns, columns}};
     }
     const std::string name = expert < 0 ? name_of("model.layers.{l}.mlp.", layer) + dense[static_cast<int>(part)] + ".weight"
                                         : name_of(patterns[static_cast<int>(part)], layer, expert);
     const Checkpoint::Tensor& t = require(name, {rows, columns});
-    return {name, {t.data(), t.info->dtype, columns, 1}};
+    return {name, {t, 0, columns}};
   }
 
   // Looks a tensor up and compares it with what the config says.
@@ -273,11 +287,11 @@ int64_t layer_of(std::string_view name) {
   return error == std::errc() && end != name.data() + name.size() && *end == '.' ? layer : -1;
 }
 
-// Would this tensor, which the model does not read, have changed what it computes? Inside a served layer everything would,
-// but for tables that are computed anyway; outside of the layers a bias would.
-bool changes_arithmetic(std::string_view name, const ModelConfig& model) {
+// Would this tensor, which the model does not read, have changed what it computes? Inside a layer everything would, but for
+// tables that are computed anyway; outside of the layers a bias would.
+bool changes_arithmetic(std::string_view name) {
   const auto ends_with = [&](std::string_view end) { return name.size() >= end.size() && name.substr(name.size() - end.size()) == end; };
-  if (const int64_t layer = layer_of(name); layer >= 0) return layer < model.shape.num_layers() && !ends_with(".rotary_emb.inv_freq");
+  if (layer_of(name) >= 0) return !ends_with(".rotary_emb.inv_freq");
   return ends_with(".bias");
 }
 
@@ -289,7 +303,10 @@ void report_unused(const Checkpoint& checkpoint, const std::unordered_set<std::s
   size_t unused = 0;
   for (const auto& [name, tensor] : checkpoint.tensors()) {
     if (used.count(name) || (model.tie_word_embeddings && name == "lm_head.weight")) continue;
-    if (changes_arithmetic(name, model))
+    if (layer_of(name) >= model.shape.num_layers())
+      fail(Code::kUnsupported, "{}: tensor '{}' belongs to layer {}, config.json's num_hidden_layers is {}", tensor.file->name(), name,
+           layer_of(name), model.shape.num_layers());
+    if (changes_arithmetic(name))
       fail(Code::kUnsupported, "{}: tensor '{}' [{}] would change what the model computes, and {} with {} layers of its config.json does not use it",
            tensor.file->name(), name, fmt::join(tensor.info->shape, ", "), model.family, model.shape.num_layers());
     if (++unused <= kShown) some.push_back(name);

@@ -16,7 +16,7 @@
 
 namespace moebius {
 
-// A [rows, columns] matrix of a model, read by rectangles.
+// A [rows, columns] matrix of a model, read by rectangles; one thread at a time.
 class MatrixReader {
  public:
   virtual ~MatrixReader() = default;
@@ -38,8 +38,8 @@ class WeightSource {
 };
 
 // Every tensor that the config calls for is looked up and its shape compared before this returns. A tensor that is not read but
-// would change the arithmetic (anything else in a served layer: a bias, a shared expert, an expert too many, sinks; a bias
-// elsewhere) is refused by name; what remains is told to `warning` (may be null) in one line.
+// would change the arithmetic (anything else in a layer, also one beyond num_hidden_layers: a bias, a shared expert, an expert too
+// many, sinks; a bias elsewhere) is refused by name; what remains is told to `warning` (may be null) in one line.
 std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
                                               const std::function<void(const std::string&)>& warning);
 // Seeded random weights: an element depends on (seed, name, index) only. Router rows are scaled so that experts are hit about

@@ -141,15 +141,17 @@ TEST_CASE("13: a truncated file") {
   CHECK(refusal(whole) == "");
 }
 
-TEST_CASE("13: a file that shrinks after it was opened is named with both sizes") {
+TEST_CASE("13: a file that shrinks after it was opened is an error with the file, the tensor and the place") {
   const TempFolder folder;
-  write_file(folder / "a", std::string(100, 'x'));
-  const RegularFile file(folder / "a");
-  CHECK_NOTHROW(file.require_same_size());
-  std::filesystem::resize_file(folder / "a", 60);
-  CHECK_THROWS_WITH(file.require_same_size(), Contains("100 bytes") && Contains("60 now"));
-  char bytes[100];
-  CHECK_THROWS_WITH(file.read(0, bytes, 100), Contains("ends at byte 60") && Contains("40"));
+  write_file(folder / "a", safetensors("{" + entry("a", "F32", "4", "0,16") + "," + entry("b", "F32", "4", "16,32") + "}", 32));
+  const SafetensorsFile file(folder / "a");
+  char bytes[16];
+  CHECK_NOTHROW(file.read("b", file.tensors().at("b"), 0, bytes, 16));
+  const uint64_t size = std::filesystem::file_size(folder / "a");
+  std::filesystem::resize_file(folder / "a", size - 4);
+  CHECK_NOTHROW(file.read("a", file.tensors().at("a"), 0, bytes, 16));
+  CHECK_THROWS_WITH(file.read("b", file.tensors().at("b"), 8, bytes, 8),
+                    Contains("/a: ends at byte " + std::to_string(size - 4)) && Contains("tensor 'b'") && Contains("from byte 8 of its 16"));
 }
 
 TEST_CASE("14: what stands for model.safetensors and is no regular file is refused and not waited for") {

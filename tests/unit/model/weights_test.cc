@@ -134,18 +134,46 @@ TEST_CASE("a tensor that is missing or of another shape than config.json says is
   CHECK_THROWS_WITH(open_checkpoint(folder.path(), parse_config(config.dump(), "c"), nullptr), Contains("embed_tokens") && Contains("16000000"));
 }
 
+TEST_CASE("weights of a file that shrinks while it is loaded are an error, whatever their dtype and cut") {
+  const TempFolder folder;
+  const ModelConfig config = read_config(kData + "/tiny-qwen3-moe");
+  const Tensors whole = read_tensors_of(kData + "/tiny-qwen3-moe");
+  for (const char* dtype : {"BF16", "F32"}) {
+    Tensors tensors = whole;
+    if (std::string(dtype) == "F32")
+      for (auto& [name, t] : tensors) {
+        std::string wide;
+        for (size_t i = 0; i < t.bytes.size(); i += 2) wide += std::string(2, '\0') + t.bytes.substr(i, 2);
+        t = {dtype, t.shape, wide};
+      }
+    write_tensors(folder / "model.safetensors", tensors);
+    const auto source = open_checkpoint(folder.path(), config, nullptr);
+    const SliceTable table(config.shape, slice_counts(config.shape, 4));
+    std::filesystem::resize_file(folder / "model.safetensors", std::filesystem::file_size(folder / "model.safetensors") / 20);
+    int failed = 0;
+    for (int l = 0; l < config.shape.num_layers(); ++l)
+      for (const Slice& slice : table.layer(l)) try {
+          packed(*source, config, table, slice);
+        } catch (const Error& e) {
+          CHECK(e.code() == Code::kCorruptModel);
+          CHECK_THAT(e.what(), Contains("model.safetensors: ends at byte") && Contains("tensor 'model.layers."));
+          ++failed;
+        }
+    CHECK(failed > 100);
+  }
+}
+
 TEST_CASE("tensors that are not used and change nothing are told in one warning") {
   const TempFolder folder;
   copy_model("tiny-qwen3-moe", folder);
   Tensors tensors = read_tensors(folder / "model.safetensors");
-  tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = {"F32", {1}, std::string(4, '\0')};
+  for (const char* name : {"model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "a.scale", "b.scale"})
+    tensors[name] = {"F32", {1}, std::string(4, '\0')};
   write_tensors(folder / "model.safetensors", tensors);
-  json config = json::parse(std::ifstream(folder / "config.json"));
-  config["num_hidden_layers"] = 3;
   std::vector<std::string> warnings;
-  open_checkpoint(folder.path(), parse_config(config.dump(), "c"), [&](const std::string& w) { warnings.push_back(w); });
+  open_checkpoint(folder.path(), read_config(folder.path()), [&](const std::string& w) { warnings.push_back(w); });
   REQUIRE(warnings.size() == 1);
-  CHECK_THAT(warnings[0], Contains("58 tensors are not used") && Contains("model.layers.0.self_attn.rotary_emb.inv_freq") && Contains("model.layers.3."));
+  CHECK_THAT(warnings[0], Contains("4 tensors are not used") && Contains("model.layers.0.self_attn.rotary_emb.inv_freq") && Contains("…"));
 }
 
 TEST_CASE("tensors that would change the arithmetic and are not used are refused by name") {
@@ -172,6 +200,17 @@ TEST_CASE("tensors that would change the arithmetic and are not used are refused
   json fewer = json::parse(std::ifstream(kData + "/tiny-mixtral/config.json"));
   fewer["num_local_experts"] = 7;
   CHECK_THROWS_WITH(open_checkpoint(kData + "/tiny-mixtral", parse_config(fewer.dump(), "c"), nullptr), Contains("gate.weight") && Contains("[7, 128]"));
+}
+
+TEST_CASE("a checkpoint with more layers than config.json says is refused by the name and the value") {
+  for (const std::string model : {"tiny-qwen3-moe", "tiny-mixtral"}) {
+    json fewer = json::parse(std::ifstream(kData + "/" + model + "/config.json"));
+    for (int layers : {1, 3}) {
+      fewer["num_hidden_layers"] = layers;
+      CHECK_THROWS_WITH(open_checkpoint(kData + "/" + model, parse_config(fewer.dump(), "c"), nullptr),
+                        Contains("tensor 'model.layers." + std::to_string(layers)) && Contains("num_hidden_layers is " + std::to_string(layers)));
+    }
+  }
 }
 
 TEST_CASE("10: a tensor of a dtype that is not read is refused by name where it is needed, and passes where it is not") {
@@ -202,7 +241,7 @@ TEST_CASE("12: whatever count or width config.json lies about, the tensors tell"
       {"moe_intermediate_size", {1, 2, 64, 127, 129, 256, 1 << 20}},
       {"num_key_value_heads", {1, 4, 8}},
       {"head_dim", {2, 16, 30, 34, 64, 4096}},
-      {"num_hidden_layers", {5, 6, 64, 4096}},
+      {"num_hidden_layers", {1, 3, 5, 6, 64, 4096}},
       {"num_attention_heads", {2, 4, 16, 32, 8192}},
       {"hidden_size", {2, 64, 126, 130, 256, 1 << 20}},
       {"vocab_size", {511, 513, 1024, 1 << 24}}};
