@@ -1,8 +1,13 @@
 #include "examples/bench/floor.h"
 
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 #include "lib/device/buffer.h"
@@ -105,6 +110,38 @@ double memcpy_seconds(World& world, int64_t bytes) {
       std::memcpy(to[i].data(), from[i].data(), static_cast<size_t>(std::min(most, share - done)));
   });
   return now() - begin;
+}
+
+double cached_read_seconds(World& world, const std::filesystem::path& model_dir) {
+  constexpr int64_t kChunk = 1 << 20;
+  struct File {
+    int descriptor;
+    int64_t bytes;
+  };
+  std::vector<File> files;
+  for (const auto& entry : std::filesystem::directory_iterator(model_dir))
+    if (entry.path().extension() == ".safetensors")
+      files.push_back({open(entry.path().c_str(), O_RDONLY | O_CLOEXEC), static_cast<int64_t>(entry.file_size())});
+  const int threads = world.ranks() * world.threads();
+  std::vector<HostBuffer> buffers;
+  for (int i = 0; i < threads; ++i) buffers.emplace_back(kChunk);
+  const double begin = now();
+  world.run_long([&](int r, int t) {
+    const int lane = r * world.threads() + t;
+    for (const File& file : files)
+      for (int64_t at = lane * kChunk; at < file.bytes; at += threads * kChunk)
+        if (pread(file.descriptor, buffers[static_cast<size_t>(lane)].data(), static_cast<size_t>(std::min(kChunk, file.bytes - at)), at) <= 0)
+          throw std::runtime_error("a safetensors file cannot be read");
+  });
+  const double seconds = now() - begin;
+  for (const File& file : files) close(file.descriptor);
+  return seconds;
+}
+
+int64_t peak_resident_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return int64_t{usage.ru_maxrss} * 1024;
 }
 
 }  // namespace moebius::bench

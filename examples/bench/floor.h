@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 
 #include "lib/comm/world.h"
 #include "lib/device/ops.h"
@@ -38,5 +39,9 @@ Rates better(const Rates& a, const Rates& b);  // a floor is of the best that wa
 
 // A plain memcpy of `bytes` by all threads.
 double memcpy_seconds(World& world, int64_t bytes);
+
+// Reading a folder's safetensors files by all threads; their bytes are looked at by nobody.
+double cached_read_seconds(World& world, const std::filesystem::path& model_dir);
+int64_t peak_resident_bytes();  // of this process so far
 
 }  // namespace moebius::bench
