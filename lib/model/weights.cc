@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <span>
 #include <string_view>
 #include <unordered_set>
 #include <utility>
@@ -15,34 +16,59 @@ namespace moebius {
 namespace {
 
 float max_abs(const bf16* x, int64_t n) {
-  uint32_t most = 0;  // of |x| as bits: ordered as the values are; NaN counts as largest
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, static_cast<uint32_t>(x[i] & 0x7fff));
+  int16_t most = 0;  // of |x| as bits: ordered as the values are; NaN counts as largest
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, static_cast<int16_t>(x[i] & 0x7fff));
   return to_float(static_cast<bf16>(most));
 }
 
-// Writes rows [rows) × columns [columns) of a matrix as tiles of outputs = rows. Pair p of tile t begins at
-// out + t·tile_elements + p·pair_elements, 16 outputs × 2. Missing rows and columns are 0.
-float pack_rows(const MatrixReader& m, Range rows, Range columns, bf16* out, int64_t tile_elements, int64_t pair_elements) {
-  const int64_t width = columns.size();
-  std::vector<bf16> strip(static_cast<size_t>(kTile * width));  // [rows of a tile, columns]: whole rows, since a file has them in turn
+// Four pairs of four rows, from row-major (`stride` elements a row) to pair-major (`pair_elements` a pair).
+void transpose_pairs(const bf16* in, int64_t stride, bf16* out, int64_t pair_elements) {
+  using Pairs = uint32_t __attribute__((vector_size(16)));
+  Pairs a, b, c, d;
+  std::memcpy(&a, in, sizeof a);
+  std::memcpy(&b, in + stride, sizeof b);
+  std::memcpy(&c, in + 2 * stride, sizeof c);
+  std::memcpy(&d, in + 3 * stride, sizeof d);
+  const Pairs ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Pairs cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Pairs pairs[4] = {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+                          __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(out + i * pair_elements, &pairs[i], sizeof pairs[i]);
+}
+
+// One tile of outputs = rows, `width` columns of each: pair p at out + p·pair_elements, 16 outputs × 2. What is missing is 0.
+void pack_tile(const bf16* in, int64_t stride, int64_t rows, int64_t width, bf16* out, int64_t pair_elements) {
+  int64_t c = 0;
+  if (rows == kTile)
+    for (; c + 8 <= width; c += 8)
+      for (int64_t r = 0; r < kTile; r += 4) transpose_pairs(in + r * stride + c, stride, out + c / 2 * pair_elements + 2 * r, pair_elements);
+  for (; c < width; c += 2)
+    for (int64_t r = 0; r < kTile; ++r) {
+      bf16* pair = out + c / 2 * pair_elements + 2 * r;
+      pair[0] = r < rows ? in[r * stride + c] : bf16{0};
+      pair[1] = r < rows && c + 1 < width ? in[r * stride + c + 1] : bf16{0};
+    }
+}
+
+// Rows [rows) × columns [columns) of a matrix, cut along the columns into outs.size() equal parts: part i goes to outs[i] as tiles
+// of outputs = rows, tile_elements apart. A file has whole rows in turn, so they are read once for all parts.
+float pack_rows(const MatrixReader& m, Range rows, Range columns, std::span<bf16* const> outs, int64_t tile_elements, int64_t pair_elements) {
+  const int64_t stride = columns.size(), width = stride / static_cast<int64_t>(outs.size());
+  std::vector<bf16> strip(static_cast<size_t>(kTile * stride));  // [rows of a tile, columns]
   float most = 0;
   for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kTile) {
     const Range some{r0, std::min(rows.end, r0 + kTile)};
     m.read(some, columns, strip.data());
-    most = std::max(most, max_abs(strip.data(), some.size() * width));
-    bf16* pair = out + (r0 - rows.begin) / kTile * tile_elements;
-    for (int64_t c = 0; c < width; c += 2, pair += pair_elements)
-      for (int64_t r = 0; r < kTile; ++r) {
-        const bool row = r < some.size();
-        pair[2 * r] = row ? strip[static_cast<size_t>(r * width + c)] : bf16{0};
-        pair[2 * r + 1] = row && c + 1 < width ? strip[static_cast<size_t>(r * width + c + 1)] : bf16{0};
-      }
+    most = std::max(most, max_abs(strip.data(), some.size() * stride));
+    for (size_t i = 0; i < outs.size(); ++i)
+      pack_tile(strip.data() + static_cast<int64_t>(i) * width, stride, some.size(), width,
+                outs[i] + (r0 - rows.begin) / kTile * tile_elements, pair_elements);
   }
   return most;
 }
 
 float pack_matrix(const MatrixReader& m, Range rows, Range columns, bf16* out) {
-  return pack_rows(m, rows, columns, out, PackedMatrix{rows.size(), columns.size()}.tile_elements(), 2 * kTile);
+  return pack_rows(m, rows, columns, {&out, 1}, PackedMatrix{rows.size(), columns.size()}.tile_elements(), 2 * kTile);
 }
 
 std::string name_of(const std::string& pattern, int layer, int expert = 0) {
@@ -54,20 +80,28 @@ std::string name_of(const std::string& pattern, int layer, int expert = 0) {
 
 std::string attention_name(int layer, const char* what) { return name_of("model.layers.{l}.self_attn.", layer) + what; }
 
-SliceMaxima pack_mlp(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice, bf16* out) {
-  const MlpCut cut{model.shape.mlps[static_cast<size_t>(slice.layer)].intermediate / table.counts().cuts, model.shape.hidden};
-  const Range neurons{slice.cut * cut.neurons, (slice.cut + 1) * cut.neurons}, hidden{0, cut.hidden};
+// Cuts first.cut, first.cut + 1, … of one MLP.
+SliceMaxima pack_mlp(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& first,
+                     std::span<std::byte* const> outs) {
+  const MlpCut cut{model.shape.mlps[static_cast<size_t>(first.layer)].intermediate / table.counts().cuts, model.shape.hidden};
+  const auto num_cuts = static_cast<int64_t>(outs.size());
+  const Range neurons{first.cut * cut.neurons, (first.cut + num_cuts) * cut.neurons}, hidden{0, cut.hidden};
   using Part = WeightSource::ExpertPart;
-  const int expert = slice.kind == SliceKind::kExpertCut ? slice.index : -1;  // −1: the dense MLP
+  const int expert = first.kind == SliceKind::kExpertCut ? first.index : -1;  // −1: the dense MLP
+  const auto gate = source.expert(first.layer, expert, Part::kGate), up = source.expert(first.layer, expert, Part::kUp);
   SliceMaxima most;
-  const auto part = [&](Part p) { return source.expert(slice.layer, expert, p); };
-  most.gate = pack_rows(*part(Part::kGate), neurons, hidden, out, cut.gate_up_tile_elements(), 4 * kTile);
-  most.up = pack_rows(*part(Part::kUp), neurons, hidden, out + 2 * kTile, cut.gate_up_tile_elements(), 4 * kTile);
-  bf16* down = out + cut.gate_up_elements();
-  const int64_t tile_elements = cut.down().tile_elements();
-  // The padding neurons' weights: columns beyond the cut's own are 0.
-  if (cut.padded() != cut.neurons) std::fill_n(down, cut.down().elements(), bf16{0});
-  most.down = pack_rows(*part(Part::kDown), hidden, neurons, down, tile_elements, 2 * kTile);
+  std::vector<bf16*> downs;
+  for (int64_t i = 0; i < num_cuts; ++i) {
+    bf16* out = reinterpret_cast<bf16*>(outs[static_cast<size_t>(i)]);
+    const Range own{neurons.begin + i * cut.neurons, neurons.begin + (i + 1) * cut.neurons};
+    bf16* const parts[2] = {out, out + 2 * kTile};
+    most.gate = std::max(most.gate, pack_rows(*gate, own, hidden, {parts, 1}, cut.gate_up_tile_elements(), 4 * kTile));
+    most.up = std::max(most.up, pack_rows(*up, own, hidden, {parts + 1, 1}, cut.gate_up_tile_elements(), 4 * kTile));
+    downs.push_back(out + cut.gate_up_elements());
+    // The padding neurons' weights: columns beyond the cut's own are 0.
+    if (cut.padded() != cut.neurons) std::fill_n(downs.back(), cut.down().elements(), bf16{0});
+  }
+  most.down = pack_rows(*source.expert(first.layer, expert, Part::kDown), hidden, neurons, downs, cut.down().tile_elements(), 2 * kTile);
   return most;
 }
 
@@ -79,8 +113,9 @@ void SliceMaxima::include(const SliceMaxima& other) {
   down = std::max(down, other.down);
 }
 
-SliceMaxima pack_slice(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice, std::byte* bytes) {
-  bf16* out = reinterpret_cast<bf16*>(bytes);
+SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice,
+                        std::span<std::byte* const> outs) {
+  bf16* out = reinterpret_cast<bf16*>(outs[0]);
   const ModelShape& s = model.shape;
   const Range all{0, s.hidden};
   if (slice.kind == SliceKind::kAttentionGroup) {
@@ -103,7 +138,7 @@ SliceMaxima pack_slice(const WeightSource& source, const ModelConfig& model, con
     most.up = std::exchange(most.down, 0.0f);
     return most;
   }
-  return pack_mlp(source, model, table, slice, out);
+  return pack_mlp(source, model, table, slice, outs);
 }
 
 // ---- checkpoint

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -52,8 +53,10 @@ struct SliceMaxima {
   void include(const SliceMaxima& other);
 };
 
-// Writes one slice (slice.bytes) in packed form, padding included. Reads only that slice's elements.
-SliceMaxima pack_slice(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice, std::byte* out);
+// Writes slices in packed form, padding included: one of attention, or cuts first.cut, first.cut + 1, … of one MLP, which are read
+// together. outs[i] (first.bytes) takes the i-th. Reads only their elements.
+SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& first,
+                        std::span<std::byte* const> outs);
 
 struct SharedLayer {
   const float* input_norm = nullptr;           // [hidden]

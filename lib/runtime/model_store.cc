@@ -166,20 +166,28 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
   world.run_long([&](int rank, int thread) {
     shared_->load(source, rank * threads + thread, world.ranks() * threads);
     int64_t mine = 0;
-    for (int l = 0; l < model.shape.num_layers(); ++l)
-      for (size_t i = 0; i < slices_.layer(l).size(); ++i) {
-        if (!(owners.slices[l][i] >> rank & 1) || mine++ % threads != thread) continue;
+    std::vector<std::byte*> outs;
+    for (int l = 0; l < model.shape.num_layers(); ++l) {
+      const std::span<const Slice> slices = slices_.layer(l);
+      for (size_t i = 0, next; i < slices.size(); i = next) {  // runs of an MLP's cuts, anything else one by one
+        const Slice& first = slices[i];
+        const bool is_mlp = first.kind == SliceKind::kExpertCut || first.kind == SliceKind::kDenseCut;
+        outs.clear();
+        for (next = i; next == i || (is_mlp && next < slices.size() && slices[next].index == first.index); ++next) {
+          if (!(owners.slices[l][next] >> rank & 1)) break;
+          outs.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(next)));
+        }
+        next = std::max(next, i + 1);
+        if (outs.empty() || mine++ % threads != thread) continue;
         world.check_abort();
-        const Slice& slice = slices_.layer(l)[i];
-        const SliceMaxima maxima = pack_slice(source, model, slices_, slice,
-                                              ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(i)));
+        const SliceMaxima maxima = pack_slices(source, model, slices_, first, outs);
         {
           std::lock_guard lock(mutex);
-          const bool is_mlp = slice.kind == SliceKind::kExpertCut || slice.kind == SliceKind::kDenseCut;
           (is_mlp ? mlp : attention)[l].include(maxima);
         }
-        advance(slice.bytes);
+        advance(first.bytes * static_cast<int64_t>(outs.size()));
       }
+    }
   });
   advance(shared_bytes_);
   for (int l = 0; l < model.shape.num_layers(); ++l) {
