@@ -35,6 +35,7 @@ KvManager::KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_t
     for (int64_t p = pages - 1; p >= 0; --p) pool.push_back(static_cast<int32_t>(p));
   }
   tp_blocks_.assign(tp_pages, 0);
+  tp_cached_.assign(tp_pages, 0);
   tp_leader_.assign(tp_pages, -1);
   cached_.resize(ep_capacity_.size() + 1);
   cached_count_.assign(ep_capacity_.size() + 1, 0);
@@ -44,11 +45,10 @@ KvManager::KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_t
 }
 
 int64_t KvManager::available(int home) const {
-  const int64_t tp = static_cast<int64_t>(tp_free_.size());
-  if (phase_ == Phase::kTp) return tp + cached_count_[0];
+  const int64_t tp = static_cast<int64_t>(tp_free_.size()) + tp_reclaimable_;
+  if (phase_ == Phase::kTp) return tp;
   const int64_t ep = static_cast<int64_t>(ep_free_[home].size()) + cached_count_[home + 1];
-  if (phase_ == Phase::kEp) return ep;
-  return std::min(ep, tp + std::accumulate(cached_count_.begin(), cached_count_.end(), int64_t{0}));
+  return phase_ == Phase::kEp ? ep : std::min(ep, tp);
 }
 
 double KvManager::usage() const {
@@ -117,7 +117,18 @@ void KvManager::drop_tp_page(int32_t b) {
   if (page < 0) return;
   if (tp_leader_[page] == b) tp_leader_[page] = -1;
   if (--tp_blocks_[page] == 0) tp_free_.push_back(page);
+  else if (tp_blocks_[page] == tp_cached_[page]) ++tp_reclaimable_;
   blocks_[b].tp_page = -1;
+}
+
+// Anew, after a switch has begun or ended.
+void KvManager::count_reclaimable() {
+  std::fill(tp_cached_.begin(), tp_cached_.end(), 0);
+  tp_reclaimable_ = 0;
+  if (!wants_tp()) return;
+  for (int32_t b : live_)
+    if (const Block& block = blocks_[b]; block.users == 0)
+      tp_reclaimable_ += ++tp_cached_[block.tp_page] == tp_blocks_[block.tp_page];
 }
 
 void KvManager::drop_ep_page(int32_t b) {
@@ -192,6 +203,7 @@ void KvManager::cache_push(int32_t b) {
   (list.tail >= 0 ? blocks_[list.tail].next : list.head) = b;
   list.tail = b;
   ++cached_count_[block.home + 1];
+  if (block.tp_page >= 0) tp_reclaimable_ += ++tp_cached_[block.tp_page] == tp_blocks_[block.tp_page];
 }
 
 void KvManager::cache_remove(int32_t b) {
@@ -201,6 +213,7 @@ void KvManager::cache_remove(int32_t b) {
   (block.next >= 0 ? blocks_[block.next].prev : list.tail) = block.prev;
   block.prev = block.next = -1;
   --cached_count_[block.home + 1];
+  if (block.tp_page >= 0) tp_reclaimable_ -= tp_cached_[block.tp_page]-- == tp_blocks_[block.tp_page];
 }
 
 void KvManager::drop_cached() {
@@ -351,6 +364,7 @@ void KvManager::open_ep(std::span<const SequenceBlocks> sequences) {
     }
   }
   rebuild_index();
+  count_reclaimable();
 }
 
 void KvManager::open_tp() {
@@ -393,6 +407,7 @@ void KvManager::open_tp() {
     }
   phase_ = Phase::kBoth;
   rebuild_index();
+  count_reclaimable();
 }
 
 void KvManager::close(Layout arrived) {
@@ -420,6 +435,7 @@ void KvManager::close(Layout arrived) {
   }
   phase_ = arrived == Layout::kTp ? Phase::kTp : Phase::kEp;
   rebuild_index();
+  count_reclaimable();
 }
 
 }  // namespace moebius

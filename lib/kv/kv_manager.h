@@ -122,6 +122,7 @@ class KvManager {
   bool take_tp_page(int32_t block);
   bool take_ep_page(int32_t block, int home);
   void drop_tp_page(int32_t block);
+  void count_reclaimable();
   void drop_ep_page(int32_t block);
   int32_t new_block();
   int32_t block_for_home(int32_t block, int home);
@@ -134,7 +135,8 @@ class KvManager {
   std::vector<Block> blocks_;
   std::vector<int32_t> free_blocks_, tp_free_;
   std::vector<std::vector<int32_t>> ep_free_;      // [home]
-  std::vector<int32_t> tp_blocks_;                 // [tp page] blocks on it
+  std::vector<int32_t> tp_blocks_, tp_cached_;     // [tp page] blocks on it, and of these cached ones
+  int64_t tp_reclaimable_ = 0;                     // TP pages all of whose blocks are cached
   std::vector<int32_t> tp_leader_;                 // [tp page] see leads_tp_page
   std::vector<std::pair<uint64_t, int32_t>> root_homes_;  // open_ep: (root, home) of each block in use
   std::vector<int32_t> live_, live_slot_;          // blocks that exist, and each one's place there

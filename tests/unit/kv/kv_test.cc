@@ -18,6 +18,7 @@ BlockKey key_of(uint64_t n) { return {n * 0x9e3779b97f4a7c15ull, ~n}; }
 void check_pages(const KvManager& kv) {
   std::set<std::pair<int, int>> ep;
   std::map<int, int> tp;
+  std::set<int> used;
   for (int32_t b : kv.live_blocks()) {
     const Block& block = kv.block(b);
     if (kv.phase() != Phase::kEp) {
@@ -26,6 +27,7 @@ void check_pages(const KvManager& kv) {
     } else {
       REQUIRE(block.tp_page == -1);
     }
+    if (block.users > 0 && kv.phase() != Phase::kEp) used.insert(block.tp_page);
     if (kv.phase() != Phase::kTp) {
       REQUIRE(block.ep_page >= 0);
       REQUIRE(ep.insert({block.home, block.ep_page}).second);  // an EP page belongs to one block
@@ -33,6 +35,11 @@ void check_pages(const KvManager& kv) {
       REQUIRE(block.ep_page == -1);
     }
   }
+  // A TP page can be had when nobody uses a block on it.
+  const int64_t tp_room = kv.tp_capacity() - static_cast<int64_t>(used.size());
+  if (kv.phase() == Phase::kTp) REQUIRE(kv.available(-1) == tp_room);
+  if (kv.phase() == Phase::kBoth)
+    for (int h = 0; h < kv.num_homes(); ++h) REQUIRE(kv.available(h) <= tp_room);
 }
 
 }  // namespace
