@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -24,6 +25,8 @@ inline const std::string kQwen = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-m
 inline const std::string kDense = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe-dense";
 inline const std::string kMixtral = std::string(MOEBIUS_TEST_DATA) + "/tiny-mixtral";
 
+inline constexpr int64_t kLater = INT64_MAX;
+
 struct ScriptedRequest {
   RequestSpec spec;
   int64_t arrival_step = 0;
@@ -45,6 +48,11 @@ struct Output {
   std::vector<float> logits;
   FinishReason reason = FinishReason::kNone;
 };
+
+// The name of a sample's record.
+inline std::string record_of(const RequestSpec& spec, int sample) {
+  return spec.sampling.n > 1 ? spec.id + "." + std::to_string(sample) : spec.id;
+}
 
 struct Outcome {
   std::map<std::string, Output> outputs;
@@ -98,9 +106,28 @@ inline Script busy_script() {
   return s;
 }
 
+// After the last request no block is in use; the cache dropped, every page of the living tables is free.
+inline void check_no_leaks(Engine& engine, bool keep_cache) {
+  KvManager& kv = engine.impl().kv();
+  CHECK(kv.blocks_in_use() == 0);
+  if (keep_cache) return;
+  kv.drop_cached();
+  CHECK(kv.live_blocks().empty());
+  if (kv.phase() == Phase::kTp)
+    CHECK(kv.available(-1) == kv.tp_capacity());
+  else
+    for (int h = 0; h < kv.num_homes(); ++h)
+      CHECK(kv.available(h) == (kv.phase() == Phase::kEp ? kv.ep_capacity(h) : std::min(kv.ep_capacity(h), kv.tp_capacity())));
+}
+
 class Runner {
  public:
-  explicit Runner(Engine& engine) : engine_(engine) {}
+  // keep_cache: another script will run on this engine.
+  explicit Runner(Engine& engine, bool keep_cache = false) : engine_(engine), keep_cache_(keep_cache) {}
+
+  // Called before anything that is due at a step. It may look into the engine, ask it for a switch, and set steps of the script
+  // that are not due yet (kLater).
+  std::function<void(int64_t step)> before_step;
 
   Outcome run(const Script& script, int64_t max_steps = 4000) {
     Outcome out;
@@ -112,6 +139,7 @@ class Runner {
     const int32_t layers = engine_.model().num_layers;
     for (int64_t step = 0; finished < expected || step <= last_due(script) || engine_.stats().switching; ++step) {
       if (step > max_steps) FAIL("no end after " << max_steps << " steps, " << finished << " of " << expected << " finished");
+      if (before_step) before_step(step);
       for (const ScriptedSwitch& s : script.switches)
         if (s.step == step) engine_.hold_seam(s.seam < 0 ? layers : s.seam);
       for (const ScriptedRequest& r : script.requests) {
@@ -128,7 +156,7 @@ class Runner {
           Event& e = events[i];
           if (e.request != 0 && by_number.count(e.request)) {
             const RequestSpec& spec = by_number[e.request]->spec;
-            Output& o = out.outputs[spec.sampling.n > 1 ? spec.id + "." + std::to_string(e.sample) : spec.id];
+            Output& o = out.outputs[record_of(spec, e.sample)];
             if (e.type == EventType::kToken) o.tokens.push_back(e.token);
             if (e.type == EventType::kFinished) {
               REQUIRE(o.reason == FinishReason::kNone);
@@ -141,6 +169,7 @@ class Runner {
         }
       out.steps = step + 1;
     }
+    check_no_leaks(engine_, keep_cache_);
     return out;
   }
 
@@ -151,6 +180,7 @@ class Runner {
     return last;
   }
   Engine& engine_;
+  bool keep_cache_;
 };
 
 // Below the smallest item of every test model, so that copying ahead takes several pieces on every rank.
@@ -163,6 +193,26 @@ inline Outcome run_script(const std::string& model, const EngineConfig& config, 
   return Runner(engine).run(script);
 }
 
+// The running or waiting sequence of a request; null when there is none.
+inline const Sequence* sequence_of(Engine& engine, const std::string& id) {
+  const Scheduler& scheduler = engine.impl().scheduler();
+  for (const auto* list : {&scheduler.running(), &scheduler.waiting()})
+    for (const Sequence* s : *list)
+      if (s->request->spec.id == id) return s;
+  return nullptr;
+}
+
+inline bool seam_is_inside(const Engine& engine) {
+  const EngineStats s = engine.stats();
+  return s.switching && s.seam > 0 && s.seam < s.num_layers;
+}
+
+// Without the records of these requests.
+inline Outcome without(Outcome outcome, std::initializer_list<std::string> ids) {
+  for (const std::string& id : ids) outcome.outputs.erase(id);
+  return outcome;
+}
+
 // Says where two outcomes first differ; empty when they are equal bit for bit.
 inline std::string difference(const Outcome& a, const Outcome& b) {
   if (a.outputs.size() != b.outputs.size()) return fmt::format("{} against {} records", a.outputs.size(), b.outputs.size());
@@ -170,7 +220,8 @@ inline std::string difference(const Outcome& a, const Outcome& b) {
     const auto it = b.outputs.find(id);
     if (it == b.outputs.end()) return "no record for " + id;
     const Output& y = it->second;
-    if (x.reason != y.reason) return fmt::format("{}: finish reason {} against {}", id, static_cast<int>(x.reason), static_cast<int>(y.reason));
+    if (x.reason != y.reason)
+      return fmt::format("{}: finish reason {} against {}", id, static_cast<int>(x.reason), static_cast<int>(y.reason));
     for (size_t i = 0; i < std::max(x.tokens.size(), y.tokens.size()); ++i)
       if (i >= x.tokens.size() || i >= y.tokens.size() || x.tokens[i] != y.tokens[i])
         return fmt::format("{}: token {} differs ({} against {} tokens)", id, i, x.tokens.size(), y.tokens.size());
