@@ -34,6 +34,8 @@ Script random_script(Random& random, int layers) {
     }
     r.spec.sampling.ignore_eos = random.below(4) != 0;
     r.spec.priority = random.below(5) == 0 ? -1 : 0;
+    if (random.below(8) == 0) r.spec.sampling.n = 2;
+    if (random.below(12) == 0) r.spec.deadline_ms = 1 + random.below(20);  // when it falls is the machine's
     if (random.below(6) == 0) r.cancel_step = r.arrival_step + random.below(15);
     script.requests.push_back(r);
   }
@@ -60,7 +62,12 @@ TEST_CASE("random scripts of arrivals, cancels, preemptions, switches and faults
 
     Script calm = script;  // the same requests one after another's arrival, nothing else going on
     calm.switches.clear();
-    for (ScriptedRequest& r : calm.requests) r.cancel_step = -1;
+    size_t sequences = 0;
+    for (ScriptedRequest& r : calm.requests) {
+      r.cancel_step = -1;
+      r.spec.deadline_ms = 0;
+      sequences += static_cast<size_t>(r.spec.sampling.n);
+    }
     EngineConfig one = small_config(1, 1, Layout::kTp);
     one.prefix_cache = false;
     const Outcome expected = run_script(model, one, calm);
@@ -74,28 +81,33 @@ TEST_CASE("random scripts of arrivals, cancels, preemptions, switches and faults
     config.preempt_to_fit = random.below(2) == 0;
     config.kv_tokens = random.one_of({4096, 256 * config.ranks});
     Engine engine(model, config);
+    engine.impl().switcher().set_piece_bytes(random.below(8) ? int64_t{1} << 20 : random.one_of({16, 32, 64}) * kSmallPieces);
     int fault_at = random.below(3) == 0 ? random.below(12) : -1;
+    const int fault_rank = random.below(config.ranks);
     engine.impl().switcher().hook = [&](const CopyPoint& p) {
-      if (p.starts_rank() && p.rank == 0 && !p.undoing && fault_at-- == 0) throw Error(Code::kIo, "injected");
+      if (p.starts_rank() && p.rank == fault_rank && !p.undoing && fault_at-- == 0) throw Error(Code::kIo, "injected");
     };
     const Outcome got = Runner(engine).run(script, 20000);
 
-    REQUIRE(got.outputs.size() == script.requests.size());
-    for (const ScriptedRequest& r : script.requests) {
-      const Output& x = expected.outputs.at(r.spec.id);
-      const Output& y = got.outputs.at(r.spec.id);
-      INFO(r.spec.id << " on " << model);
-      if (y.reason == FinishReason::kAbort) {
-        REQUIRE(r.cancel_step >= 0);
-        REQUIRE(y.tokens.size() <= x.tokens.size());
-        REQUIRE(std::equal(y.tokens.begin(), y.tokens.end(), x.tokens.begin()));
-        continue;
+    REQUIRE(got.outputs.size() == sequences);
+    REQUIRE(expected.outputs.size() == sequences);
+    for (const ScriptedRequest& r : script.requests)
+      for (int sample = 0; sample < r.spec.sampling.n; ++sample) {
+        const std::string id = record_of(r.spec, sample);
+        const Output& x = expected.outputs.at(id);
+        const Output& y = got.outputs.at(id);
+        INFO(id << " on " << model);
+        if (y.reason == FinishReason::kAbort) {
+          REQUIRE((r.cancel_step >= 0 || r.spec.deadline_ms > 0));
+          REQUIRE(y.tokens.size() <= x.tokens.size());
+          REQUIRE(std::equal(y.tokens.begin(), y.tokens.end(), x.tokens.begin()));
+          continue;
+        }
+        REQUIRE(y.tokens == x.tokens);
+        REQUIRE(y.reason == x.reason);
+        REQUIRE(y.logits.size() == x.logits.size());
+        REQUIRE((y.logits.empty() || std::memcmp(y.logits.data(), x.logits.data(), y.logits.size() * 4) == 0));
       }
-      REQUIRE(y.tokens == x.tokens);
-      REQUIRE(y.reason == x.reason);
-      REQUIRE(y.logits.size() == x.logits.size());
-      REQUIRE((y.logits.empty() || std::memcmp(y.logits.data(), x.logits.data(), y.logits.size() * 4) == 0));
-    }
   }
 }
 
