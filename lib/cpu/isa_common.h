@@ -14,6 +14,7 @@
 #include "lib/device/ops.h"
 #include "lib/tensor/dtype.h"
 #include "lib/tensor/packed.h"
+#include "lib/tensor/transpose.h"
 
 // Kernels' lambdas see registers: one that is left out of line sends them through memory.
 #define MOEBIUS_INLINE_LAMBDA __attribute__((always_inline))

@@ -62,6 +62,24 @@ struct RowBlocks {
   MOEBIUS_INLINE const Pair* of(Range rows_of_block) const { return data + rows_of_block.begin * pairs; }
 };
 
+// dst[p·n + r] = pair p of row r; row(r) → pointer to its pairs.
+template <class RowOf>
+MOEBIUS_INLINE void interleave_rows(Pair* dst, int64_t n, int64_t pairs, const RowOf& row) {
+  if (n < 4) {
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t p = 0; p < pairs; ++p) dst[p * n + r] = row(r)[p];
+    return;
+  }
+  for (int64_t next = 0; next < n; next += 4) {
+    const int64_t r = next < n - 4 ? next : n - 4;  // the last four may be taken twice
+    const Pair *a = row(r), *b = row(r + 1), *c = row(r + 2), *d = row(r + 3);
+    Pair* out = dst + r;
+    int64_t p = 0;
+    for (; p + 4 <= pairs; p += 4) transpose_4x4(a + p, b + p, c + p, d + p, out + p * n, n * 4);
+    for (; p < pairs; ++p) out[p * n] = a[p], out[p * n + 1] = b[p], out[p * n + 2] = c[p], out[p * n + 3] = d[p];
+  }
+}
+
 // row(i) → pointer to the bf16 of row i, 4-byte aligned. One row is used where it lies; more are copied into `scratch`
 // (rows · pairs · 4 bytes).
 template <class RowOf>
@@ -70,12 +88,8 @@ MOEBIUS_INLINE RowBlocks gather_rows(std::byte* scratch, int64_t rows, int64_t p
   const RowBlocks out{scratch, rows, pairs};
   for (int64_t b = 0; b < out.blocks; ++b) {
     const Range range = out.block(b);
-    Pair* dst = reinterpret_cast<Pair*>(scratch) + range.begin * pairs;
-    const int64_t n = range.size();
-    for (int64_t r = 0; r < n; ++r) {
-      const Pair* src = reinterpret_cast<const Pair*>(row(range.begin + r));
-      for (int64_t p = 0; p < pairs; ++p) dst[p * n + r] = src[p];
-    }
+    interleave_rows(reinterpret_cast<Pair*>(scratch) + range.begin * pairs, range.size(), pairs,
+                    [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(row(range.begin + r)); });
   }
   return out;
 }

@@ -11,6 +11,7 @@
 
 #include "lib/base/error.h"
 #include "lib/tensor/packed.h"
+#include "lib/tensor/transpose.h"
 
 namespace moebius {
 namespace {
@@ -21,27 +22,15 @@ float max_abs(const bf16* x, int64_t n) {
   return to_float(static_cast<bf16>(most));
 }
 
-// Four pairs of four rows, from row-major (`stride` elements a row) to pair-major (`pair_elements` a pair).
-void transpose_pairs(const bf16* in, int64_t stride, bf16* out, int64_t pair_elements) {
-  using Pairs = uint32_t __attribute__((vector_size(16)));
-  Pairs a, b, c, d;
-  std::memcpy(&a, in, sizeof a);
-  std::memcpy(&b, in + stride, sizeof b);
-  std::memcpy(&c, in + 2 * stride, sizeof c);
-  std::memcpy(&d, in + 3 * stride, sizeof d);
-  const Pairs ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Pairs cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  const Pairs pairs[4] = {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
-                          __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5), __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)};
-  for (int i = 0; i < 4; ++i) std::memcpy(out + i * pair_elements, &pairs[i], sizeof pairs[i]);
-}
-
 // One tile of outputs = rows, `width` columns of each: pair p at out + p·pair_elements, 16 outputs × 2. What is missing is 0.
 void pack_tile(const bf16* in, int64_t stride, int64_t rows, int64_t width, bf16* out, int64_t pair_elements) {
   int64_t c = 0;
   if (rows == kTile)
     for (; c + 8 <= width; c += 8)
-      for (int64_t r = 0; r < kTile; r += 4) transpose_pairs(in + r * stride + c, stride, out + c / 2 * pair_elements + 2 * r, pair_elements);
+      for (int64_t r = 0; r < kTile; r += 4) {
+        const bf16* x = in + r * stride + c;
+        transpose_4x4(x, x + stride, x + 2 * stride, x + 3 * stride, out + c / 2 * pair_elements + 2 * r, pair_elements * 2);
+      }
   for (; c < width; c += 2)
     for (int64_t r = 0; r < kTile; ++r) {
       bf16* pair = out + c / 2 * pair_elements + 2 * r;
