@@ -52,8 +52,11 @@ int64_t KvManager::available(int home) const {
 }
 
 double KvManager::usage() const {
-  int64_t used = blocks_in_use(), capacity = tp_capacity_;
-  if (phase_ == Phase::kEp) capacity = std::accumulate(ep_capacity_.begin(), ep_capacity_.end(), int64_t{0});
+  int64_t used = tp_capacity_ - static_cast<int64_t>(tp_free_.size()) - tp_reclaimable_, capacity = tp_capacity_;
+  if (phase_ == Phase::kEp) {
+    used = blocks_in_use();
+    capacity = std::accumulate(ep_capacity_.begin(), ep_capacity_.end(), int64_t{0});
+  }
   return capacity > 0 ? static_cast<double>(used) / static_cast<double>(capacity) : 0;
 }
 
@@ -79,7 +82,8 @@ int64_t KvManager::tp_pages_needed() const {
 bool KvManager::release_helps(int32_t b, int home) const {
   const Block& block = blocks_[b];
   if (block.users != 1) return false;
-  return lacks_ep_page(home) ? block.home == home : wants_tp() && tp_blocks_[block.tp_page] == 1;
+  if (lacks_ep_page(home)) return block.home == home;
+  return wants_tp() && tp_blocks_[block.tp_page] - tp_cached_[block.tp_page] == 1;
 }
 
 // ---- pages and blocks
@@ -157,6 +161,7 @@ void KvManager::free_block(int32_t b) {
 }
 
 int32_t KvManager::allocate(int home) {
+  if (available(home) == 0) return -1;  // giving up cached blocks would not help
   while (free_blocks_.empty() || (wants_tp() && tp_free_.empty()) || (wants_ep() && ep_free_[home].empty())) {
     const bool need_ep = wants_ep() && ep_free_[home].empty();
     if (!evict_one(!need_ep, need_ep, home)) return -1;

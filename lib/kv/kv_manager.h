@@ -67,8 +67,8 @@ class KvManager {
   // The same without a user.
   int32_t peek(const BlockKey& key, int home) const { return prefix_cache_ ? lookup(key, home_key(home)) : -1; }
   bool contains(const BlockKey& key, int home) const { return peek(key, home) >= 0; }
-  // After a failed allocate, which left no cached block that could have helped: whether a page of the home is what lacks (else
-  // a TP page), and whether the release of a block by its only user would bring one.
+  // After a failed allocate: whether a page of the home is what lacks (else a TP page), and whether one could be had if the
+  // block's only user released it.
   bool lacks_ep_page(int home) const { return wants_ep() && ep_free_[home].empty() && cached_count_[home + 1] == 0; }
   bool release_helps(int32_t block, int home) const;
   void set_full(int32_t block) { blocks_[block].full = true; }

@@ -38,6 +38,7 @@ void check_pages(const KvManager& kv) {
   // A TP page can be had when nobody uses a block on it.
   const int64_t tp_room = kv.tp_capacity() - static_cast<int64_t>(used.size());
   if (kv.phase() == Phase::kTp) REQUIRE(kv.available(-1) == tp_room);
+  if (kv.phase() != Phase::kEp) REQUIRE(kv.usage() == static_cast<double>(used.size()) / static_cast<double>(kv.tp_capacity()));
   if (kv.phase() == Phase::kBoth)
     for (int h = 0; h < kv.num_homes(); ++h) REQUIRE(kv.available(h) <= tp_room);
 }
@@ -158,6 +159,27 @@ TEST_CASE("a release helps where it frees a page of the kind that lacks") {
   CHECK(kv.release_helps(shared[1], 1));
   REQUIRE(kv.find(key_of(1), 1) == shared[1]);
   CHECK_FALSE(kv.release_helps(shared[1], 1));  // it has another user
+}
+
+TEST_CASE("a cached block is not given up where that frees no page") {
+  KvManager kv(2, {3, 2}, 16, true, Phase::kEp);
+  std::vector<int32_t> equal;
+  for (int home : {0, 1}) {
+    equal.push_back(kv.allocate(home));
+    kv.set_full(equal.back());
+    kv.register_block(equal.back(), key_of(1), 1);
+  }
+  REQUIRE(kv.allocate(0) >= 0);
+  kv.open_tp();
+  kv.release(equal[0]);  // cached, on a TP page that home 1 uses
+  CHECK(kv.available(0) == 0);
+  CHECK(kv.allocate(0) == -1);
+  CHECK(kv.contains(key_of(1), 0));
+  CHECK(kv.release_helps(equal[1], 0));
+  kv.release(equal[1]);
+  CHECK(kv.available(0) == 1);
+  CHECK(kv.allocate(0) >= 0);
+  check_pages(kv);
 }
 
 TEST_CASE("a prefix page of one home is no hit for another while the seam is inside") {
