@@ -65,10 +65,13 @@ bool Switcher::choose_homes(Reason* reason) {
     }
     homes_[i] = choose_home(candidates_);
     if (homes_[i] < 0) {
-      int64_t most = 0;
-      for (const HomeCandidate& c : candidates_) most = std::max(most, c.room);
-      *reason = Reason::of("a request of {} tokens needs {} KV pages in EP, no rank has more than {} left of {} ({} tokens short)",
-                           s.tokens.size(), pages, most, kv.ep_capacity(0), (pages - most) * kv.page_tokens());
+      int nearest = 0;
+      const auto short_of = [&](int h) { return candidates_[h].pages - candidates_[h].room; };
+      for (int h = 1; h < kv.num_homes(); ++h)
+        if (short_of(h) < short_of(nearest)) nearest = h;
+      *reason = Reason::of("a request of {} tokens needs {} KV pages of rank {} in EP, which has {} left of {} ({} tokens short)",
+                           s.tokens.size(), candidates_[nearest].pages, nearest, candidates_[nearest].room, kv.ep_capacity(nearest),
+                           short_of(nearest) * kv.page_tokens());
       all = false;
       break;
     }
