@@ -115,10 +115,10 @@ int Scheduler::place_for(const Sequence& sequence) {
   const std::span<HomeCandidate> places(places_.data(), by_home ? places_.size() : 1);
   const int64_t pages = div_up(static_cast<int64_t>(sequence.tokens.size()) + 1, kv_.page_tokens());
   for (int h = 0; h < static_cast<int>(places.size()); ++h) places[h] = {0, 0, kv_.available(h), pages, 0};
-  for (const Sequence* s : running_) {
-    HomeCandidate& place = places[by_home ? s->home : 0];
+  for (size_t i = 0; by_home && i < running_.size(); ++i) {
+    HomeCandidate& place = places[running_[i]->home];
     ++place.requests;
-    place.tokens += static_cast<int64_t>(s->tokens.size());
+    place.tokens += static_cast<int64_t>(running_[i]->tokens.size());
   }
   find_shared(sequence, places);
   return choose_home(places);

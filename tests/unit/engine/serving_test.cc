@@ -39,7 +39,8 @@ TEST_CASE("while the seam is inside, a home short of pages takes none from reque
   // Two requests a home, by turns. r2 opens its 7th page, home 0's 11th of 10, while all four run; r3 has pages, but on home 1.
   constexpr int kPrompt[] = {45, 46, 84, 46}, kMax[] = {60, 34, 50, 34};
   Script script;
-  for (int i = 0; i < 4; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(300 + i, kPrompt[i]), kMax[i]), 0});
+  for (int i = 0; i < 4; ++i)
+    script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(300 + i, kPrompt[i]), kMax[i]), 0});
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   script.switches = {{6, 2}};
   EngineConfig config = small_config(2, 1, Layout::kEp);
