@@ -98,9 +98,21 @@ class Bench {
 
   json base(const std::string& what, Engine& e) {
     const World& w = e.impl().world();
-    return {{"what", what}, {"shape", o_.model.empty() ? o_.shape : o_.model}, {"batch", 0}, {"tokens", 0}, {"context", 0},
-            {"ranks", w.ranks()}, {"threads", w.threads()}, {"layout", o_.layout}, {"isa", e.impl().ops().name},
-            {"slices_per_expert", e.model().slices_per_expert}, {"plain_sums", o_.plain_sums}};
+    return {{"what", what},
+            {"shape", o_.model.empty() ? o_.shape : o_.model},
+            {"batch", 0},
+            {"tokens", 0},
+            {"context", 0},
+            {"ranks", w.ranks()},
+            {"threads", w.threads()},
+            {"layout", o_.layout},
+            {"isa", e.impl().ops().name},
+            {"slices_per_expert", e.model().slices_per_expert},
+            {"plain_sums", o_.plain_sums},
+            {"tokens_per_second", nullptr},
+            {"floor_tokens_per_second", nullptr},  // null: not measured by this command
+            {"read_bytes_per_second", nullptr},
+            {"bf16_flops", nullptr}};
   }
 
   void submit(Engine& e, int n, int length, int max_tokens) {
@@ -387,6 +399,8 @@ class Bench {
       row["read_seconds"] = median(read_seconds);
       row["share_of_read"] = median(read_seconds) / median(seconds);
     }
+    row["memcpy_seconds"] = memcpy_seconds(e->impl().world(), bytes);
+    row["share_of_memcpy"] = row["memcpy_seconds"].get<double>() / median(seconds);
     print(row);
   }
 
@@ -408,15 +422,24 @@ class Bench {
     return key;
   }
 
+  static const char* figure_of(const json& row) {
+    return row.value("tokens_per_second", json()).is_number() ? "tokens_per_second" : "seconds";
+  }
+
   void read_earlier() {
     std::ifstream in(o_.compare);
     if (!in) throw CLI::ValidationError("--compare", "cannot read " + o_.compare);
-    for (std::string line; std::getline(in, line);)
-      if (const json row = json::parse(line, nullptr, false); row.is_object()) earlier_[key_of(row)].push_back(row);
+    std::string line;
+    for (int number = 1; std::getline(in, line); ++number) {
+      const json row = json::parse(line, nullptr, false);
+      const bool result = row.is_object() && row.contains("what") && row.contains(figure_of(row)) && row[figure_of(row)].is_number();
+      if (!result) throw CLI::ValidationError("--compare", fmt::format("{}:{} is no line of moebius-bench's JSON", o_.compare, number));
+      earlier_[key_of(row)].push_back(row);
+    }
   }
 
   void print(json row) {
-    const char* figure = row.contains("tokens_per_second") ? "tokens_per_second" : "seconds";
+    const char* figure = figure_of(row);
     if (const auto it = earlier_.find(key_of(row)); it != earlier_.end()) {
       std::vector<double> before;
       for (const json& r : it->second) before.push_back(r[figure]);
@@ -426,7 +449,7 @@ class Bench {
     }
     if (o_.format == "json") {
       fmt::print("{}\n", row.dump());
-    } else if (row.contains("tokens_per_second")) {
+    } else if (row["tokens_per_second"].is_number()) {
       fmt::print("{:8} {:2} batch {:4} tokens {:5} context {:5}  P={} T={} {}  {:9.1f} tok/s  floor {:9.1f}  {:5.1f} %   read {:5.1f} GB/s  bf16 {:6.1f} GFLOP/s",
                  row["what"].get<std::string>(), row["shape"].get<std::string>(), row["batch"].get<int>(), row["tokens"].get<int>(),
                  row["context"].get<int>(), row["ranks"].get<int>(), row["threads"].get<int>(), row["layout"].get<std::string>(),
@@ -451,11 +474,11 @@ class Bench {
                  1e6 * row["seconds"].get<double>());
       end_line(row);
     } else {
-      fmt::print("load {}  {:.1f} MiB in {:.3f} s, {:.2f} GB/s, peak {:.1f} MiB resident", row["shape"].get<std::string>(),
+      fmt::print("load {}  {:.1f} MiB in {:.3f} s, {:.2f} GB/s, peak {:.1f} MiB resident  memcpy {:.3f} s ({:.1f} %)", row["shape"].get<std::string>(),
                  row["bytes"].get<double>() / 1048576, row["seconds"].get<double>(), row["bytes_per_second"].get<double>() / 1e9,
-                 row["peak_resident_bytes"].get<double>() / 1048576);
+                 row["peak_resident_bytes"].get<double>() / 1048576, row["memcpy_seconds"].get<double>(), 100 * row["share_of_memcpy"].get<double>());
       if (row.contains("read_seconds"))
-        fmt::print(", reading the files {:.3f} s ({:.1f} %)", row["read_seconds"].get<double>(), 100 * row["share_of_read"].get<double>());
+        fmt::print("  reading the files {:.3f} s ({:.1f} %)", row["read_seconds"].get<double>(), 100 * row["share_of_read"].get<double>());
       end_line(row);
     }
     std::fflush(stdout);
@@ -485,17 +508,17 @@ int run(int argc, char** argv) {
   app.require_subcommand(1);
   const auto common = [&](CLI::App* sub) {
     sub->add_option("--shape", o.shape, "shape with dummy weights: s or m")->check(CLI::IsMember({"s", "m"}))->capture_default_str();
-    sub->add_option("--model", o.model, "a model folder instead of a shape");
+    sub->add_option("--model", o.model, "a model folder instead of a shape")->default_str("none");
     sub->add_flag("--dummy", o.dummy, "with --model: seeded random weights, only config.json is read");
     sub->add_option("--layout", o.layout, "layout: tp or ep")->check(CLI::IsMember({"tp", "ep"}))->capture_default_str();
     sub->add_option("--ranks", o.ranks, "ranks")->check(CLI::Range(1, 64))->capture_default_str();
     sub->add_option("--threads", o.threads, "threads per rank (0: cores ÷ ranks)")->check(CLI::Range(0, 1024))->capture_default_str();
-    sub->add_option("--isa", o.isa, "kernel path (default: the best there is)");
+    sub->add_option("--isa", o.isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
     sub->add_option("--slices-per-expert", o.slices, "cuts of each MLP (0: the default rule)")->capture_default_str();
     sub->add_option("--memory-bytes", o.memory_bytes, "per rank (0: what the run needs)")->capture_default_str();
     sub->add_flag("--plain-sums", o.plain_sums, "ordinary float sums instead of exact ones, to measure what exactness costs");
     sub->add_option("--format", o.format, "table or json (one object a line)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
-    sub->add_option("--compare", o.compare, "an earlier run's JSON lines: adds the ratio and the spread of those");
+    sub->add_option("--compare", o.compare, "an earlier run's JSON lines: adds the ratio and the spread of those")->default_str("none");
     sub->add_option("--rounds", o.rounds, "repetitions where a figure is a median")->check(CLI::Range(1, 1000))->capture_default_str();
     return sub;
   };
@@ -515,7 +538,7 @@ int run(int argc, char** argv) {
   switches->add_option("--max-steps", o.max_switch_steps, "with --stall-budget-ms: most steps of one switch")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   auto* sampling = common(app.add_subcommand("sampling", "choosing a token from a row of logits; no model runs"));
   sampling->add_option("--vocab", o.vocab, "tokens of the vocabulary")->check(CLI::Range(64, 1 << 24))->capture_default_str();
-  auto* load = common(app.add_subcommand("load", "loading a model"));
+  auto* load = common(app.add_subcommand("load", "loading a model, beside a memcpy of its weights and reading its files"));
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
@@ -541,7 +564,9 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   std::signal(SIGPIPE, SIG_IGN);
   try {
-    return moebius::bench::run(argc, argv);
+    const int status = moebius::bench::run(argc, argv);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
+    return status;
   } catch (const CLI::Error& e) {
     fmt::print(stderr, "moebius-bench: {}\n", e.what());
     return 2;

@@ -52,5 +52,8 @@ int main(int argc, char **argv) {
     }
   }
   moebius_engine_destroy(engine);
-  return ok ? 0 : failed("moebius", err);
+  if (!ok) return failed("moebius", err);
+  if (fflush(stdout) == 0 && !ferror(stdout)) return 0;
+  fprintf(stderr, "cannot write to standard output\n");
+  return 1;
 }
