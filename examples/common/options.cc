@@ -1,12 +1,22 @@
 #include "examples/common/options.h"
 
+#include <unistd.h>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
-#include <unistd.h>
 
 #include <fmt/format.h>
 
 namespace moebius_examples {
+
+CLI::Validator at_least(int64_t least) {
+  return {[least](std::string& text) {
+            double value = 0;
+            const bool right = CLI::detail::lexical_cast(text, value) && value >= static_cast<double>(least) && std::isfinite(value);
+            return right ? std::string() : fmt::format("{} is not at least {}", text, least);
+          },
+          fmt::format("≥ {}", least), "at least"};
+}
 
 void EngineOptions::add_to(CLI::App& app, bool model_required) {
   auto* m = app.add_option("--model", model, "model folder: config.json, *.safetensors, tokenizer.json for text");
@@ -14,23 +24,26 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
   app.add_option("--ranks", ranks, "ranks that share the model")->check(CLI::Range(1, 64))->capture_default_str();
   app.add_option("--threads", threads, "computing threads per rank (0: cores ÷ ranks)")->check(CLI::Range(0, 4096))->capture_default_str();
   app.add_option("--layout", layout, "layout to start in: tp or ep")->check(CLI::IsMember({"tp", "ep"}))->capture_default_str();
-  app.add_option("--memory-bytes", memory_bytes,
-                 "per rank, weights + KV (0: weights + KV for max-batch requests of min(context, 4096) tokens, at most half of the free memory)")
-      ->check(CLI::NonNegativeNumber)
+  app.add_option(
+         "--memory-bytes", memory_bytes,
+         "per rank, weights + KV (0: weights + KV for max-batch requests of min(context, 4096) tokens, at most half of the free memory)")
+      ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--isa", isa, "kernel path: avx512bf16, avx512, avx2, portable (default: the best there is)");
+  app.add_option("--isa", isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
   app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--chunk-tokens", chunk_tokens, "prompt tokens that a step takes over all requests")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(CLI::PositiveNumber)->capture_default_str();
-  app.add_option("--max-queue", max_queue, "waiting requests; what is beyond waits outside")->check(CLI::PositiveNumber)->capture_default_str();
+  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(at_least(1))->capture_default_str();
+  app.add_option("--chunk-tokens", chunk_tokens, "prompt tokens that a step takes over all requests")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(at_least(1))->capture_default_str();
+  app.add_option("--max-queue", max_queue, "waiting requests; what is beyond waits outside")->check(at_least(1))->capture_default_str();
   app.add_option("--kv-tokens", kv_tokens, "KV tokens at most, over all ranks (0: as many as the memory holds)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--stall-budget-ms", stall_budget_ms, "time that each step may lend to a switch (0: all at once)")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--prefix-cache", prefix_cache, "share KV pages of equal prefixes (1 or 0)")->capture_default_str();
   app.add_flag("--preempt-to-fit", preempt_to_fit, "a switch that does not fit preempts requests instead of being refused");
@@ -74,7 +87,7 @@ int run_program(const char* name, const std::function<void()>& body) {
   std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of ours, never a signal
   try {
     body();
-    if (std::fflush(stdout) != 0) throw std::runtime_error("cannot write to standard output");
+    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
     return 0;
   } catch (const BadInput& e) {
     fmt::print(stderr, "{}: {}\n", name, e.what());

@@ -26,6 +26,9 @@ auto before_running(Body&& body) {
   }
 }
 
+// A flag's check, with a message that is shorter than CLI11's.
+CLI::Validator at_least(int64_t least);
+
 // Unset flags keep the library's defaults.
 struct EngineOptions {
   std::string model, layout = "tp", isa;

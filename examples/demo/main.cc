@@ -22,7 +22,7 @@ using Clock = std::chrono::steady_clock;
 struct Options {
   EngineOptions engine;
   int64_t requests = 48;
-  int64_t few = 12;        // at or below so many running requests TP is better: the switching run goes there
+  int64_t few = 12;  // at or below so many running requests TP is better: the switching run goes there, and above it to EP
   bool live = isatty(STDERR_FILENO);
 };
 
@@ -53,7 +53,7 @@ int64_t tokens_of(int i) {
 class Run {
  public:
   Run(const Options& o, const moebius_cpp::Tokenizer& tokenizer, const std::string& name, const std::string& layout, bool switches)
-      : o_(o), tokenizer_(tokenizer), name_(name), switches_(switches) {
+      : o_(o), tokenizer_(tokenizer), name_(name), start_(layout == "tp" ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP), switches_(switches) {
     EngineOptions e = o.engine;
     e.layout = layout;
     moebius_cpp::Config config = e.config();
@@ -65,14 +65,13 @@ class Run {
   Result serve() {
     begin_ = Clock::now();
     Clock::time_point shown{};
-    for (bool asked = false; finished_ < o_.requests;) {
+    for (moebius_layout wished = start_; finished_ < o_.requests;) {
       engine_->step();
       take_events();
       const moebius_stats s = engine_->stats();
-      if (switches_ && !asked && s.waiting == 0 && s.running <= o_.few) {
-        engine_->request_switch(MOEBIUS_LAYOUT_TP);  // few are left: tensor parallelism serves them sooner
-        asked = true;
-      }
+      // Many at once are served sooner by expert parallelism, a few stragglers by tensor parallelism.
+      const moebius_layout better = s.waiting == 0 && s.running <= o_.few ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
+      if (switches_ && better != wished) engine_->request_switch(wished = better);
       if (seconds_since(shown) > (o_.live ? 0.1 : 1.0)) show(s), shown = Clock::now();
     }
     show(engine_->stats());
@@ -128,6 +127,7 @@ class Run {
   const Options& o_;
   const moebius_cpp::Tokenizer& tokenizer_;
   std::string name_;
+  moebius_layout start_;
   bool switches_;
   std::optional<moebius_cpp::Engine> engine_;
   int32_t layers_ = 0;
@@ -145,11 +145,11 @@ void demo(const Options& o) {
              o.engine.ranks);
   struct Kind {
     const char* name;
-    const char* layout;
+    std::string layout;
     bool switches;
   };
   std::vector<std::pair<std::string, Result>> results;
-  for (const Kind& k : {Kind{"TP only", "tp", false}, Kind{"EP only", "ep", false}, Kind{"switching", "ep", true}}) {
+  for (const Kind& k : {Kind{"TP only", "tp", false}, Kind{"EP only", "ep", false}, Kind{"switching", o.engine.layout, true}}) {
     const auto make = [&] { return std::make_unique<Run>(o, tokenizer, k.name, k.layout, k.switches); };
     const std::unique_ptr<Run> run = results.empty() ? before_running(make) : make();
     results.emplace_back(k.name, run->serve());
@@ -206,9 +206,13 @@ int main(int argc, char** argv) {
     o.engine.model = shipped_model();
     CLI::App app{"Serves a burst of requests three times (TP only, EP only, switching while they run) and checks that all three gave the same tokens."};
     o.engine.add_to(app, false);
+    app.get_option("--model")->default_str("the shipped one");
+    app.get_option("--layout")->description("layout in which the switching run starts: tp or ep");
     app.add_option("--seed", o.engine.seed, "seed of the engine")->capture_default_str();
     app.add_option("--requests", o.requests, "requests of the burst")->check(CLI::Range(1, 100000))->capture_default_str();
-    app.add_option("--few", o.few, "the switching run goes to TP when no more are running")->check(CLI::NonNegativeNumber)->capture_default_str();
+    app.add_option("--few", o.few, "the switching run goes to TP when no more are running, and to EP before")
+        ->check(at_least(0))
+        ->capture_default_str();
     parse_or_exit(app, argc, argv);
     demo(o);
   });

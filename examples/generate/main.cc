@@ -25,7 +25,7 @@ struct Switch {
 
 struct Options {
   EngineOptions engine;
-  std::string prompt, prompt_ids, prompts, switch_at, format = "text", logits_out, events;
+  std::string source, prompt, prompt_ids, prompts, switch_at, format = "text", logits_out, events;  // source: the flag given
   int64_t seam = -1;
   SamplingKeys sampling = SamplingKeys::object();
 };
@@ -163,7 +163,7 @@ class Generate {
     try {
       tokenizer_.emplace(o_.engine.model);
     } catch (const moebius_cpp::Error& e) {
-      if (!o_.prompt.empty()) throw BadInput(e.what());
+      if (o_.source == "--prompt") throw BadInput(e.what());
       fmt::print(stderr, "warning: {}\n", e.what());  // ids do without it
     }
   }
@@ -171,9 +171,9 @@ class Generate {
   void read() {
     const bool keep = !o_.logits_out.empty();
     const moebius_cpp::Tokenizer* tokenizer = tokenizer_ ? &*tokenizer_ : nullptr;
-    if (!o_.prompts.empty()) {
+    if (o_.source == "--prompts") {
       prompts_ = read_prompts(o_.prompts, o_.sampling, tokenizer, keep);
-    } else if (!o_.prompt_ids.empty()) {
+    } else if (o_.source == "--prompt-ids") {
       prompts_.push_back(one_prompt(parse_ids(o_.prompt_ids), "--prompt-ids", o_.sampling, keep));
     } else {
       if (tokenizer == nullptr) throw BadInput("--prompt: a text prompt needs " + o_.engine.model + "/tokenizer.json; give --prompt-ids instead");
@@ -357,12 +357,7 @@ void add_sampling(CLI::App& app, SamplingKeys& keys) {
   ids("--stop-token-ids", "stop_token_ids", "end after one of these");
   ids("--allowed-token-ids", "allowed_token_ids", "choose among these only");
   app.add_option_function<std::string>(
-         "--logit-bias",
-         [&keys](const std::string& text) {
-           const json bias = json::parse(text, nullptr, false);
-           if (bias.is_discarded()) throw BadInput("--logit-bias: '" + text + "' is no JSON object of token id and bias");
-           keys["logit_bias"] = bias;
-         },
+         "--logit-bias", [&keys](const std::string& text) { keys["logit_bias"] = parse_strictly(text, "--logit-bias"); },
          "added to these logits: {\"17\": 2.5, \"4\": -100}")
       ->default_str("none")
       ->group("Sampling");
@@ -384,13 +379,18 @@ int main(int argc, char** argv) {
                        "file of JSON lines: id, prompt or prompt_ids, max_tokens, arrival_step, cancel_step, priority, sampling keys");
     source->require_option(1);
     app.add_option("--seed", o.engine.seed, "seed of the engine")->capture_default_str();
-    app.add_option("--switch-at", o.switch_at, "switches: STEP:tp or STEP:ep, separated by commas");
-    app.add_option("--seam", o.seam, "hold the seam at this layer: layers before it in TP, the others in EP")->check(CLI::NonNegativeNumber);
+    app.add_option("--switch-at", o.switch_at, "switches: STEP:tp or STEP:ep, separated by commas")->default_str("none");
+    app.add_option("--seam", o.seam, "hold the seam at this layer: layers before it in TP, the others in EP")
+        ->check(at_least(0))
+        ->default_str("not held");
     app.add_option("--format", o.format, "text or json (one record a line)")->check(CLI::IsMember({"text", "json"}))->capture_default_str();
-    app.add_option("--logits-out", o.logits_out, "safetensors file for every position's logits");
-    app.add_option("--events", o.events, "file for events, JSON lines");
+    app.add_option("--logits-out", o.logits_out, "safetensors file for every position's logits; turns the prefix cache off")
+        ->default_str("none");
+    app.add_option("--events", o.events, "file for events, JSON lines")->default_str("none");
     add_sampling(app, o.sampling);
     parse_or_exit(app, argc, argv);
+    for (const CLI::Option* option : source->get_options())
+      if (option->count() > 0) o.source = option->get_name();
     before_running([&] { return std::make_unique<Generate>(o); })->run();
   });
 }

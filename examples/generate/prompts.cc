@@ -113,6 +113,24 @@ PromptEntry entry_of(const json& line, size_t index, const std::string& where, c
 
 }  // namespace
 
+json parse_strictly(const std::string& text, const std::string& where) {
+  // Duplicate keys would be lost silently by the parser: they are looked for on the way.
+  std::vector<std::set<std::string>> seen;
+  const json::parser_callback_t callback = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (depth > 16) bad(where, "is nested too deep");
+    if (event == json::parse_event_t::object_start) seen.emplace_back();
+    if (event == json::parse_event_t::object_end) seen.pop_back();
+    if (event == json::parse_event_t::key && !seen.back().insert(parsed.get<std::string>()).second)
+      bad(where, fmt::format("key '{}' is given twice", parsed.get<std::string>()));
+    return true;
+  };
+  try {
+    return json::parse(text, callback);
+  } catch (const json::exception& e) {
+    bad(where, fmt::format("is not valid JSON: {}", e.what()));
+  }
+}
+
 std::vector<PromptEntry> read_prompts(const std::string& file, const SamplingKeys& defaults, const moebius_cpp::Tokenizer* tokenizer,
                                       bool keep_logits) {
   std::ifstream in(file);
@@ -123,23 +141,7 @@ std::vector<PromptEntry> read_prompts(const std::string& file, const SamplingKey
   for (size_t number = 1; std::getline(in, text); ++number) {
     if (text.find_first_not_of(" \t\r") == std::string::npos) continue;
     const std::string where = fmt::format("{}:{}", file, number);
-    // Duplicate keys would be lost silently by the parser: they are looked for on the way.
-    std::vector<std::set<std::string>> seen;
-    const json::parser_callback_t callback = [&](int depth, json::parse_event_t event, json& parsed) {
-      if (depth > 16) bad(where, "is nested too deep");
-      if (event == json::parse_event_t::object_start) seen.emplace_back();
-      if (event == json::parse_event_t::object_end) seen.pop_back();
-      if (event == json::parse_event_t::key && !seen.back().insert(parsed.get<std::string>()).second)
-        bad(where, fmt::format("key '{}' is given twice", parsed.get<std::string>()));
-      return true;
-    };
-    json line;
-    try {
-      line = json::parse(text, callback);
-    } catch (const json::exception& e) {
-      bad(where, fmt::format("is not valid JSON: {}", e.what()));
-    }
-    out.push_back(entry_of(line, out.size(), where, defaults, tokenizer, keep_logits));
+    out.push_back(entry_of(parse_strictly(text, where), out.size(), where, defaults, tokenizer, keep_logits));
     if (!ids.insert(out.back().key).second) bad(where, fmt::format("id {} is used twice", out.back().id.dump()));
   }
   if (out.empty()) throw BadInput(file + " holds no prompt");

@@ -24,6 +24,11 @@ expect 2 "no-such-model" "$bin/moebius-generate" --model "$work/no-such-model" -
 expect 2 "" $generate
 expect 2 "" $generate --prompt a --prompt-ids 1
 expect 2 "no token id" $generate --prompt-ids 1,x
+expect 2 "--prompt-ids: the prompt is empty" $generate --prompt-ids ""
+expect 2 "cannot read" $generate --prompts ""
+expect 2 "--seam: -1 is not at least 0" $generate --prompt-ids 1 --seam -1
+expect 2 "--stall-budget-ms: inf" $generate --prompt-ids 1 --stall-budget-ms inf
+expect 2 "4096" $generate --prompt-ids 1 --threads 4096 --ranks 4
 expect 2 "1024" $generate --prompt-ids 1,1024
 expect 2 "--switch-at" $generate --prompt-ids 1 --switch-at 3:xy
 expect 2 "--seam" $generate --prompt-ids 1 --seam 7
@@ -117,6 +122,7 @@ expect 2 "--n" $generate --prompt-ids 1 --n
 expect 2 "n is 2" $generate --prompt-ids 1 --n 2
 expect 2 "logit_bias" $generate --prompt-ids 1 --logit-bias 5
 expect 2 "--logit-bias" $generate --prompt-ids 1 --logit-bias x
+expect 2 "twice" $generate --prompt-ids 1 --logit-bias '{"5": 1, "5": 2}'
 expect 2 "logit_bias" $generate --prompt-ids 1 --logit-bias '{"5": 101}'
 expect 2 "logit_bias" $generate --prompt-ids 1 --logit-bias '{"5000": 1}'
 expect 2 "allowed_token_ids" $generate --prompt-ids 1 --allowed-token-ids 5000
@@ -166,8 +172,11 @@ expect 2 "bytes short" "$bin/moebius-demo" --page-tokens 1024 --memory-bytes 400
 expect 2 "config.json" "$bin/moebius-bench" decode --model "$work/no-such-model"
 expect 2 "" "$bin/moebius-bench" decode --model "$model" --ranks 5
 
-"$bin/moebius-demo" --requests 12 >"$work/demo" 2>"$work/progress" || fail "demo"
-grep -q 'running' "$work/progress" && grep -q 'under load' "$work/progress" || fail "the demo's live table is not on stderr"
+"$bin/moebius-demo" --requests 12 --layout ep >"$work/demo" 2>"$work/progress" || fail "demo"
+grep -q 'EP → TP under load' "$work/progress" || fail "the demo's switching run does not begin in --layout ep"
+"$bin/moebius-demo" --requests 20 >"$work/demo" 2>"$work/progress" || fail "demo"
+grep -q 'TP → EP under load' "$work/progress" && grep -q 'EP → TP under load' "$work/progress" || fail "the demo does not go to EP and back"
+grep -q 'running' "$work/progress" || fail "the demo's live table is not on stderr"
 grep -q 'running' "$work/demo" && fail "the demo's live table is on stdout"
 [ "$(tail -n 1 "$work/demo")" = "tokens: identical in 3 of 3 runs" ] || fail "the demo's last line"
 "$bin/moebius-c-example" "$model" | grep -q 'now in EP' || fail "the C example does not switch"
@@ -176,5 +185,12 @@ grep -q 'config.json' "$work/err" || fail "the C example's message for a bad pat
 "$bin/moebius-bench" decode --model "$model" --batch 2 --steps 4 --format json | grep -q '"share_of_floor"' || fail "bench decode"
 "$bin/moebius-bench" prefill --model "$model" --tokens 40 --rounds 1 --format json | grep -q '"floor_tokens_per_second"' || fail "bench prefill"
 "$bin/moebius-bench" switch --model "$model" --ranks 2 --requests 3 --context 20 --rounds 1 --format json | grep -q '"part":"kv"' || fail "bench switch"
+"$bin/moebius-bench" load --model "$model" --rounds 1 --format json >"$work/load" || fail "bench load"
+grep -q '"memcpy_seconds"' "$work/load" && grep -q '"floor_tokens_per_second"' "$work/load" || fail "bench load: keys"
+"$bin/moebius-bench" load --model "$model" --rounds 1 --compare "$work/load" | grep -q 'earlier' || fail "bench --compare"
+expect 2 "demo:1 is no line" "$bin/moebius-bench" load --model "$model" --compare "$work/demo"
+for full in "moebius-bench load --rounds 1 --model $model" "moebius-demo --requests 2" "moebius-c-example $model"; do
+  "$bin"/$full >/dev/full 2>/dev/null; [ $? -eq 1 ] || fail "a full disk is no status 1: $full"
+done
 [ "$failures" -eq 0 ] && echo "all as promised"
 exit "$((failures > 0))"
