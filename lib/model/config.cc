@@ -142,9 +142,15 @@ double rope_theta(const Reader& c) {
   };
   refuse_scaling("rope_scaling");
   refuse_scaling("rope_parameters");
-  if (c.has("rope_parameters") && c.at("rope_parameters").contains("rope_theta"))
-    return c.positive(c.at("rope_parameters")["rope_theta"], "rope_parameters.rope_theta");
-  return c.positive("rope_theta");
+  // Either spelling may hold the base, or both the same one.
+  std::vector<double> found;
+  if (c.has("rope_theta")) found.push_back(c.positive("rope_theta"));
+  for (const char* key : {"rope_parameters", "rope_scaling"})
+    if (c.has(key) && c.at(key).contains("rope_theta")) found.push_back(c.positive(c.at(key)["rope_theta"], "rope_theta"));
+  if (found.empty()) fail(Code::kCorruptModel, "{}: rope_theta is missing", c.file());
+  for (double theta : found)
+    if (theta != found[0]) fail(Code::kCorruptModel, "{}: rope_theta is {} in one place and {} in another", c.file(), found[0], theta);
+  return found[0];
 }
 
 void read_eos(const Reader& c, int32_t vocab, std::vector<int32_t>& out) {
@@ -206,7 +212,9 @@ ModelConfig parse_config(std::string_view json_text, const std::string& file_nam
     fail(Code::kUnsupported, "{}: head_dim {} and hidden_size {} must be even", file_name, m.shape.head_dim, m.shape.hidden);
   const int64_t layers = c.integer("num_hidden_layers", 1, kMaxLayers);
   const char* const* keys = family.expert_count_keys;
-  const auto experts = static_cast<int>(c.integer(c.has(keys[0]) ? keys[0] : c.has(keys[1]) ? keys[1] : keys[0], 0, kMaxExperts));
+  const auto experts = static_cast<int>(c.integer(c.has(keys[0]) || !c.has(keys[1]) ? keys[0] : keys[1], 0, kMaxExperts));
+  if (c.integer_or(keys[1], experts, 0, kMaxExperts) != experts)
+    fail(Code::kCorruptModel, "{}: {} is {} and {} is {}", file_name, keys[0], experts, keys[1], shown(c.at(keys[1])));
   m.shape.mlps = mlps_of(c, family, layers, experts);
   m.vocab_size = static_cast<int32_t>(c.integer("vocab_size", 1, kMaxVocab));
   m.max_position_embeddings = c.integer("max_position_embeddings", 1, kMaxContext);
