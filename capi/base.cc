@@ -20,7 +20,7 @@ moebius_status report(moebius_status code, const char* message, moebius_error** 
   return code;
 }
 
-std::string nearest(std::string_view name, const std::vector<const char*>& known) {
+std::string did_you_mean(std::string_view name, const std::vector<const char*>& known) {
   std::string best;
   size_t least = SIZE_MAX;
   for (std::string_view k : known) {
@@ -37,7 +37,7 @@ std::string nearest(std::string_view name, const std::vector<const char*>& known
     }
     if (row.back() < least) least = row.back(), best = k;
   }
-  return best;
+  return 2 * least <= name.size() ? fmt::format("; did you mean '{}'?", best) : "";
 }
 
 }  // namespace moebius::capi

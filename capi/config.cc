@@ -96,7 +96,7 @@ const Key& key_named(const char* name) {
     if (std::strcmp(k.name, name) == 0) return k;
     known.push_back(k.name);
   }
-  fail(Code::kInvalidArgument, "config has no key '{}'; did you mean '{}'?", name, moebius::capi::nearest(name, known));
+  fail(Code::kInvalidArgument, "config has no key '{}'{}", name, moebius::capi::did_you_mean(name, known));
 }
 
 template <class Set, class V>

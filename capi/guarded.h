@@ -74,7 +74,7 @@ void copy_text(char (&out)[N], std::string_view text) {
   std::memset(out + n, 0, N - n);
 }
 
-// The known name nearest to `name` by edit distance.
-std::string nearest(std::string_view name, const std::vector<const char*>& known);
+// "; did you mean 'x'?" with the known name nearest to `name` by edit distance; empty where none is near.
+std::string did_you_mean(std::string_view name, const std::vector<const char*>& known);
 
 }  // namespace moebius::capi

@@ -74,7 +74,7 @@ const char* const kUnsupported[] = {"stop", "bad_words", "prompt_logprobs", "inc
   known.push_back("id");
   for (const char* k : known)
     if (std::strcmp(k, key) == 0) fail(Code::kInvalidArgument, "request key '{}' does not take {}", key, type);
-  fail(Code::kInvalidArgument, "a request has no key '{}'; did you mean '{}'?", key, moebius::capi::nearest(key, known));
+  fail(Code::kInvalidArgument, "a request has no key '{}'{}", key, moebius::capi::did_you_mean(key, known));
 }
 
 }  // namespace

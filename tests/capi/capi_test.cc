@@ -131,6 +131,13 @@ TEST_CASE("config keys are enumerated; an unknown one names the nearest, a wrong
   CHECK(moebius_config_set_i64(c.get(), "ranks", -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
 }
 
+TEST_CASE("an unknown key is answered with the nearest one, where one is near") {
+  moebius_cpp::Config config;
+  CHECK_THROWS_WITH(config.set("rankz", int64_t{2}), Catch::Contains("'rankz'; did you mean 'ranks'?"));
+  CHECK_THROWS_WITH(config.set("warning", int64_t{2}), "config has no key 'warning'");
+  CHECK_THROWS_WITH(config.set("", int64_t{2}), "config has no key ''");
+}
+
 TEST_CASE("requests refuse unknown keys, and by name those of other engines") {
   moebius_cpp::Request r({1, 2});
   CHECK(moebius_request_set_i64(r.get(), "max_token", 1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
