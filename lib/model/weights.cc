@@ -180,8 +180,10 @@ class StoredReader final : public MatrixReader {
       m_.tensor.read(byte_of(r, columns.begin), buffer_.data(), buffer_.size());
       const std::byte* row = buffer_.data();
       for (; r <= last; ++r, out += width, row += m_.row_length * size_) {
-        if (as_stored) std::memcpy(out, row, static_cast<size_t>(width) * 2);
-        else for (int64_t c = 0; c < width; ++c) out[c] = convert(row + c * size_, m_.tensor.info->dtype);
+        if (as_stored)
+          std::memcpy(out, row, static_cast<size_t>(width) * 2);
+        else
+          for (int64_t c = 0; c < width; ++c) out[c] = convert(row + c * size_, m_.tensor.info->dtype);
       }
     }
   }

@@ -84,7 +84,8 @@ TEST_CASE("a value that changes the arithmetic and is not implemented is refused
   CHECK_THAT(refusal(qwen, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}}}), Contains("rope_scaling.") && Contains("4.0"));
   CHECK_THAT(refusal(v5, {{"rope_theta", 1e6}}), Contains("rope_theta") && Contains("1000000") && Contains("10000 "));
   CHECK(refusal(v5, {{"rope_theta", 1e4}}) == "");
-  CHECK_THAT(refusal(qwen, {{"rope_scaling", {{"rope_type", "default"}, {"rope_theta", 5e5}}}}), Contains("rope_theta") && Contains("500000"));
+  CHECK_THAT(refusal(qwen, {{"rope_scaling", {{"rope_type", "default"}, {"rope_theta", 5e5}}}}),
+             Contains("rope_theta") && Contains("500000"));
   CHECK_THAT(refusal(qwen, {{"num_local_experts", 8}}), Contains("num_experts is 16") && Contains("num_local_experts is 8"));
   CHECK(refusal(qwen, {{"num_local_experts", 16}}) == "");
   CHECK_THAT(refusal(qwen, {{"rope_scaling", {{"type", "linear"}}}}), Contains("rope_scaling.type = \"linear\""));
