@@ -1,8 +1,8 @@
 // moebius-generate: runs prompts, with arrivals, cancels and switches at given steps. Uses the public headers only.
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <exception>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <optional>
@@ -105,7 +105,7 @@ class Generate {
  public:
   explicit Generate(const Options& o)
       : o_(o), switches_(parse_switches(o.switch_at)), logits_file_(o.logits_out, "--logits-out"), events_file_(o.events, "--events") {
-    if (!std::ifstream(o_.engine.model + "/config.json")) throw BadInput(o_.engine.model + ": no model here, config.json is missing");
+    if (!std::filesystem::exists(o_.engine.model + "/config.json")) throw BadInput(o_.engine.model + ": no model here, config.json is missing");
     load_tokenizer();
     read();
     moebius_cpp::Config config = o_.engine.config();
@@ -159,7 +159,7 @@ class Generate {
 
   void load_tokenizer() {
     const std::string path = o_.engine.model + "/tokenizer.json";
-    if (!std::ifstream(path)) return;
+    if (!std::filesystem::exists(path)) return;
     try {
       tokenizer_.emplace(o_.engine.model);
     } catch (const moebius_cpp::Error& e) {

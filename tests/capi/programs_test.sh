@@ -21,6 +21,7 @@ for program in moebius-generate moebius-demo moebius-bench; do
   expect 2 "" "$bin/$program" --no-such-flag
 done
 expect 2 "no-such-model" "$bin/moebius-generate" --model "$work/no-such-model" --prompt-ids 1
+mkdir "$work/pipes" && mkfifo "$work/pipes/config.json" && expect 2 "regular file" timeout 20 "$bin/moebius-generate" --model "$work/pipes" --prompt-ids 1
 expect 2 "" $generate
 expect 2 "" $generate --prompt a --prompt-ids 1
 expect 2 "no token id" $generate --prompt-ids 1,x
