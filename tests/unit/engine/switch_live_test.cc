@@ -12,6 +12,12 @@ constexpr double kTinyBudget = 1e-6;  // ms: spent by the first piece
 // The layout that a switch of the engine goes to, as ScriptedSwitch and hold_seam want it.
 int32_t far_end(const Engine& engine, Layout start) { return start == Layout::kTp ? 0 : engine.model().num_layers; }
 
+// Seams at which a switch is looked at: where it starts, and inside.
+std::vector<int> seams_before(Layout start) {
+  if (kSweep > 1) return {2};
+  return {start == Layout::kTp ? 4 : 0, 2};
+}
+
 Script long_requests(int n, int prompt, int max_tokens) {
   Script s;
   for (int i = 0; i < n; ++i) s.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(40 + i, prompt), max_tokens, i < 2)});
@@ -25,7 +31,7 @@ TEST_CASE("pages copied ahead, then freed and used again before the fence, arriv
   script.requests.push_back({greedy_request("late", prompt_of(99, 100), 30, true)});
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   for (Layout start : {Layout::kTp, Layout::kEp})
-    for (int seam : {start == Layout::kTp ? 4 : 0, 2}) {  // where it stands meanwhile
+    for (int seam : seams_before(start)) {  // where it stands meanwhile
       EngineConfig config = small_config(2, 1, start);
       config.stall_budget_ms = kTinyBudget;
       config.prefix_cache = false;
@@ -79,7 +85,7 @@ TEST_CASE("cancels with the seam inside, of a request that waits, one in prefill
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), calm);
   for (Layout start : {Layout::kTp, Layout::kEp})
     for (int threads : {1, 2})
-      for (int ranks : {2, 3}) {
+      for (int ranks = 2; ranks <= 3; ranks += kSweep) {
         EngineConfig config = small_config(ranks, threads, start);
         config.stall_budget_ms = kTinyBudget;
         config.chunk_tokens = 32;
@@ -125,7 +131,7 @@ TEST_CASE("the seam held while pieces and blocks of the next item are copied ahe
   script.requests.push_back({greedy_request("late", prompt_of(99, 50), 30, true)});
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   for (Layout start : {Layout::kTp, Layout::kEp})
-    for (int held : {start == Layout::kTp ? 4 : 0, 2})
+    for (int held : seams_before(start))
       for (bool blocks_too : {false, true})
         for (bool back : {false, true}) {
           const int32_t from = start == Layout::kTp ? 4 : 0, to = 4 - from;
@@ -135,7 +141,9 @@ TEST_CASE("the seam held while pieces and blocks of the next item are copied ahe
           engine.impl().switcher().set_piece_bytes(32 * kSmallPieces);
           const int next_item = start == Layout::kTp ? held - 1 : held;
           int regions = 0;
-          engine.impl().switcher().hook = [&](const CopyPoint& p) { regions += p.starts_rank() && p.rank == 0 && p.item == next_item; };
+          engine.impl().switcher().hook = [&](const CopyPoint& p) {
+            if (p.starts_rank() && p.rank == 0 && p.item == next_item) ++regions;
+          };
           const KvManager& kv = engine.impl().kv();
           Script s = script;
           ScriptedRequest& late = s.requests.back();
