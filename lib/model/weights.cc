@@ -393,8 +393,10 @@ class DummySource final : public WeightSource {
   bool has(const std::string&) const override { return true; }
   std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t, int64_t columns) const override {
     // A normed input has deviation 1, so outputs have deviation about 1; the router's are equally large for every expert, which
-    // is what spreads the tokens evenly.
-    return std::make_unique<DummyReader>(hash_name(name, seed_), columns, 1.0f / std::sqrt(static_cast<float>(columns)));
+    // is what spreads the tokens evenly. Embeddings have deviation 1 too: smaller ones would drown in what attention adds, which
+    // rows of one prompt have in common.
+    const float deviation = name == "model.embed_tokens.weight" ? 1.0f : 1.0f / std::sqrt(static_cast<float>(columns));
+    return std::make_unique<DummyReader>(hash_name(name, seed_), columns, deviation);
   }
   std::unique_ptr<MatrixReader> expert(int layer, int expert, ExpertPart part) const override {
     const int64_t columns = part == ExpertPart::kDown ? model_.shape.mlps[static_cast<size_t>(layer)].intermediate : model_.shape.hidden;
