@@ -1,4 +1,7 @@
 // moebius-generate: runs prompts, with arrivals, cancels and switches at given steps. Uses the public headers only.
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -67,12 +70,12 @@ std::vector<int32_t> parse_ids(const std::string& text) {
   return ids;
 }
 
-// A file that is opened before anything runs, so that a bad path costs nothing.
+// A file that is opened before anything runs, so that a bad path costs nothing; what it held is kept until start().
 class OutputFile {
  public:
   OutputFile(const std::string& path, const char* flag) : path_(path) {
     if (path.empty()) return;
-    file_ = std::fopen(path.c_str(), "wb");
+    file_ = std::fopen(path.c_str(), "ab");
     if (file_ == nullptr) throw BadInput(fmt::format("{}: cannot write {}: {}", flag, path, std::strerror(errno)));
   }
   ~OutputFile() {
@@ -81,6 +84,9 @@ class OutputFile {
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
   explicit operator bool() const { return file_ != nullptr; }
+  void start() {
+    if (file_ != nullptr && ftruncate(fileno(file_), 0) != 0 && errno != EINVAL) throw std::runtime_error("cannot write " + path_);  // EINVAL: a pipe
+  }
   void write(const void* data, size_t bytes) {
     if (std::fwrite(data, 1, bytes, file_) != bytes) throw std::runtime_error("cannot write " + path_);
   }
@@ -122,6 +128,8 @@ class Generate {
 
   // One record for each request, whatever happens: an engine that fails ends those it has not finished with `error`.
   void run() {
+    logits_file_.start();
+    events_file_.start();
     runs_.resize(prompts_.size());
     for (size_t i = 0; i < prompts_.size(); ++i) runs_[i].prompt = &prompts_[i];
     std::exception_ptr failure;

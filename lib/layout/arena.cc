@@ -179,8 +179,8 @@ Capacity plan_capacity(const SliceTable& table, const Owners& tp, const Owners& 
   const auto memory = [&](int r) { return std::min(memory_bytes[static_cast<size_t>(r)], kMaxBytes); };
   for (int r = 0; r < ranks; ++r)
     if (const int64_t least = sizes[static_cast<size_t>(r)].arena_bytes(1, 1); least > memory(r))
-      fail(Code::kDoesNotFit, "rank {} needs {} bytes for its weights and one KV page, {} bytes are given to it: {} bytes short", r, least,
-           memory_bytes[static_cast<size_t>(r)], least - memory_bytes[static_cast<size_t>(r)]);
+      fail(Code::kDoesNotFit, "rank {} needs {} bytes for its weights and one KV page, {} bytes are left for it: {} bytes short", r, least,
+           std::max<int64_t>(0, memory_bytes[static_cast<size_t>(r)]), least - memory_bytes[static_cast<size_t>(r)]);
 
   Capacity out{kMaxPages, {}};
   for (int r = 0; r < ranks; ++r) out.tp_pages = std::min(out.tp_pages, most_tp_pages(sizes[static_cast<size_t>(r)], memory(r)));

@@ -108,13 +108,15 @@ bool Switcher::begin(int target, bool preempt_to_fit) {
   event.from = target == seam_ ? event.to : other(event.to);
   event.seam = seam_;
   if (moving()) {  // a turn: what was copied ahead of the seam lies where the other direction will write
+    if (target == target_) return true;  // on its way already
     const Layout before = direction();
     target_ = target;
-    if (!moving() || direction() != before) forget_ahead();
+    const bool turned = !moving() || direction() != before;
+    if (turned) forget_ahead();
     from_ = event.from;
     to_ = event.to;
     event.type = EventType::kSwitchStarted;
-    event.reason = "turned";
+    event.reason = turned ? "turned" : "to another end";
     parts_.emit(std::move(event));
     if (!moving()) arrive();
     return true;
