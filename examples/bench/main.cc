@@ -127,6 +127,24 @@ class Bench {
     has_run_ = true;
   }
 
+  // Steps that the prompts of n requests of `length` tokens take: meanwhile the first of them decode already.
+  static int filling_steps(int n, int64_t length) { return static_cast<int>(n * length / EngineConfig{}.chunk_tokens) + n + 2; }
+
+  // An engine in which n requests of `length` tokens decode, for at least `steps` more.
+  std::unique_ptr<Engine> filled_engine(int n, int64_t length, int steps) {
+    const int max_tokens = filling_steps(n, length) + steps;
+    auto e = engine(n, length + max_tokens + 1);
+    submit(*e, n, static_cast<int>(length), max_tokens);
+    while (e->step().prefill_rows > 0 || e->stats().running < n) drain(*e);
+    return e;
+  }
+
+  static int64_t kv_tokens(Engine& e) {
+    int64_t tokens = 0;
+    for (const Sequence* s : e.impl().scheduler().running()) tokens += s->computed;
+    return tokens;
+  }
+
   void drain(Engine& e) {
     std::vector<Event> events(1024);
     while (e.poll(events, 0) == events.size()) {}
@@ -134,9 +152,7 @@ class Bench {
 
   void decode() {
     for (int batch : o_.batches) {
-      auto e = engine(batch, o_.context + o_.steps + 16);
-      submit(*e, batch, o_.context, o_.steps + 12);
-      while (e->step().prefill_rows > 0 || e->stats().running < batch) drain(*e);
+      auto e = filled_engine(batch, o_.context, o_.steps + 12);
       for (int i = 0; i < 3; ++i) e->step();
       std::vector<double> seconds, floors;
       FloorInputs work = inputs_of(*e);
@@ -147,7 +163,7 @@ class Bench {
         const StepResult r = e->step();
         if (r.decode_rows != batch) break;
         work.rows = work.logit_rows = batch;
-        work.kv_tokens_read = static_cast<int64_t>(batch) * (o_.context + 4 + i);
+        work.kv_tokens_read = kv_tokens(*e);
         work.experts_reached = r.experts_reached;
         seconds.push_back(r.seconds);
         floors.push_back(floor_seconds(work, rates));
@@ -244,9 +260,7 @@ class Bench {
 
   void switches() {
     if (o_.ranks < 2) throw CLI::ValidationError("--ranks", "a switch needs at least 2 ranks");
-    auto e = engine(o_.requests, o_.context + 64 + 4 * o_.rounds);
-    submit(*e, o_.requests, o_.context, 60 + 4 * o_.rounds);
-    while (e->step().prefill_rows > 0 || e->stats().running < o_.requests) drain(*e);
+    auto e = filled_engine(o_.requests, o_.context, 16 + 4 * o_.rounds);
     for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));  // touches both layouts' pages
     struct Part {
       int64_t bytes = 0, changed = 0;
@@ -294,10 +308,7 @@ class Bench {
   // What a switch does to the gap between tokens: decode steps of `requests` requests, steady and while a switch moves under a budget.
   void stalls() {
     constexpr int kSteady = 50;  // steps before and after
-    const int64_t length = o_.context + 2 * o_.rounds * static_cast<int64_t>(o_.budgets.size()) * (2 * kSteady + o_.max_switch_steps) + 64;
-    auto e = engine(o_.requests, length);
-    submit(*e, o_.requests, o_.context, static_cast<int>(length - o_.context - 1));
-    while (e->step().prefill_rows > 0 || e->stats().running < o_.requests) drain(*e);
+    auto e = filled_engine(o_.requests, o_.context, 2 * o_.rounds * static_cast<int>(o_.budgets.size()) * (2 * kSteady + o_.max_switch_steps) + 16);
     for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));
     struct Stall {
       std::vector<double> steady, longest, seconds, steps, kept;
