@@ -51,28 +51,31 @@ struct KvWalk {
   MOEBIUS_INLINE const f16* values(int64_t token) const { return page_of(token) + slice.v_index(token % slice.page_tokens, 0); }
   MOEBIUS_INLINE int64_t page_end(int64_t token) const { return (token / slice.page_tokens + 1) * slice.page_tokens; }
 
-  // Keys and values of a tile of tokens, towards the second-level cache.
-  MOEBIUS_INLINE void fetch(int64_t token) const {
-    const char *k = reinterpret_cast<const char*>(keys(token)), *v = reinterpret_cast<const char*>(values(token));
-    for (int64_t i = 0; i < kTile * slice.head_dim * 2; i += kLineBytes) {
-      __builtin_prefetch(k + i, 0, 2);
-      __builtin_prefetch(v + i, 0, 2);
-    }
+  // A tile of keys, towards the second-level cache.
+  MOEBIUS_INLINE void fetch_keys(int64_t token) const {
+    const char* k = reinterpret_cast<const char*>(keys(token));
+    for (int64_t i = 0; i < kTile * slice.head_dim * 2; i += kLineBytes) __builtin_prefetch(k + i, 0, 2);
   }
 };
 
-// A block's first tiles are fetched while the block before is worked on, later ones this many tokens ahead: 8 KiB for heads of 64,
-// about what one core needs under way.
-constexpr int64_t kFetchTokens = 2 * kTile;
+// The tokens that are worked on next, fetched while others are: keys while scores are computed, values while values are added, so
+// that memory is busy all the time. `kv` of no tokens is not looked at.
+struct NextTokens {
+  const KvWalk& kv;
+  int64_t begin, count;
 
-MOEBIUS_INLINE void fetch_tokens(const KvWalk& kv, int64_t from, int64_t to) {
-  for (int64_t t = from; t < to; t += kTile) kv.fetch(t);
-}
+  MOEBIUS_INLINE void fetch_keys(int64_t from, int64_t to) const {
+    for (int64_t t = from; t < to && t < count; t += kTile) kv.fetch_keys(begin + t);
+  }
+  // The values of token t, or what may be fetched in their place.
+  MOEBIUS_INLINE const f16* values(int64_t t, const f16* otherwise) const { return t < count ? kv.values(begin + t) : otherwise; }
+};
 
 // part[r] += Σ_t p[t]·V[t] over tokens [from, to) of the split that starts at `begin`, in order, for R rows × C tiles from d0 on.
 template <int R, int C>
-MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const float* p, int64_t d0, float* part,
-                               int64_t stride) {
+MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const NextTokens& ahead, const float* p, int64_t d0,
+                               float* part, int64_t stride) {
+  constexpr int kLinePieces = kLineBytes / 2 / kTile;
   F acc[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -81,10 +84,14 @@ MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, in
   for (int64_t t = from; t < to;) {
     const f16* v = kv.values(begin + t) + d0;
     const int64_t page_end = kv.page_end(begin + t) - begin, run_end = page_end < to ? page_end : to;
-    for (; t < run_end; ++t, v += kv.slice.head_dim) {
+    const f16* next = ahead.values(t, v - d0) + d0;
+    for (; t < run_end; ++t, v += kv.slice.head_dim, next += kv.slice.head_dim) {
       F x[C];
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) x[c] = Vec::load_half(v + c * kTile);
+      for (int c = 0; c < C; ++c) {
+        x[c] = Vec::load_half(v + c * kTile);
+        if (c % kLinePieces == 0) __builtin_prefetch(next + c * kTile, 0, 2);
+      }
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const F weight = Vec::set1(p[r * kAttentionSplit + t]);
@@ -100,11 +107,12 @@ MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, in
 }
 
 template <int R>
-MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const float* p, float* part, int64_t stride) {
+MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const NextTokens& ahead, const float* p, float* part,
+                                   int64_t stride) {
   const int64_t dim = kv.slice.head_dim;
   int64_t d = 0;
-  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(kv, begin, from, to, p, d, part, stride);
-  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(kv, begin, from, to, p, d, part, stride);
+  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(kv, begin, from, to, ahead, p, d, part, stride);
+  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(kv, begin, from, to, ahead, p, d, part, stride);
   if (d < dim)  // a head_dim that is no multiple of 16
     for (int r = 0; r < R; ++r)
       for (int64_t t = from; t < to; ++t) {
@@ -117,17 +125,17 @@ MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from
 }
 
 // Rows of a block together as far as all of them see, then each on its own: the order of tokens is the same either way.
-MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const float* scores, const int64_t* counts, int64_t num, float* part,
-                                 int64_t stride) {
+MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const NextTokens& ahead, const float* scores, const int64_t* counts, int64_t num,
+                                 float* part, int64_t stride) {
   for (int64_t r = 0, n; r < num; r += n) {
     n = num - r < Vec::kRowsOut ? num - r : Vec::kRowsOut;
     int64_t least = counts[r];
     for (int64_t i = r + 1; i < r + n; ++i) least = counts[i] < least ? counts[i] : least;
     with_rows<Vec::kRowsOut>(n, [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      add_value_rows<R>(kv, begin, 0, least, scores + r * kAttentionSplit, part + r * stride, stride);
+      add_value_rows<R>(kv, begin, 0, least, ahead, scores + r * kAttentionSplit, part + r * stride, stride);
     });
     for (int64_t i = r; i < r + n; ++i)
-      if (counts[i] > least) add_value_rows<1>(kv, begin, least, counts[i], scores + i * kAttentionSplit, part + i * stride, stride);
+      if (counts[i] > least) add_value_rows<1>(kv, begin, least, counts[i], ahead, scores + i * kAttentionSplit, part + i * stride, stride);
   }
 }
 
@@ -148,8 +156,10 @@ MOEBIUS_INLINE void score_tiles(const KvWalk& kv, const RowBlocks& q, int64_t t,
   }
 }
 
-MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, float value_unscale, const QueryBlock& block,
+// `after` is the block that is worked on next; it may be empty.
+MOEBIUS_INLINE void attend_block(const KvView& view, float softmax_scale, float value_unscale, const QueryBlock& block, const QueryBlock& after,
                                  const BlockScratch& s) {
+  const KvWalk kv(view, block.kv_head, block.pages), kv_after(view, after.kv_head, after.pages);
   const int64_t dim = kv.slice.head_dim, stride = round_up(dim, kTile), longest = block.longest;
   const RowBlocks q = gather_rows(reinterpret_cast<std::byte*>(s.q), block.num, div_up(dim, 2),
                                   [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return block.q[r]; });
@@ -157,8 +167,11 @@ MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, float va
 
   for (int64_t begin = 0; begin < longest; begin += kAttentionSplit) {
     const int64_t end = longest < begin + kAttentionSplit ? longest : begin + kAttentionSplit;
+    const bool last = end == longest;
+    const int64_t left = last ? (after.num > 0 ? after.longest : 0) : longest - end;
+    const NextTokens ahead{last ? kv_after : kv, last ? 0 : end, left < kAttentionSplit ? left : kAttentionSplit};
     for (int64_t t = begin; t < end; t += 2 * kTile) {  // a tile never crosses a page: page sizes are multiples of it
-      fetch_tokens(kv, t + kFetchTokens, t + kFetchTokens + 2 * kTile < longest ? t + kFetchTokens + 2 * kTile : longest);
+      ahead.fetch_keys(t - begin, t - begin + 2 * kTile);
       if (t + kTile < end)
         score_tiles<2>(kv, q, t, softmax_scale, s.scores + (t - begin));
       else
@@ -186,7 +199,7 @@ MOEBIUS_INLINE void attend_block(const KvWalk& kv, float softmax_scale, float va
       split_sum[r] = Vec::sum(sums);
       for (int64_t i = 0; i < stride; ++i) s.part[r * stride + i] = 0;
     }
-    weigh_values(kv, begin, s.scores, counts, block.num, s.part, stride);
+    weigh_values(kv, begin, ahead, s.scores, counts, block.num, s.part, stride);
     for (int64_t r = 0; r < block.num; ++r) {
       if (counts[r] == 0) continue;
       float* total = s.total + r * stride;
@@ -242,18 +255,14 @@ void attention(const AttentionArgs& args, const Lane& lane) {
   int64_t total = 0;
   for_each_unit([&](const SequenceChunk&, int32_t, int64_t, int64_t, int64_t cost) { total += cost; });
   const int64_t from = total * lane.thread / lane.num_threads, to = total * (lane.thread + 1) / lane.num_threads;
-  // One block is filled and its first tokens fetched, then the one before is worked on.
+  // One block is filled, then the one before is worked on.
   QueryBlock blocks[2];
   int filling = 0;
   const auto turn = [&] {
     const QueryBlock& filled = blocks[filling];
-    if (filled.num > 0) {
-      const KvWalk kv(args.kv, filled.kv_head, filled.pages);
-      fetch_tokens(kv, 0, filled.longest < kFetchTokens ? filled.longest : kFetchTokens);
-    }
     filling ^= 1;
     QueryBlock& before = blocks[filling];
-    if (before.num > 0) attend_block(KvWalk(args.kv, before.kv_head, before.pages), args.softmax_scale, 1.0f / args.value_scale, before, s);
+    if (before.num > 0) attend_block(args.kv, args.softmax_scale, 1.0f / args.value_scale, before, filled, s);
     before.num = 0;
   };
   int64_t at = 0;
