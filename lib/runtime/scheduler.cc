@@ -266,6 +266,7 @@ void Scheduler::order_by_home(StepPlan& out) {
     out.homes[h].end = out.num_rows();
     out.chunks_of_home[h].end = static_cast<int64_t>(out.chunks.size());
   }
+  MOEBIUS_ASSERT(out.num_rows() <= int64_t{limits_.chunk_tokens} + limits_.max_batch);  // what buffers were made for
 }
 
 void Scheduler::commit(const StepPlan& plan) {
