@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <numeric>
+#include <random>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -19,8 +20,15 @@ BlockKey extend_key(const BlockKey& prefix, std::span<const int32_t> tokens) {
   return {k.low64, k.high64};
 }
 
+static BlockKey random_key() {
+  std::random_device device;
+  const auto word = [&] { return uint64_t{device()} << 32 | device(); };
+  const uint64_t low = word();
+  return {low, word()};
+}
+
 KvManager::KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_tokens, bool prefix_cache, Phase phase)
-    : phase_(phase), page_tokens_(page_tokens), prefix_cache_(prefix_cache), tp_capacity_(tp_pages), ep_capacity_(std::move(ep_pages)) {
+    : first_key_(random_key()), phase_(phase), page_tokens_(page_tokens), prefix_cache_(prefix_cache), tp_capacity_(tp_pages), ep_capacity_(std::move(ep_pages)) {
   MOEBIUS_ASSERT(phase != Phase::kBoth);
   const int64_t ep_total = std::accumulate(ep_capacity_.begin(), ep_capacity_.end(), int64_t{0});
   // A block in phase kBoth has an EP page of its own; in phase kTp those that came together from EP may share TP pages.

@@ -24,7 +24,9 @@ namespace moebius {
 // Which page tables are alive: one in a pure layout, both while the seam is inside.
 enum class Phase { kTp, kEp, kBoth };
 
-// Identity of a full block: a hash of all tokens up to its end.
+// Identity of a full block: a hash of all tokens up to its end. Tokens themselves are not compared, so two prompts whose keys
+// collide would share KV. By chance that takes some 2^64 blocks; on purpose it would take knowing where the chain starts, and each
+// KvManager starts its own at a random key. (XXH3 is no cryptographic hash: whether that can be got round is not proven.)
 struct BlockKey {
   uint64_t low = 0, high = 0;
   friend bool operator==(const BlockKey&, const BlockKey&) = default;
@@ -38,7 +40,7 @@ struct Block {
   bool full = false;              // every slot holds committed KV: never written again
   bool registered = false;
   BlockKey key;
-  uint64_t root = 0;              // key of the chain's first block (low word): chains stay together on one home
+  uint64_t root = 0;              // root_of the chain's first block: chains stay together on one home
   int32_t split = -1;             // open_ep: the next block made from the same TP page for another home
   int32_t copied_item = -1;       // the item whose KV of this block has been copied ahead (switcher's)
   int32_t prev = -1, next = -1;   // cached list of its home
@@ -48,6 +50,10 @@ class KvManager {
  public:
   KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_tokens, bool prefix_cache, Phase phase);
 
+  // What the key of a sequence's first block is extended from.
+  BlockKey first_key() const { return first_key_; }
+  // Which chain a sequence's first block begins: the same in every engine, so that where cached blocks go is not random.
+  static uint64_t root_of(std::span<const int32_t> first_block) { return extend_key({}, first_block).low; }
   Phase phase() const { return phase_; }
   int page_tokens() const { return page_tokens_; }
   int num_homes() const { return static_cast<int>(ep_capacity_.size()); }
@@ -127,6 +133,7 @@ class KvManager {
   int32_t new_block();
   int32_t block_for_home(int32_t block, int home);
 
+  const BlockKey first_key_;
   Phase phase_;
   int page_tokens_;
   bool prefix_cache_;

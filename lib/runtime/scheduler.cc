@@ -133,7 +133,7 @@ int64_t Scheduler::shareable_blocks(const Sequence& sequence) const {
 // Blocks that are there take no new page if somebody uses them; cached ones count as room, and are taken from it.
 void Scheduler::find_shared(const Sequence& sequence, std::span<HomeCandidate> places) const {
   const int64_t page = kv_.page_tokens(), usable = shareable_blocks(sequence);
-  BlockKey key;
+  BlockKey key = kv_.first_key();
   bool found = true;
   for (int64_t i = 0; i < usable && found; ++i) {
     key = extend_key(key, {sequence.tokens.data() + i * page, static_cast<size_t>(page)});
@@ -164,14 +164,14 @@ bool Scheduler::waits_for_sibling(const Sequence& sequence, int place) const {
 // Holds the findable blocks that the sequence's tokens begin with.
 int64_t Scheduler::take_prefix(Sequence& sequence) {
   const int64_t page = kv_.page_tokens(), usable = shareable_blocks(sequence);
-  BlockKey key;
+  BlockKey key = kv_.first_key();
   int64_t hits = 0;
   for (; hits < usable; ++hits) {
     const BlockKey next = extend_key(key, {sequence.tokens.data() + hits * page, static_cast<size_t>(page)});
     const int32_t b = kv_.find(next, sequence.home);
     if (b < 0) break;
     key = next;
-    if (hits == 0) sequence.root = key.low;
+    if (hits == 0) sequence.root = KvManager::root_of({sequence.tokens.data(), static_cast<size_t>(page)});
     append_block(kv_, sequence, b);
   }
   sequence.chain = key;
@@ -277,7 +277,7 @@ void Scheduler::commit(const StepPlan& plan) {
     while ((s.chained_blocks + 1) * page <= s.computed) {
       const int64_t i = s.chained_blocks++;
       s.chain = extend_key(s.chain, {s.tokens.data() + i * page, static_cast<size_t>(page)});
-      if (i == 0) s.root = s.chain.low;
+      if (i == 0) s.root = KvManager::root_of({s.tokens.data(), static_cast<size_t>(page)});
       kv_.set_full(s.blocks[i]);
       kv_.register_block(s.blocks[i], s.chain, s.root);
     }

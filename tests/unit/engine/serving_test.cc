@@ -136,6 +136,17 @@ TEST_CASE("prefix hits change no bit, across switches, whichever home has the pa
     }
 }
 
+TEST_CASE("blocks are found by keys that start at the engine's own random one") {
+  Engine engine(kQwen, small_config(1, 1, Layout::kTp));
+  const std::vector<int32_t> prompt = prompt_of(3, 40);
+  engine.submit(greedy_request("a", prompt, 3));
+  while (engine.step().worked) {}
+  const KvManager& kv = engine.impl().kv();
+  const std::span<const int32_t> block(prompt.data(), static_cast<size_t>(kv.page_tokens()));
+  CHECK(kv.contains(extend_key(kv.first_key(), block), -1));
+  CHECK_FALSE(kv.contains(extend_key({}, block), -1));
+}
+
 TEST_CASE("log-probabilities after a prefix hit have the bits they have without one") {
   const auto logprobs = [](const EngineConfig& config, int times) {
     Engine engine(kQwen, config);

@@ -55,6 +55,15 @@ TEST_CASE("a pool hands out every page once and takes them back") {
   CHECK(kv.available(-1) == 10);
 }
 
+TEST_CASE("keys start at random in every manager, chains' roots do not") {
+  KvManager a(10, {6}, 16, true, Phase::kTp), b(10, {6}, 16, true, Phase::kTp);
+  const std::vector<int32_t> tokens(16, 7);
+  CHECK_FALSE(a.first_key() == b.first_key());
+  CHECK_FALSE(a.first_key() == BlockKey{});
+  CHECK_FALSE(extend_key(a.first_key(), tokens) == extend_key(b.first_key(), tokens));
+  CHECK(KvManager::root_of(tokens) == extend_key({}, tokens).low);
+}
+
 TEST_CASE("in EP a home's pages are its own") {
   KvManager kv(10, {2, 3}, 16, true, Phase::kEp);
   CHECK(kv.allocate(0) >= 0);
