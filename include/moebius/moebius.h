@@ -260,7 +260,7 @@ typedef struct moebius_memory {
   int64_t arena_bytes;     /* of the largest rank; its parts: */
   int64_t kept_bytes;      /*   slices owned in both layouts */
   int64_t lead_bytes;      /*   what holding both layouts costs */
-  int64_t workspace_bytes; /* per rank */
+  int64_t workspace_bytes; /* per rank: activations, scratch, its share of the logits */
   int64_t shared_bytes;    /* replicated weights, once */
   int64_t layer_bytes;     /* the largest layer's moving bytes */
   int64_t tp_tokens;       /* KV tokens that TP holds in all */

@@ -87,6 +87,16 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   return s;
 }
 
+// All ranks together have one buffer of logits: [logit rows, vocab].
+int64_t logits_bytes(const WorkspaceShape& shape, const ModelConfig& model) {
+  return shape.max_logit_rows * model.vocab_size * static_cast<int64_t>(sizeof(float));
+}
+
+// A rank's: its buffers, its threads' sampling scratch, its share of the logits.
+int64_t workspace_bytes(const WorkspaceShape& shape, const ModelConfig& model, int ranks) {
+  return Workspace::bytes(shape) + shape.threads * SamplerScratch::bytes(model.vocab_size) + div_up(logits_bytes(shape, model), ranks);
+}
+
 std::string folder_name(const std::filesystem::path& dir) {
   const std::filesystem::path path = std::filesystem::absolute(dir).lexically_normal();
   return (path.has_filename() ? path : path.parent_path()).filename().string();  // "a/b/" has an empty file name
@@ -105,7 +115,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       ops_(cpu_ops(config_.isa)),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),
       shape_(workspace_shape(model_, config_, threads_, ops_)),
-      store_(model_dir, model_, config_, world_, Workspace::bytes(shape_)),
+      store_(model_dir, model_, config_, world_, workspace_bytes(shape_, model_, config_.ranks)),
       kv_(store_.arena().tp_pages(), ep_pages_of(store_.arena()), config_.page_tokens, config_.prefix_cache,
           config_.layout == Layout::kTp ? Phase::kTp : Phase::kEp),
       scheduler_(kv_, {config_.chunk_tokens, config_.max_batch, config_.max_queue, config_.prefix_cache}),
@@ -114,7 +124,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
                  [this](Sequence& s) { emit_request(EventType::kPreempted, s); }},
                 config_.layout),
       plan_(shape_.max_rows, config_.max_batch, config_.ranks),
-      logits_(shape_.max_logit_rows * model_.vocab_size * static_cast<int64_t>(sizeof(float))),
+      logits_(logits_bytes(shape_, model_)),
       sampled_(static_cast<size_t>(config_.max_batch)),
       events_(kEventRing),
       stall_budget_ms_(config_.stall_budget_ms),
@@ -678,7 +688,7 @@ MemoryReport Engine::Impl::memory() const {
         m.layer_bytes = std::max(m.layer_bytes, arena.item_range(r, layout, l).size());
     m.ep_tokens.push_back(kv_.ep_capacity(r) * config_.page_tokens);
   }
-  m.workspace_bytes = Workspace::bytes(shape_);
+  m.workspace_bytes = workspace_bytes(shape_, model_, config_.ranks);
   m.shared_bytes = store_.shared_bytes();
   m.tp_tokens = kv_.tp_capacity() * config_.page_tokens;
   return m;

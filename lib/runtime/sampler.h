@@ -47,6 +47,7 @@ struct SamplerScratch {
   explicit SamplerScratch(int64_t vocab) : logits(static_cast<size_t>(vocab)), probabilities(static_cast<size_t>(vocab)) {
     order.reserve(static_cast<size_t>(vocab));
   }
+  static int64_t bytes(int64_t vocab) { return vocab * static_cast<int64_t>(2 * sizeof(float) + sizeof(int32_t)); }
   std::vector<float> logits, probabilities;  // [vocab]
   std::vector<int32_t> order;                // candidate tokens
 };

@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "tests/unit/engine/harness.h"
+#include "tests/unit/engine/model_copy.h"
 
 namespace moebius::test {
 namespace {
@@ -373,6 +374,21 @@ TEST_CASE("when KV runs out the lowest priority goes first, whenever it came") {
       CHECK(e.request == 2);
       break;
     }
+}
+
+TEST_CASE("the workspace counts the logits and the sampler's scratch, which grow with the vocabulary") {
+  EngineConfig config = small_config(2, 3, Layout::kTp);
+  config.dummy_weights = true;
+  ModelCopy model(kQwen);
+  Engine small(model.path(), config);
+  constexpr int64_t kVocab = 50000;
+  model.set("config.json", "vocab_size", kVocab);
+  config.kv_tokens = 0;
+  config.memory_bytes = int64_t{64} << 20;
+  const MemoryReport large = Engine(model.path(), config).memory();
+  // Half of 64 rows of floats, and three threads' two floats and one id.
+  CHECK(large.workspace_bytes - small.memory().workspace_bytes == (kVocab - small.model().vocab_size) * (64 * 4 / 2 + 3 * 12));
+  CHECK(large.arena_bytes + large.workspace_bytes + large.shared_bytes / 2 <= config.memory_bytes);
 }
 
 TEST_CASE("arena, workspace and the share of what is common stay within memory_bytes; too little says how much is missing") {
