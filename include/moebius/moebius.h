@@ -67,7 +67,7 @@ enum {
   MOEBIUS_EVENT_CANCELLED = 5,       /* a cancel took effect; FINISHED (abort) follows */
   MOEBIUS_EVENT_SWITCH_STARTED = 6,
   MOEBIUS_EVENT_SEAM = 7,            /* the seam moved to `seam` */
-  MOEBIUS_EVENT_SWITCH_FINISHED = 8, /* bytes, bytes_changed, seconds */
+  MOEBIUS_EVENT_SWITCH_FINISHED = 8, /* bytes, bytes_changed, seconds; the reason divides them by phase */
   MOEBIUS_EVENT_SWITCH_REFUSED = 9,  /* nothing was changed; the reason says by how much it does not fit */
   MOEBIUS_EVENT_ROLLED_BACK = 10,    /* a failure moved the seam back */
   MOEBIUS_EVENT_DECISION = 11        /* a policy decided; the reason is its record */
@@ -248,7 +248,7 @@ typedef struct moebius_stats {
   uint64_t generation_tokens;
   uint64_t prefix_queries; /* tokens */
   uint64_t prefix_hits;
-  int64_t bytes_moved;
+  int64_t bytes_moved; /* by switches that ended or were rolled back, held seams too; so switch_seconds */
   double switch_seconds;
   double kv_usage; /* 0 to 1 */
 } moebius_stats;

@@ -266,13 +266,18 @@ void Engine::Impl::set_policy(const PolicyConfig& policy) {
 
 // ---- events
 
+// What a switch wrote and took, there and back.
+void Engine::Impl::count_moved(const Event& event) {
+  metrics_.on_bytes_moved(event.bytes);
+  stats_.switch_seconds += event.seconds;
+  stats_.bytes_moved += event.bytes;
+}
+
 void Engine::Impl::emit(Event&& event) {
   event.step = step_;
   switch (event.type) {
     case EventType::kSwitchFinished:
-      metrics_.on_bytes_moved(event.bytes);
-      stats_.switch_seconds += event.seconds;
-      stats_.bytes_moved += event.bytes;
+      count_moved(event);
       if (event.seam > 0 && event.seam < model_.shape.num_layers()) break;  // held inside: no layout has been reached
       metrics_.on_switch(event.from, event.to, event.seconds);
       ++stats_.switches;
@@ -285,6 +290,7 @@ void Engine::Impl::emit(Event&& event) {
       ++stats_.refusals;
       break;
     case EventType::kRolledBack:
+      count_moved(event);
       metrics_.on_rollback();
       policy_->on_failed(event.from, event.reason);  // its from and to are those of the way back
       ++stats_.rollbacks;

@@ -79,7 +79,7 @@ struct EngineStats {
   bool switching = false;
   uint64_t switches = 0;            // that arrived at a layout; a seam that is held inside is none
   uint64_t rollbacks = 0, refusals = 0, preemptions = 0;
-  double switch_seconds = 0;
+  double switch_seconds = 0;         // of switches that ended or were rolled back, held seams too; so the bytes
   int64_t bytes_moved = 0;
   uint64_t prompt_tokens = 0, generation_tokens = 0;
   uint64_t prefix_queries = 0, prefix_hits = 0;   // tokens

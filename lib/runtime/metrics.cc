@@ -143,7 +143,7 @@ std::string Metrics::text(const MetricsInfo& info) const {
     for (Layout to : {Layout::kTp, Layout::kEp})
       out += fmt::format("moebius_mode_switches_total{{{},from=\"{}\",to=\"{}\"}} {}\n", labels, name_of(from), name_of(to),
                          switches_[static_cast<size_t>(from)][static_cast<size_t>(to)].load());
-  single(out, "counter", "switch_bytes_total", "Bytes written by switches.", labels, bytes_moved_.load());
+  single(out, "counter", "switch_bytes_total", "Bytes written by switches, those that were rolled back included.", labels, bytes_moved_.load());
   single(out, "counter", "switch_rollbacks_total", "Switches rolled back.", labels, rollbacks_.load());
   single(out, "counter", "switch_refusals_total", "Switches refused because the other layout could not hold the requests.", labels,
          refusals_.load());

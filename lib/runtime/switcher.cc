@@ -10,6 +10,7 @@ namespace moebius {
 namespace {
 
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
+double mib(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
 }  // namespace
 
@@ -203,8 +204,9 @@ void Switcher::arrive() {
   event.bytes_changed = bytes_changed_;
   event.seconds = seconds_;
   event.reason = undoing_ ? fault_
-                          : Reason::of("plan {:.3f} ms, move {:.3f} ms, since start {:.3f} ms", plan_seconds_ * 1e3,
-                                       (seconds_ - plan_seconds_) * 1e3, seconds_since(started_) * 1e3);
+                          : Reason::of("plan {:.3f} ms, weights {:.3f} MiB {:.3f} ms, KV {:.3f} MiB {:.3f} ms, since start {:.3f} ms",
+                                       plan_seconds_ * 1e3, mib(weights_part_.bytes), weights_part_.seconds * 1e3, mib(kv_part_.bytes),
+                                       kv_part_.seconds * 1e3, seconds_since(started_) * 1e3);
   undoing_ = false;
   origin_ = seam_;
   parts_.emit(std::move(event));
