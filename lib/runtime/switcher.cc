@@ -73,6 +73,7 @@ bool Switcher::choose_homes(Reason* reason) {
       *reason = Reason::of("a request of {} tokens needs {} KV pages of rank {} in EP, which has {} left of {} ({} tokens short)",
                            s.tokens.size(), candidates_[nearest].pages, nearest, candidates_[nearest].room, kv.ep_capacity(nearest),
                            short_of(nearest) * kv.page_tokens());
+      homeless_ = i;
       all = false;
       break;
     }
@@ -100,6 +101,19 @@ bool Switcher::fits(int target, Reason* reason) {
   *reason = Reason::of("the running requests need {} KV pages, TP holds {} ({} tokens short)", needed, parts_.kv.tp_capacity(),
                         (needed - parts_.kv.tp_capacity()) * parts_.kv.page_tokens());
   return false;
+}
+
+// After fits() has said no: the last running sequence whose going would help. To EP these are the ones that were given a home, and
+// the one that found none; to TP those that alone hold a page.
+Sequence& Switcher::victim_for() const {
+  const std::vector<Sequence*>& running = parts_.scheduler.running();
+  for (size_t i = running.size(); i-- > 0;) {
+    if (seam_ == num_layers_ && (homes_[i] >= 0 || static_cast<int>(i) == homeless_)) return *running[i];
+    if (seam_ == 0)
+      for (int32_t b : running[i]->blocks)
+        if (parts_.kv.block(b).users == 1) return *running[i];
+  }
+  return *running.back();  // pages that all share go with the last of those who share them
 }
 
 bool Switcher::begin(int target, bool preempt_to_fit) {
@@ -131,9 +145,9 @@ bool Switcher::begin(int target, bool preempt_to_fit) {
       parts_.emit(std::move(event));
       return false;
     }
-    Sequence& last = *parts_.scheduler.running().back();
-    parts_.scheduler.preempt(last);
-    parts_.on_preempt(last);
+    Sequence& victim = victim_for();
+    parts_.scheduler.preempt(victim);
+    parts_.on_preempt(victim);
   }
   event.type = EventType::kSwitchStarted;
   parts_.emit(std::move(event));

@@ -108,6 +108,7 @@ class Switcher {
     Part weights, kv;
   };
   bool choose_homes(Reason* reason);
+  Sequence& victim_for() const;
   void open(Layout to);
   void verify_tables();
   void arrive();
@@ -150,6 +151,7 @@ class Switcher {
   std::vector<uint64_t> homes_of_block_;
   std::vector<HomeCandidate> candidates_;
   std::vector<int32_t> order_, homes_;
+  int32_t homeless_ = -1;                               // the running sequence that choose_homes last found no room for
   std::vector<KvManager::SequenceBlocks> sequences_;
 };
 
