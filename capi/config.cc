@@ -73,6 +73,7 @@ const Key kKeys[] = {
     REAL_KEY(stall_budget_ms, "stall_budget_ms", "0", "time that each step may lend to a switch; 0: all at once"),
     FLAG_KEY(preempt_to_fit, "preempt_to_fit", "0", "a switch that does not fit preempts requests instead of being refused"),
     REAL_KEY(wait_deadline_ms, "wait_deadline_ms", "30000", "every wait of one rank for another"),
+    INT_KEY(engine_id, "engine_id", "0", "label `engine` of the metrics: tells several engines of one model apart"),
     FLAG_KEY(dummy_weights, "dummy_weights", "0", "seeded random weights; only config.json is read"),
     FLAG_KEY(plain_sums, "plain_sums", "0", "benchmarks only: ordinary float sums, without equal bits"),
     Key{"policy", "manual", "who decides on switches: manual or threshold", SetStr([](EngineConfig& c, const std::string& v) {

@@ -43,6 +43,7 @@ void check_config(const EngineConfig& c) {
   in_range("max_queue", c.max_queue, 1, INT32_MAX);
   in_range("max_context", c.max_context, int64_t{0}, int64_t{1} << 31);
   in_range("memory_bytes", c.memory_bytes, int64_t{0}, INT64_MAX);
+  in_range("engine_id", c.engine_id, 0, INT32_MAX);
   in_range("kv_tokens", c.kv_tokens, int64_t{0}, int64_t{1} << 40);
   in_range("slices_per_expert", c.slices_per_expert, 0, 1 << 20);
   if (!(c.stall_budget_ms >= 0)) fail(Code::kInvalidArgument, "stall_budget_ms is {}, must be at least 0", c.stall_budget_ms);
@@ -147,7 +148,8 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, config_.ranks);
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
-  metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now())};
+  metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
+                   config_.engine_id};
   for (int h = 0; h < kv_.num_homes(); ++h) metrics_info_.ep_pages += kv_.ep_capacity(h);
   wished_seams_.reserve(kMaxWishes);
   seams_.reserve(kMaxWishes);
@@ -221,6 +223,7 @@ uint64_t Engine::Impl::submit(const RequestSpec& spec) {
     s.sampler.start(request->spec.sampling, seed, spec.prompt_ids, model_.vocab_size);
   }
   waiting_hint_ += spec.sampling.n;
+  metrics_.set_waiting(waiting_hint_);
   const uint64_t number = request->number;
   inbox_.push_back(request.get());
   requests_.emplace(number, std::move(request));
@@ -645,9 +648,9 @@ void Engine::Impl::publish_stats() {
   std::lock_guard lock(inbox_mutex_);
   stats_.step = step_;
   stats_.running = static_cast<int32_t>(scheduler_.running().size());
-  stats_.waiting = static_cast<int32_t>(scheduler_.waiting().size());
-  waiting_hint_ = stats_.waiting;
+  waiting_hint_ = static_cast<int64_t>(scheduler_.waiting().size());
   for (const Request* r : inbox_) waiting_hint_ += static_cast<int64_t>(r->samples.size());
+  stats_.waiting = static_cast<int32_t>(waiting_hint_);
   stats_.seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
   stats_.switching = switcher_.moving();
   stats_.prefix_queries = scheduler_.prefix_queries;

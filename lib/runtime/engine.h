@@ -40,6 +40,7 @@ struct EngineConfig {
   bool preempt_to_fit = false;     // a switch that does not fit preempts requests instead of being refused
   double wait_deadline_ms = 30000; // every wait of one rank for another
   PolicyConfig policy;
+  int engine_id = 0;               // label `engine` of the metrics
   bool dummy_weights = false;      // seeded random weights, config.json only (benchmarks)
   bool plain_sums = false;         // benchmarks only: ordinary float sums, without the promise of equal bits
   // bytes done, bytes in all; false cancels the load.

@@ -111,7 +111,7 @@ void Metrics::set_gauges(const EngineStats& s) {
 }
 
 std::string Metrics::text(const MetricsInfo& info) const {
-  const std::string labels = fmt::format("model_name=\"{}\",engine=\"0\"", escaped(info.model_name));
+  const std::string labels = fmt::format("model_name=\"{}\",engine=\"{}\"", escaped(info.model_name), info.engine_id);
   std::string out;
   single(out, "gauge", "num_requests_running", "Requests that have KV and take part in steps.", labels, running_.load());
   single(out, "gauge", "num_requests_waiting", "Requests that wait to run.", labels, waiting_.load());

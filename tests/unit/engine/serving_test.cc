@@ -335,6 +335,19 @@ TEST_CASE("the engine's metrics count each prompt token once, name the model's f
   CHECK(value("expert_load_imbalance") <= 4);  // of 16 experts each row takes 4
 }
 
+TEST_CASE("the metrics count requests that no step has seen yet as waiting, and name the engine") {
+  EngineConfig config = small_config(1, 1, Layout::kTp);
+  config.engine_id = 7;
+  Engine engine(kQwen, config);
+  const auto waiting = [&] { return fmt::format("moebius_num_requests_waiting{{model_name=\"tiny-qwen3-moe\",engine=\"7\"}} {}\n", engine.stats().waiting); };
+  for (int i = 0; i < 2; ++i) engine.submit(greedy_request("", prompt_of(i, 5), 4));
+  CHECK(engine.stats().waiting == 2);
+  CHECK_THAT(engine.metrics_text(), Catch::Contains(waiting()));
+  engine.step();
+  CHECK(engine.stats().waiting == 0);
+  CHECK_THAT(engine.metrics_text(), Catch::Contains(waiting()));
+}
+
 TEST_CASE("lower priority values run first, then arrival") {
   EngineConfig config = small_config(1, 1, Layout::kTp);
   config.max_batch = 1;
