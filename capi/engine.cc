@@ -22,10 +22,12 @@ using moebius::capi::guarded;
 using moebius::capi::not_null;
 
 // Sizes of the structs as version 0.1 had them.
-constexpr size_t kModelInfoV1 = 40, kStepResultV1 = 40, kEventV1 = 496, kEstimateV1 = 288, kStatsV1 = 120, kMemoryV1 = 72;
+constexpr size_t kModelInfoV1 = 40, kStepResultV1 = 40, kEventV1 = 752, kEstimateV1 = 544, kStatsV1 = 120, kMemoryV1 = 72;
 static_assert(sizeof(moebius_model_info) == kModelInfoV1 && sizeof(moebius_step_result) == kStepResultV1 &&
               sizeof(moebius_event) == kEventV1 && sizeof(moebius_switch_estimate) == kEstimateV1 && sizeof(moebius_stats) == kStatsV1 &&
               sizeof(moebius_memory) == kMemoryV1);
+
+static_assert(sizeof(moebius_event::reason) == moebius::Reason::kCapacity + 1 && sizeof(moebius_switch_estimate::reason) == sizeof(moebius_event::reason));
 
 Layout layout_of(moebius_layout layout) {
   if (layout != MOEBIUS_LAYOUT_TP && layout != MOEBIUS_LAYOUT_EP) fail(Code::kInvalidArgument, "layout {} is neither TP (0) nor EP (1)", layout);

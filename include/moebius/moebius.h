@@ -200,7 +200,7 @@ typedef struct moebius_event {
   int64_t bytes;         /* written by the switch: weights and KV, all ranks */
   int64_t bytes_changed; /* of these, to a new owner */
   double seconds;
-  char reason[256];    /* NUL-terminated, shortened if need be */
+  char reason[512];    /* NUL-terminated; only a longer text of a failure is shortened */
 } moebius_event;
 /* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
  * element's struct_size is set by the library). Waits at most timeout_ms for the first. Any thread. */
@@ -224,7 +224,7 @@ typedef struct moebius_switch_estimate {
   int64_t bytes;
   int64_t bytes_changed;
   double seconds;
-  char reason[256]; /* why it does not fit */
+  char reason[512]; /* why it does not fit */
 } moebius_switch_estimate;
 /* What a switch would take now. Waits for a step under way. */
 MOEBIUS_API moebius_status moebius_engine_estimate_switch(moebius_engine *engine, moebius_layout to, moebius_switch_estimate *out_estimate,

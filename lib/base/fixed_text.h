@@ -14,6 +14,7 @@ namespace moebius {
 template <size_t N>
 class FixedText {
  public:
+  static constexpr size_t kCapacity = N;
   FixedText() = default;
   FixedText(std::string_view text) { assign(text); }
   FixedText(const char* text) { assign(text); }

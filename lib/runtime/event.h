@@ -31,8 +31,9 @@ struct TokenLogprob {
   float logprob = 0;
 };
 
-// A decision's record (some 130 bytes), what failed before it (60), and the text of a refusal (150).
-using Reason = FixedText<384>;
+// Holds a decision's record (some 150 bytes), what failed before it (60), and the text of a refusal (150), with room for longer
+// numbers; as much as moebius_event's reason.
+using Reason = FixedText<511>;
 
 struct Event {
   EventType type = EventType::kToken;

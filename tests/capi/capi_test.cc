@@ -478,6 +478,36 @@ TEST_CASE("priority, deadline_ms and keep_logits have their effect") {
   CHECK_THROWS_AS(engine.take_logits(sooner), moebius_cpp::Error);
 }
 
+// Three requests of 21 pages: TP's 80 pages hold them, EP's two homes of 40 do not.
+TEST_CASE("the record of a switch that is asked for again is whole, down to the shortage that stands last") {
+  moebius_cpp::Config c;
+  c.set("ranks", int64_t{2}).set("threads", int64_t{1}).set("kv_tokens", int64_t{80 * 16});
+  moebius_cpp::Engine engine(kModel, c);
+  for (int i = 0; i < 3; ++i) {
+    moebius_cpp::Request r(std::vector<int32_t>(330, 10 + i));
+    r.set("max_tokens", int64_t{50}).set("ignore_eos", int64_t{1});
+    engine.submit(r);
+  }
+  for (int i = 0; i < 4; ++i) engine.step();
+  REQUIRE(engine.stats().running == 3);
+  c.set("policy", "threshold").set("policy_variant", "rollout").set_real("policy_threshold", 2);
+  engine.set_policy(c);
+  engine.step();
+  const moebius_cpp::Request small({5, 6, 7});
+  for (int more : {12000, 10}) {  // the load moves by more than a quarter of the threshold, and its numbers are long
+    for (int i = 0; i < more; ++i) engine.submit(small);
+    engine.step();
+  }
+  CHECK(engine.stats().refusals == 3);
+  std::vector<moebius_event> events;
+  std::string record;
+  for (engine.poll(events); !events.empty(); engine.poll(events))
+    for (const moebius_event& e : events)
+      if (e.type == MOEBIUS_EVENT_DECISION) record = e.reason;
+  CHECK_THAT(record, Catch::Contains("which failed") && Catch::EndsWith("tokens short)"));
+  CHECK(record.size() > 255);  // what a field of 256 would hold
+}
+
 TEST_CASE("the policy of a config, and one set later, decide") {
   moebius_cpp::Config c;
   c.set("ranks", int64_t{2}).set("threads", int64_t{1}).set("kv_tokens", int64_t{4096});
