@@ -240,7 +240,7 @@ typedef struct moebius_stats {
   int32_t num_layers;
   int32_t switching;
   uint64_t step; /* steps run, idle ones included */
-  uint64_t switches;
+  uint64_t switches; /* that arrived at a layout; a seam that is held inside is not counted */
   uint64_t rollbacks;
   uint64_t refusals;
   uint64_t preemptions;

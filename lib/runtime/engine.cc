@@ -16,6 +16,7 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr size_t kEventRing = 4096;
+constexpr auto kIdleSample = 50ms;  // from one idle step of the own thread to the next while a policy watches
 constexpr size_t kMaxWishes = 64;  // switches asked for between two steps; a host that asks for more has lost count
 
 double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
@@ -30,6 +31,8 @@ int threads_per_rank(const EngineConfig& config, const ModelConfig& model) {
          int64_t{config.ranks} * config.threads, kMaxThreads);
   return config.threads;
 }
+
+PolicyLimits policy_limits(const EngineConfig& c) { return {c.ranks, c.max_batch, c.max_queue}; }
 
 void check_config(const EngineConfig& c) {
   const auto in_range = [](const char* key, auto value, auto least, auto most) {
@@ -50,7 +53,7 @@ void check_config(const EngineConfig& c) {
   if (!(c.wait_deadline_ms > 0)) fail(Code::kInvalidArgument, "wait_deadline_ms is {}, must be above 0", c.wait_deadline_ms);
   in_range("page_tokens", c.page_tokens, static_cast<int>(kTile), 1 << 16);
   if (c.page_tokens % kTile != 0) fail(Code::kInvalidArgument, "page_tokens is {}, must be a multiple of {}", c.page_tokens, kTile);
-  make_policy(c.policy, c.ranks);  // refuses a bad one
+  make_policy(c.policy, policy_limits(c));  // refuses a bad one
 }
 
 EngineConfig complete(EngineConfig config, const ModelConfig& model) {
@@ -146,7 +149,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   }
   compare_ranks();
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
-  policy_ = make_policy(config_.policy, config_.ranks);
+  policy_ = make_policy(config_.policy, policy_limits(config_));
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
   metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
                    config_.engine_id};
@@ -262,9 +265,12 @@ void Engine::Impl::set_stall_budget(double ms) {
 }
 
 void Engine::Impl::set_policy(const PolicyConfig& policy) {
-  std::unique_ptr<Policy> made = make_policy(policy, config_.ranks);  // refuses a bad one here
-  std::lock_guard lock(inbox_mutex_);
-  wished_policy_ = std::move(made);
+  std::unique_ptr<Policy> made = make_policy(policy, policy_limits(config_));  // refuses a bad one here
+  {
+    std::lock_guard lock(inbox_mutex_);
+    wished_policy_ = std::move(made);
+  }
+  inbox_filled_.notify_one();
 }
 
 // ---- events
@@ -289,13 +295,13 @@ void Engine::Impl::emit(Event&& event) {
       break;
     case EventType::kSwitchRefused:
       metrics_.on_refusal();
-      policy_->on_failed(event.to, event.reason);
+      if (policy_asked_) policy_->on_failed(event.to, event.reason);
       ++stats_.refusals;
       break;
     case EventType::kRolledBack:
       count_moved(event);
       metrics_.on_rollback();
-      policy_->on_failed(event.from, event.reason);  // its from and to are those of the way back
+      if (policy_asked_) policy_->on_failed(event.from, event.reason);  // its from and to are those of the way back
       ++stats_.rollbacks;
       break;
     case EventType::kPreempted:
@@ -354,8 +360,12 @@ void Engine::Impl::take_wishes() {
     std::lock_guard lock(inbox_mutex_);
     seams_.swap(wished_seams_);
     if (wished_budget_) stall_budget_ms_ = *std::exchange(wished_budget_, std::nullopt);
-    if (wished_policy_) policy_ = std::move(wished_policy_);
+    if (wished_policy_) {
+      policy_ = std::move(wished_policy_);
+      policy_asked_ = false;  // that was the former one
+    }
   }
+  if (!seams_.empty()) policy_asked_ = false;
   for (size_t i = 0; i < seams_.size(); ++i) {
     if (config_.ranks == 1) {
       report_seam(seams_[i]);
@@ -385,8 +395,7 @@ void Engine::Impl::observe_load() {
   load.time_s = seconds_between(Clock::time_point{}, Clock::now());
   load.running = static_cast<int32_t>(scheduler_.running().size());
   load.waiting = static_cast<int32_t>(scheduler_.waiting().size());
-  load.decode_rows = plan_.decode_rows;
-  load.prefill_tokens = plan_.prefill_rows;
+  load.prefill_tokens = scheduler_.tokens_to_prefill();
   const int32_t seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
   load.layout = seam == 0 ? Layout::kEp : Layout::kTp;
   load.switching = switcher_.moving();
@@ -400,6 +409,7 @@ void Engine::Impl::observe_load() {
   event.reason = decision->record;
   emit(std::move(event));
   if (decision->shadow) return;
+  policy_asked_ = true;
   if (config_.ranks > 1) switcher_.begin(decision->to == Layout::kTp ? switcher_.num_layers() : 0, config_.preempt_to_fit);
   else report_seam(decision->to == Layout::kTp ? switcher_.num_layers() : 0);
 }
@@ -747,26 +757,31 @@ size_t Engine::Impl::take_logits(uint64_t number, int32_t sample, std::span<floa
 
 // ---- the engine's own thread
 
+// Under inbox_mutex_.
+bool Engine::Impl::was_called() const {
+  return !inbox_.empty() || !cancels_.empty() || !wished_seams_.empty() || wished_policy_ != nullptr;
+}
+
 bool Engine::Impl::has_work() {
   std::lock_guard lock(inbox_mutex_);
-  return !inbox_.empty() || !cancels_.empty() || !wished_seams_.empty() || published_.running > 0 || published_.waiting > 0 || published_.switching;
+  return was_called() || published_.running > 0 || published_.waiting > 0 || published_.switching;
+}
+
+// True: for a whole while nobody has called.
+bool Engine::Impl::wait_for_call() {
+  std::unique_lock lock(inbox_mutex_);
+  return !inbox_filled_.wait_for(lock, kIdleSample, [&] { return was_called() || own_thread_stops_; });
 }
 
 void Engine::Impl::start() {
   if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread runs already");
   own_thread_stops_ = false;
   own_thread_ = std::thread([this] {
-    while (!own_thread_stops_) {
-      if (has_work()) {
-        try {
-          step();
-        } catch (const std::exception&) {
-          return;  // every request has its final event, and submit says why
-        }
-        continue;
-      }
-      std::unique_lock lock(inbox_mutex_);
-      inbox_filled_.wait_for(lock, 50ms, [&] { return !inbox_.empty() || !cancels_.empty() || !wished_seams_.empty() || own_thread_stops_; });
+    try {
+      while (!own_thread_stops_)
+        if (has_work() || (wait_for_call() && policy_->watches())) step();
+    } catch (const std::exception&) {
+      // every request has its final event, and submit says why
     }
   });
 }

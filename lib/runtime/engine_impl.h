@@ -85,7 +85,9 @@ class Engine::Impl {
   void emit_request(EventType type, const Sequence& sequence);
   void report_seam(int32_t target);
   void publish_stats();
+  bool was_called() const;
   bool has_work();
+  bool wait_for_call();
 
   const Clock::time_point created_ = Clock::now();
   const ModelConfig model_;
@@ -113,6 +115,7 @@ class Engine::Impl {
   MetricsInfo metrics_info_;
   std::vector<int32_t> expert_rows_;  // [experts] of the last step's last MoE layer
   std::unique_ptr<Policy> policy_;
+  bool policy_asked_ = false;    // for the switch under way or the last one; else the host did
   double stall_budget_ms_;
   int32_t label_seam_;           // with one rank a switch only changes this
   uint64_t step_ = 0;

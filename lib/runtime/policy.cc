@@ -12,6 +12,7 @@ namespace {
 class ManualPolicy final : public Policy {
  public:
   std::optional<Decision> observe(const LoadSample&) override { return std::nullopt; }
+  bool watches() const override { return false; }
   void on_switched(double) override {}
   void on_failed(Layout, std::string_view) override {}
 };
@@ -33,9 +34,10 @@ constexpr uint64_t kHoldSteps = 256;
 // the cooldown has passed.
 class ThresholdPolicy final : public Policy {
  public:
-  ThresholdPolicy(const PolicyConfig& c, int ranks) : variant_(c.variant), shadow_(c.shadow) {
+  ThresholdPolicy(const PolicyConfig& c, const PolicyLimits& limits) : variant_(c.variant), shadow_(c.shadow) {
     const VariantDefaults& d = kVariants[static_cast<size_t>(c.variant)];
-    threshold_ = c.threshold > 0 ? c.threshold : d.per_rank * ranks;
+    threshold_ = c.threshold > 0 ? c.threshold : d.per_rank * limits.ranks;
+    check_reachable(limits);
     window_.resize(static_cast<size_t>(c.window_steps > 0 ? c.window_steps : d.window_steps));
     cooldown_s_ = c.cooldown_s >= 0 ? c.cooldown_s : d.cooldown_s;
   }
@@ -61,11 +63,13 @@ class ThresholdPolicy final : public Policy {
     asked_step_ = load.step;
     const Reason again = std::exchange(failure_, {});
     return Decision{wanted, shadow_,
-                    Reason::of("threshold {}: mean {:.1f} over {} steps {} {:.1f}: {} → {} (running {}, waiting {}){}",
+                    Reason::of("threshold {}: mean {:.1f} over {} steps {} {:.1f}: {} → {} (running {}, waiting {}, to prefill {}){}",
                                 kVariants[static_cast<size_t>(variant_)].name, mean, window_.size(), mean >= threshold_ ? "≥" : "<",
-                                threshold_, name_of(load.layout), name_of(wanted), load.running, load.waiting, again.view())};
+                                threshold_, name_of(load.layout), name_of(wanted), load.running, load.waiting, load.prefill_tokens,
+                                again.view())};
   }
 
+  bool watches() const override { return true; }
   void on_switched(double time_s) override {
     has_switched_ = true;
     last_switch_s_ = time_s;
@@ -77,6 +81,15 @@ class ThresholdPolicy final : public Policy {
   }
 
  private:
+  // A queue of prompts has no such bound that would be worth naming.
+  void check_reachable(const PolicyLimits& limits) const {
+    const double most = limits.max_batch + (variant_ == ThresholdVariant::kRollout ? static_cast<double>(limits.max_queue) : 0.0);
+    if (variant_ == ThresholdVariant::kPrefill || threshold_ <= most) return;
+    if (variant_ == ThresholdVariant::kDecode)
+      fail(Code::kInvalidArgument, "policy threshold of {} running requests can never be reached: max_batch is {}", threshold_, limits.max_batch);
+    fail(Code::kInvalidArgument, "policy threshold of {} requests can never be reached: max_batch is {}, max_queue {}", threshold_,
+         limits.max_batch, limits.max_queue);
+  }
   bool held(Layout wanted, double mean, uint64_t step) const {
     return !failure_.empty() && wanted == failed_to_ && std::fabs(mean - asked_mean_) < kHoldMargin * threshold_ &&
            step < asked_step_ + kHoldSteps;
@@ -84,7 +97,7 @@ class ThresholdPolicy final : public Policy {
   double value_of(const LoadSample& load) const {
     switch (variant_) {
       case ThresholdVariant::kDecode: return load.running;
-      case ThresholdVariant::kPrefill: return load.prefill_tokens;
+      case ThresholdVariant::kPrefill: return static_cast<double>(load.prefill_tokens);
       default: return load.running + load.waiting;
     }
   }
@@ -103,7 +116,7 @@ class ThresholdPolicy final : public Policy {
 
 }  // namespace
 
-std::unique_ptr<Policy> make_policy(const PolicyConfig& config, int ranks) {
+std::unique_ptr<Policy> make_policy(const PolicyConfig& config, const PolicyLimits& limits) {
   constexpr int kMaxWindow = 1 << 20;
   if (!(config.threshold >= 0)) fail(Code::kInvalidArgument, "policy threshold is {}, must be at least 0", config.threshold);
   if (config.window_steps < 0 || config.window_steps > kMaxWindow)
@@ -114,7 +127,7 @@ std::unique_ptr<Policy> make_policy(const PolicyConfig& config, int ranks) {
     case PolicyKind::kThreshold:
       if (config.variant < ThresholdVariant::kDecode || config.variant > ThresholdVariant::kRollout)
         fail(Code::kInvalidArgument, "threshold variant {} is not known", static_cast<int>(config.variant));
-      return std::make_unique<ThresholdPolicy>(config, ranks);
+      return std::make_unique<ThresholdPolicy>(config, limits);
   }
   fail(Code::kInvalidArgument, "policy kind {} is not known", static_cast<int>(config.kind));
 }

@@ -17,7 +17,7 @@ enum class PolicyKind : int32_t { kManual = 0, kThreshold = 1 };
 // The paper's three thresholds: what is counted, the limit for P ranks, over how many steps, and the pause after a switch.
 enum class ThresholdVariant : int32_t {
   kDecode = 0,   // running requests: 64·P, 32 steps, 60 s
-  kPrefill = 1,  // prompt tokens a step: 1024·P, 8 steps, 10 s
+  kPrefill = 1,  // tokens to prefill, of running and waiting requests: 1024·P, 8 steps, 10 s
   kRollout = 2,  // running + waiting: 8·P, 1 step, 5 s
 };
 
@@ -34,7 +34,7 @@ struct LoadSample {
   uint64_t step = 0;
   double time_s = 0;        // a monotonic clock's
   int32_t running = 0, waiting = 0;
-  int32_t decode_rows = 0, prefill_tokens = 0;
+  int64_t prefill_tokens = 0;  // to be computed before their requests' next tokens
   Layout layout = Layout::kTp;
   bool switching = false;
 };
@@ -49,12 +49,21 @@ class Policy {
  public:
   virtual ~Policy() = default;
   virtual std::optional<Decision> observe(const LoadSample& load) = 0;
+  // Whether an idle engine must go on giving samples, lest the load that was stand for the load that is.
+  virtual bool watches() const = 0;
   virtual void on_switched(double time_s) = 0;
-  // A switch to `to` was refused or rolled back: no cooldown is spent, but the same is not asked for again at once.
+  // A switch to `to` that it asked for was refused or rolled back: no cooldown is spent, but the same is not asked for again at
+  // once.
   virtual void on_failed(Layout to, std::string_view why) = 0;
 };
 
-// Throws kInvalidArgument on values out of range.
-std::unique_ptr<Policy> make_policy(const PolicyConfig& config, int ranks);
+// What bounds the load that a policy can see.
+struct PolicyLimits {
+  int ranks = 1;
+  int max_batch = 64, max_queue = 65536;
+};
+
+// Throws kInvalidArgument on values out of range, and on a threshold that no load can reach.
+std::unique_ptr<Policy> make_policy(const PolicyConfig& config, const PolicyLimits& limits);
 
 }  // namespace moebius

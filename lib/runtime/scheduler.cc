@@ -30,10 +30,25 @@ Scheduler::Scheduler(KvManager& kv, const SchedulerLimits& limits)
   waiting_.reserve(static_cast<size_t>(std::min(limits.max_queue, kLongQueue)) + static_cast<size_t>(limits.max_batch));
 }
 
-void Scheduler::add(Sequence& sequence) {
+void Scheduler::join_waiting(Sequence& sequence) {
   sequence.state = SequenceState::kWaiting;
   insert_in_order(waiting_, sequence);
+  waiting_tokens_ += static_cast<int64_t>(sequence.tokens.size());
 }
+
+void Scheduler::leave_waiting(Sequence& sequence) {
+  erase_from(waiting_, sequence);
+  waiting_tokens_ -= static_cast<int64_t>(sequence.tokens.size());
+}
+
+int64_t Scheduler::tokens_to_prefill() const {
+  int64_t tokens = waiting_tokens_;
+  for (const Sequence* s : running_)
+    if (s->remaining_rows() > 1) tokens += s->remaining_rows();
+  return tokens;
+}
+
+void Scheduler::add(Sequence& sequence) { join_waiting(sequence); }
 
 static void give_back(KvManager& kv, Sequence& sequence) {
   // Last block first, so that of a cached prefix the end is given up before its beginning.
@@ -48,7 +63,8 @@ static void give_back(KvManager& kv, Sequence& sequence) {
 }
 
 void Scheduler::remove(Sequence& sequence) {
-  erase_from(sequence.state == SequenceState::kRunning ? running_ : waiting_, sequence);
+  if (sequence.state == SequenceState::kRunning) erase_from(running_, sequence);
+  else leave_waiting(sequence);
   give_back(kv_, sequence);
   sequence.state = SequenceState::kFinished;
 }
@@ -57,8 +73,7 @@ void Scheduler::preempt(Sequence& sequence) {
   erase_from(running_, sequence);
   give_back(kv_, sequence);
   ++sequence.preemptions;
-  sequence.state = SequenceState::kWaiting;
-  insert_in_order(waiting_, sequence);
+  join_waiting(sequence);
 }
 
 void Scheduler::remake_tables(Sequence& sequence) const {
@@ -185,7 +200,7 @@ void Scheduler::admit(Sequence& sequence, int place) {
   sequence.home = kv_.phase() == Phase::kTp ? -1 : place;
   prefix_hits += static_cast<uint64_t>(take_prefix(sequence));
   prefix_queries += static_cast<uint64_t>(sequence.tokens.size());
-  erase_from(waiting_, sequence);
+  leave_waiting(sequence);
   sequence.state = SequenceState::kRunning;
   insert_in_order(running_, sequence);
 }

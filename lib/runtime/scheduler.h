@@ -56,12 +56,16 @@ class Scheduler {
   int max_batch() const { return limits_.max_batch; }
   const std::vector<Sequence*>& running() const { return running_; }
   const std::vector<Sequence*>& waiting() const { return waiting_; }
+  // Of running and waiting sequences, cached prefixes of waiting ones included: these are found when they are admitted.
+  int64_t tokens_to_prefill() const;
   // Remakes the page tables of a running sequence from its blocks (a switch has begun or ended).
   void remake_tables(Sequence& sequence) const;
 
   uint64_t prefix_queries = 0, prefix_hits = 0;  // tokens
 
  private:
+  void join_waiting(Sequence& sequence);
+  void leave_waiting(Sequence& sequence);
   void fill(StepPlan& out);
   bool grow(Sequence& sequence, int64_t num_tokens);
   Sequence& victim_for(Sequence& sequence) const;
@@ -76,6 +80,7 @@ class Scheduler {
   KvManager& kv_;
   SchedulerLimits limits_;
   std::vector<Sequence*> running_, waiting_, preempted_;
+  int64_t waiting_tokens_ = 0;  // of the waiting ones, which get no more while they wait
   struct Picked {
     Sequence* sequence;
     int32_t num_rows;

@@ -1,4 +1,7 @@
 // Policies and wishes on a real engine: each becomes a switch, a refusal or a record, and none changes a bit.
+#include <chrono>
+#include <thread>
+
 #include "tests/unit/engine/harness.h"
 
 namespace moebius::test {
@@ -65,6 +68,82 @@ TEST_CASE("a threshold policy goes to EP under load and back when it has gone, a
   CHECK(decisions[1].to == Layout::kTp);
   CHECK_THAT(decisions[1].reason, Catch::Contains("mean 3.0") && Catch::Contains("< 4.0"));
   CHECK(switches[1].to == Layout::kTp);
+}
+
+// With the thresholds and windows that the variants have by themselves: 2 ranks, 512 prompt tokens and 128 requests a step.
+TEST_CASE("each variant switches to EP under the load that it is for, and back") {
+  const auto variant = GENERATE(ThresholdVariant::kDecode, ThresholdVariant::kPrefill, ThresholdVariant::kRollout);
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.kv_tokens = 8192;
+  config.chunk_tokens = 512;
+  config.max_batch = 128;
+  config.policy.kind = PolicyKind::kThreshold;
+  config.policy.variant = variant;
+  config.policy.cooldown_s = 0;
+  Engine engine(kQwen, config);
+  const bool prefill = variant == ThresholdVariant::kPrefill;
+  // 64 prompts of 100 tokens that end at once, or 128 short ones that decode for a while.
+  for (int i = 0; i < (prefill ? 64 : 128); ++i)
+    engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, prefill ? 100 : 3), prefill ? 1 : 40));
+  int32_t least_seam = engine.model().num_layers;
+  for (int i = 0; i < 100; ++i) {
+    engine.step();
+    least_seam = std::min(least_seam, engine.stats().seam);
+  }
+  INFO("variant " << static_cast<int>(variant));
+  CHECK(engine.stats().running == 0);
+  CHECK(least_seam == 0);
+  CHECK(engine.stats().switches == 2);
+  CHECK(engine.stats().seam == engine.model().num_layers);
+}
+
+TEST_CASE("a policy whose threshold max_batch keeps out of reach is refused when the engine is made and when it is set") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  Engine engine(kQwen, config);
+  config.policy.kind = PolicyKind::kThreshold;
+  CHECK_THROWS_WITH(engine.set_policy(config.policy), Catch::Contains("128") && Catch::Contains("max_batch is 64"));
+  CHECK_THROWS_WITH(Engine(kQwen, config), Catch::Contains("max_batch is 64"));
+}
+
+TEST_CASE("while the own thread is idle a policy still sees the load fall, and one that is set is taken up") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.policy = rollout(4);
+  config.policy.variant = ThresholdVariant::kDecode;
+  config.policy.window_steps = 8;
+  Engine engine(kQwen, config);
+  const auto seam_after = [&](uint64_t switches) {
+    for (int i = 0; i < 2000 && engine.stats().switches < switches; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    return engine.stats().switches == switches ? engine.stats().seam : -1;
+  };
+  engine.start();
+  for (int i = 0; i < 6; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 12), 40));  // they end together
+  CHECK(seam_after(2) == engine.model().num_layers);
+  CHECK(engine.stats().running == 0);
+  engine.set_policy({});
+  engine.request_switch(Layout::kEp);
+  CHECK(seam_after(3) == 0);
+  engine.set_policy(config.policy);
+  CHECK(seam_after(4) == engine.model().num_layers);
+  engine.stop();
+}
+
+TEST_CASE("a switch that the host asked for and that failed is not the policy's") {
+  EngineConfig config = tight_config();
+  Engine engine(kQwen, config);
+  submit_tight(engine);
+  for (int i = 0; i < 4; ++i) engine.step();
+  REQUIRE(engine.stats().running == 3);
+  PolicyConfig policy = rollout(2);
+  policy.window_steps = 4;
+  engine.set_policy(policy);
+  engine.request_switch(Layout::kEp);
+  for (int i = 0; i < 4; ++i) engine.step();
+  CHECK(engine.stats().refusals == 2);
+  Outcome out;
+  drain(engine, out);
+  const std::vector<Event> decisions = events_of(out, EventType::kDecision);
+  REQUIRE(decisions.size() == 1);
+  CHECK_THAT(decisions[0].reason, !Catch::Contains("which failed"));
 }
 
 TEST_CASE("switches due at one step happen in order, each with its events") {
@@ -167,6 +246,53 @@ TEST_CASE("a seam that is held inside is no switch and starts no cooldown, nor d
     CHECK(engine.stats().seam == 0);
     CHECK(engine.stats().switches == 2);
   }
+}
+
+TEST_CASE("a switch that does not fit preempts the last request whose going helps, not a later one that fits") {
+  EngineConfig config = tight_config();
+  config.preempt_to_fit = true;
+  Engine engine(kQwen, config);
+  const std::vector<uint64_t> ids = submit_tight(engine);
+  engine.submit(greedy_request("short", prompt_of(90, 20), 60));
+  for (int i = 0; i < 4; ++i) engine.step();
+  REQUIRE(engine.stats().running == 4);
+  engine.request_switch(Layout::kEp);
+  engine.step();
+  CHECK(engine.stats().seam == 0);
+  Outcome out;
+  drain(engine, out);
+  const std::vector<Event> preempted = events_of(out, EventType::kPreempted);
+  REQUIRE(preempted.size() == 1);
+  CHECK(preempted[0].request == ids[2]);
+}
+
+TEST_CASE("a switch says what its phases moved and took; one that was rolled back counts too") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  for (int i = 0; i < 3; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 40), 60));
+  for (int i = 0; i < 5; ++i) engine.step();
+  engine.impl().switcher().hook = [](const CopyPoint& p) {
+    if (!p.undoing && p.starts_rank() && p.item == 1 && p.rank == 1) fail(Code::kInternal, "a fault");
+  };
+  engine.request_switch(Layout::kEp);
+  engine.step();
+  engine.impl().switcher().hook = nullptr;
+  Outcome out;
+  drain(engine, out);
+  const std::vector<Event> undone = events_of(out, EventType::kRolledBack);
+  REQUIRE(undone.size() == 1);
+  CHECK(undone[0].bytes > 0);
+  CHECK(engine.stats().bytes_moved == undone[0].bytes);
+  CHECK(engine.stats().switch_seconds == undone[0].seconds);
+  CHECK_THAT(engine.metrics_text(), Catch::Contains(fmt::format("switch_bytes_total{{model_name=\"tiny-qwen3-moe\",engine=\"0\"}} {}\n", undone[0].bytes)));
+  engine.request_switch(Layout::kEp);
+  engine.step();
+  drain(engine, out);
+  const std::vector<Event> finished = events_of(out, EventType::kSwitchFinished);
+  REQUIRE(finished.size() == 1);
+  const Switcher::Part &weights = engine.impl().switcher().weights_part(), &kv = engine.impl().switcher().kv_part();
+  CHECK(weights.bytes + kv.bytes == finished[0].bytes);
+  CHECK_THAT(finished[0].reason, Catch::Contains(fmt::format("weights {:.3f} MiB ", static_cast<double>(weights.bytes) / (1 << 20))) &&
+                                     Catch::Contains(fmt::format("KV {:.3f} MiB ", static_cast<double>(kv.bytes) / (1 << 20))));
 }
 
 TEST_CASE("a switch that was rolled back is not tried again at every step") {

@@ -13,7 +13,7 @@ namespace {
 
 // Feeds a policy steps of the same load, a second apart.
 struct Feeder {
-  explicit Feeder(PolicyConfig c, int ranks = 2) : policy(make_policy(c, ranks)) {}
+  explicit Feeder(PolicyConfig c, PolicyLimits limits = {2, 512}) : policy(make_policy(c, limits)) {}
   std::optional<Decision> step(int running, int waiting = 0, int prefill = 0) {
     LoadSample s;
     s.step = steps++;
@@ -72,6 +72,16 @@ TEST_CASE("the prefill and rollout variants count prompt tokens, and running wit
   CHECK(rollout.steps_to_decide(1, 8, 8) == 1);
 }
 
+TEST_CASE("a threshold that no load can reach is refused with the limit that keeps it away") {
+  CHECK_THROWS_WITH(make_policy(threshold(ThresholdVariant::kDecode), {2, 127}),
+                    Catch::Contains("threshold of 128 running requests can never be reached: max_batch is 127"));
+  make_policy(threshold(ThresholdVariant::kDecode), {2, 128});
+  PolicyConfig rollout = threshold(ThresholdVariant::kRollout);
+  rollout.threshold = 101;
+  CHECK_THROWS_WITH(make_policy(rollout, {2, 60, 40}), Catch::Contains("max_batch is 60, max_queue 40"));
+  make_policy(rollout, {2, 60, 41});
+}
+
 TEST_CASE("a reason that is too long is cut between characters") {
   using Text = FixedText<8>;
   CHECK(Text("12345678").str() == "12345678");
@@ -127,9 +137,9 @@ TEST_CASE("in shadow a policy records each change of mind once") {
 TEST_CASE("bad policies are refused") {
   PolicyConfig c = threshold(ThresholdVariant::kDecode);
   c.threshold = -1;
-  CHECK_THROWS_AS(make_policy(c, 2), Error);
+  CHECK_THROWS_AS(make_policy(c, PolicyLimits{2}), Error);
   c = threshold(static_cast<ThresholdVariant>(9));
-  CHECK_THROWS_AS(make_policy(c, 2), Error);
+  CHECK_THROWS_AS(make_policy(c, PolicyLimits{2}), Error);
 }
 
 TEST_CASE("every metric has its name and type, and every histogram its buckets") {
