@@ -93,8 +93,8 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);
  * Keys: ranks, threads, layout ("tp", "ep"), memory_bytes, kv_tokens, isa, slices_per_expert, page_tokens, chunk_tokens,
  * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
  * plain_sums, policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
- * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id. moebius_config_key enumerates them with types, defaults and meaning.
- * An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names the nearest one. */
+ * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id. moebius_config_key enumerates them with types, defaults and
+ * meaning. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names the nearest one. */
 
 MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);
 MOEBIUS_API void moebius_config_destroy(moebius_config *config);
@@ -177,8 +177,8 @@ typedef struct moebius_step_result {
 /* Runs one step (an idle one counts too). The calling thread computes. One thread at a time. out_result may be NULL. An error
  * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. */
 MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
-/* The engine's own thread steps whenever there is work, until stop (which waits for a step under way) or a failure. One thread
- * at a time calls these two. INVALID_STATE: it runs already. */
+/* The engine's own thread steps whenever there is work, and every 50 ms while there is none but a policy watches the load, until
+ * stop (which waits for a step under way) or a failure. One thread at a time calls these two. INVALID_STATE: it runs already. */
 MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
 
@@ -215,7 +215,7 @@ MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius
 MOEBIUS_API moebius_status moebius_engine_hold_seam(moebius_engine *engine, int32_t seam, moebius_error **err);
 /* 0: a switch moves everything at once; else the time that each step may lend to it. */
 MOEBIUS_API moebius_status moebius_engine_set_stall_budget(moebius_engine *engine, double ms, moebius_error **err);
-/* Takes the policy_* keys of the config. */
+/* Takes the policy_* keys of the config. INVALID_ARGUMENT: a value out of range, or a threshold that max_batch keeps out of reach. */
 MOEBIUS_API moebius_status moebius_engine_set_policy(moebius_engine *engine, const moebius_config *config, moebius_error **err);
 
 typedef struct moebius_switch_estimate {

@@ -116,7 +116,7 @@ class Engine {
   bool cancel(uint64_t request);  // false: unknown or already finished
 
   StepResult step();
-  void start();  // the engine's own thread steps whenever there is work
+  void start();  // the engine's own thread steps whenever there is work, and now and then while a policy watches
   void stop();
 
   // Up to `out.size()` events, waiting at most timeout_ms for the first.

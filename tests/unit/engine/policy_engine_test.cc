@@ -115,8 +115,8 @@ TEST_CASE("while the own thread is idle a policy still sees the load fall, and o
     for (int i = 0; i < 2000 && engine.stats().switches < switches; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     return engine.stats().switches == switches ? engine.stats().seam : -1;
   };
+  for (int i = 0; i < 6; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 10), 40));  // they end together
   engine.start();
-  for (int i = 0; i < 6; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 12), 40));  // they end together
   CHECK(seam_after(2) == engine.model().num_layers);
   CHECK(engine.stats().running == 0);
   engine.set_policy({});
