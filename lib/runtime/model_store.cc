@@ -9,6 +9,7 @@
 
 #include "lib/base/error.h"
 #include "lib/model/scale.h"
+#include "lib/runtime/rank_executor.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius {
@@ -24,6 +25,10 @@ constexpr double kMaxWeightBytes = 0x1p50;   // sums of sizes stay far from 2^63
 
 SliceCounts bounded_slice_counts(const ModelShape& shape, int slices_per_expert) {
   const SliceCounts counts = slice_counts(shape, slices_per_expert);
+  const int64_t parts = counts.head_groups + 2 * int64_t{shape.num_kv_heads};  // of a rank that owns all heads (EP)
+  if (parts > kMaxLinearParts)
+    fail(Code::kUnsupported, "{} head groups, K and V of {} KV heads are {} matrices of a projection, at most {} are read at once",
+         counts.head_groups, shape.num_kv_heads, parts, kMaxLinearParts);
   int64_t slices = 0;
   int experts = 0;
   double bytes = 0;

@@ -20,7 +20,8 @@ struct ForwardModel {
   const float* rope = nullptr;         // [max_context][cos, sin][head_dim/2]
 };
 
-// Most packed matrices that one projection step reads: Q groups and K and V of each KV head of a layer.
+// Most packed matrices that one projection step reads: Q groups and K and V of each KV head of a layer
+// (ModelStore refuses a model with more).
 inline constexpr int kMaxLinearParts = 512;
 
 class RankExecutor {

@@ -72,6 +72,15 @@ TEST_CASE("a config that lies about counts is refused before tables are made of 
   CHECK(peak_bytes() - before < kSmall);
 }
 
+TEST_CASE("a model with more heads than one projection reads is refused, one with as many runs") {
+  EngineConfig config = tp_config();
+  config.dummy_weights = true;
+  const auto heads = [](int n) { return json{{"num_attention_heads", n}, {"num_key_value_heads", n}, {"head_dim", 2}}; };
+  CHECK_THAT(refusal(ChangedModel(kQwen, heads(256)).path(), config), Contains("K and V of 256 KV heads") && Contains("at most 512"));
+  const Outcome most = run_script(ChangedModel(kQwen, heads(170)).path(), config, {{{greedy_request("a", prompt_of(1, 20), 3)}}, {}});
+  CHECK(most.outputs.at("a").tokens.size() == 3);
+}
+
 TEST_CASE("the rotary table holds the positions that are served, not all that the model was made for, and is counted") {
   EngineConfig config = tp_config();
   const ChangedModel model(kQwen, {{"max_position_embeddings", int64_t{1} << 31}});
