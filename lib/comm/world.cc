@@ -35,6 +35,22 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 }
 
+// Time spent waiting as the waiter sees it, added up look by look. Waiters look about every kSleepSlice; a longer gap is the
+// process that stood still (stopped, frozen, a debugger's) or a machine without cores to spare, and says nothing of other ranks.
+class Waited {
+ public:
+  bool exceeds(Clock::duration limit) {
+    const auto now = Clock::now();
+    total_ += std::min<Clock::duration>(now - last_look_, 5 * kSleepSlice);
+    last_look_ = now;
+    return total_ > limit;
+  }
+
+ private:
+  Clock::time_point last_look_ = Clock::now();
+  Clock::duration total_{};
+};
+
 // A word that threads wait on until it changes: spinning first (a step's barriers are microseconds apart), then asleep.
 struct alignas(64) WaitWord {
   std::atomic<uint32_t> value{0};
@@ -87,6 +103,8 @@ struct World::State {
   WaitWord epoch;        // advanced to start a region
   WaitWord done;         // advanced by the last worker that leaves one
   std::atomic<int> inside{0};
+  std::atomic<uint32_t> left_by_caller{0};  // the epoch of the last region that the caller has left
+  bool limited = true;                      // the region has deadlines; written between regions
   std::atomic<bool> aborted{false}, stopping{false}, dead{false};
   RegionFunction job;
 
@@ -113,6 +131,28 @@ struct World::State {
     }
   }
 
+  bool caller_has_left(uint32_t region) const {  // or a later one
+    return static_cast<int32_t>(left_by_caller.load(std::memory_order_acquire) - region) >= 0;
+  }
+
+  // The caller cannot be interrupted, but its region must not end well. Under the lock that it takes to leave: the abort comes
+  // before it has left, and so never into its next region.
+  void abort_late_caller(uint32_t region) {
+    std::lock_guard lock(error_mutex);
+    if (caller_has_left(region) || !limited) return;
+    if (!error)
+      error = std::make_exception_ptr(
+          Error(Code::kTimeout, fmt::format("rank 0's first thread, which called, did not finish within {:.0f} ms", deadline_ms())));
+    aborted.store(true, std::memory_order_release);
+  }
+
+  void caller_leaves() {
+    std::lock_guard lock(error_mutex);
+    left_by_caller.store(epoch.value.load(std::memory_order_relaxed), std::memory_order_release);
+  }
+
+  double deadline_ms() const { return std::chrono::duration<double, std::milli>(deadline).count(); }
+
   void wait_at(Barrier& barrier, uint32_t parties) {
     if (aborted.load(std::memory_order_acquire)) throw Error(Code::kCancelled, "region aborted");
     const uint32_t generation = barrier.generation.value.load(std::memory_order_acquire);
@@ -121,21 +161,24 @@ struct World::State {
       barrier.generation.advance();
       return;
     }
-    const auto until = Clock::now() + deadline;
+    Waited waited;
     const bool changed = barrier.generation.wait(generation, spins, [&] {
-      return aborted.load(std::memory_order_acquire) || Clock::now() > until;
+      return aborted.load(std::memory_order_acquire) || waited.exceeds(deadline);
     });
     if (changed) return;
     if (aborted.load(std::memory_order_acquire)) throw Error(Code::kCancelled, "region aborted");
-    fail(Code::kTimeout, "a rank did not reach a barrier within {:.0f} ms",
-         std::chrono::duration<double, std::milli>(deadline).count());
+    fail(Code::kTimeout, "a rank did not reach a barrier within {:.0f} ms", deadline_ms());
   }
 
   void work(int rank, int thread) {
     _mm_setcsr(kDefaultMxcsr);
     uint32_t seen = 0;
     for (;;) {
-      while (!epoch.wait(seen, spins, [] { return false; })) {}
+      Waited waited;  // for the caller to leave region `seen` as this thread did
+      epoch.wait(seen, spins, [&] {
+        if (!caller_has_left(seen) && waited.exceeds(deadline)) abort_late_caller(seen);
+        return false;
+      });
       ++seen;
       if (stopping.load(std::memory_order_acquire)) return;
       execute(rank, thread);
@@ -146,8 +189,8 @@ struct World::State {
   }
 
   bool wait_for_workers(uint32_t done_before, bool limited) {
-    const auto until = Clock::now() + deadline;
-    return done.wait(done_before, spins, [&] { return limited && Clock::now() > until; });
+    Waited waited;
+    return done.wait(done_before, spins, [&] { return limited && waited.exceeds(deadline); });
   }
 
   void release_kept() {
@@ -198,6 +241,7 @@ void World::run_within(const RegionFunction& f, bool limited) {
   State& s = *state_;
   if (dead()) fail(Code::kRankFailed, "the world is dead: a rank stopped answering earlier");
   s.job = f;
+  s.limited = limited;
   s.error = nullptr;
   s.aborted.store(false, std::memory_order_relaxed);
   s.world_barrier.arrived.store(0, std::memory_order_relaxed);
@@ -207,8 +251,9 @@ void World::run_within(const RegionFunction& f, bool limited) {
   s.epoch.advance();  // orders all of the above before the workers' reads
 
   s.execute(0, 0);
+  s.caller_leaves();
   if (s.total > 1 && !s.wait_for_workers(done_before, limited)) {
-    const double ms = std::chrono::duration<double, std::milli>(s.deadline).count();
+    const double ms = s.deadline_ms();
     s.abort_region(std::make_exception_ptr(
         Error(Code::kTimeout, fmt::format("{} of {} threads did not finish within {:.0f} ms", s.inside.load(), s.total, ms))));
     if (!s.wait_for_workers(done_before, true)) {
@@ -236,8 +281,13 @@ void World::check_abort() const {
 }
 
 void World::keep_alive(std::shared_ptr<void> memory) {
-  std::lock_guard lock(state_->keep_mutex);
-  state_->kept.push_back(std::move(memory));
+  const std::shared_ptr<State> state = state_;  // `memory` may hold this world
+  {
+    std::lock_guard lock(state->keep_mutex);
+    state->kept.push_back(std::move(memory));
+  }
+  // The last of them may have come back, and found nothing to release, before there was anything here.
+  if (state->inside.load(std::memory_order_acquire) == 0) state->release_kept();
 }
 
 FloatingPointMode::FloatingPointMode() : saved_(_mm_getcsr()) { _mm_setcsr(kDefaultMxcsr); }

@@ -8,6 +8,10 @@
 //      every check_abort() of that region then throws, so each thread stops writing and acknowledges by leaving the region.
 //   3. Undoing may begin only after every thread has acknowledged. A thread that does not within one more deadline makes the
 //      world dead: its memory is kept (keep_alive) because it may still write, and nothing runs any more.
+//   4. The caller's own thread is the exception: nobody can return in its place. When it does not leave a region within one
+//      deadline of another thread, that thread raises the abort flag, so the region fails once the caller comes back; alone
+//      (one rank of one thread) it waits for no one.
+// A deadline is waiting as the waiter saw it: the time in which the whole process stood still does not count.
 #pragma once
 
 #include <cstddef>
@@ -59,7 +63,8 @@ class World {
   void world_barrier();
   void check_abort() const;
 
-  // Memory that a dead world's stuck threads may still touch: it lives until the last of them has come back.
+  // Memory that a dead world's stuck threads may still touch: it lives until the last of them has come back
+  // (until now, when it has already).
   void keep_alive(std::shared_ptr<void> memory);
 
   struct State;

@@ -1,10 +1,12 @@
 #include "lib/comm/world.h"
 
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <csignal>
 #include <fstream>
 #include <numeric>
 #include <string>
@@ -139,6 +141,80 @@ TEST_CASE("a thread that never answers makes the world dead within two deadlines
   release = true;
   std::this_thread::sleep_for(20ms);
 }
+
+TEST_CASE("memory of a dead world lives while a thread is stuck, and no longer when it came back before it was handed over") {
+  for (bool back_first : {false, true}) {
+    const auto release = std::make_shared<std::atomic<bool>>(false);
+    std::atomic<bool>* const go = release.get();
+    World world(2, 1, 100);
+    CHECK_THROWS_AS(world.run([go](int r, int) {
+      while (r == 1 && !*go) std::this_thread::sleep_for(2ms);
+    }), Error);
+    REQUIRE(world.dead());
+    if (back_first) *release = true, std::this_thread::sleep_for(300ms);
+    auto memory = std::make_shared<int>(1);
+    const std::weak_ptr<int> kept = memory;
+    world.keep_alive(std::move(memory));
+    CHECK(kept.expired() == back_first);
+    *release = true;
+    for (int i = 0; i < 2000 && !kept.expired(); ++i) std::this_thread::sleep_for(2ms);
+    CHECK(kept.expired());
+  }
+}
+
+TEST_CASE("a caller that outlasts the deadline finds its region failed, with a barrier after it and without, and the world lives on") {
+  for (bool barrier : {false, true}) {
+    World world(2, 1, 100);
+    const auto region = [barrier, &world](int r, int) {
+      if (r == 0) std::this_thread::sleep_for(1000ms);
+      if (barrier) world.world_barrier();
+    };
+    try {
+      world.run(region);
+      FAIL("no error");
+    } catch (const Error& e) {
+      CHECK(e.code() == Code::kTimeout);
+    }
+    CHECK_FALSE(world.dead());
+    for (int i = 0; i < 100; ++i) world.run([&](int, int) { world.world_barrier(); });
+    if (!barrier) world.run_long(region);  // a load may take as long as it takes
+  }
+}
+
+#if !defined(__SANITIZE_THREAD__)  // which does not follow a fork
+TEST_CASE("time in which the whole process is stopped counts for no deadline") {
+  int ready[2];
+  REQUIRE(pipe(ready) == 0);
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    int status = 1;
+    try {
+      World world(2, 1, 1500);
+      world.run([&](int r, int) {
+        if (r == 1) {
+          (void)!write(ready[1], "", 1);
+          for (int i = 0; i < 40; ++i) std::this_thread::sleep_for(5ms);
+        }
+        world.world_barrier();
+      });
+      status = 0;
+    } catch (...) {
+    }
+    _exit(status);
+  }
+  char byte;
+  REQUIRE(read(ready[0], &byte, 1) == 1);
+  std::this_thread::sleep_for(50ms);
+  REQUIRE(kill(child, SIGSTOP) == 0);
+  std::this_thread::sleep_for(2000ms);
+  REQUIRE(kill(child, SIGCONT) == 0);
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  close(ready[0]), close(ready[1]);
+}
+#endif
 
 TEST_CASE("a barrier that a rank never reaches times out") {
   World world(2, 1, 150);
