@@ -178,7 +178,8 @@ typedef struct moebius_step_result {
  * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. */
 MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
 /* The engine's own thread steps whenever there is work, and every 50 ms while there is none but a policy watches the load, until
- * stop (which waits for a step under way) or a failure. One thread at a time calls these two. INVALID_STATE: it runs already. */
+ * stop (which waits for a step under way) or a failure. One thread at a time calls these two. INVALID_STATE: it runs already, or
+ * the engine has failed. */
 MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
 
@@ -208,7 +209,9 @@ MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_e
                                                double timeout_ms, size_t *out_count, moebius_error **err);
 
 /* ---- switching. Any thread; taken up before the next step in the order asked for, the outcome of each is an event. One that
- * is asked for while another is under way turns the seam round where it stands. QUEUE_FULL: 64 wait for the next step. */
+ * is asked for while another is under way turns the seam round where it stands; where it goes there already, the end of that
+ * one is the outcome of both. When the engine fails, each that has not ended is SWITCH_REFUSED with the reason.
+ * QUEUE_FULL: 64 wait for the next step. INVALID_STATE: the engine has failed. */
 
 MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);
 /* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there. */
@@ -274,6 +277,7 @@ MOEBIUS_API moebius_status moebius_engine_metrics_text(const moebius_engine *eng
                                                        moebius_error **err);
 
 /* Logits of a keep_logits request, float [positions, vocab_size], positions in order, since the last call that took them.
+ * They are stored as they are computed: such a step allocates. When a rank has stopped answering they are copied, not taken.
  * Always sets *out_count (floats). Nothing is taken with out_logits NULL, or when `capacity` floats are too few for all of them
  * (INVALID_ARGUMENT). Waits for a step under way. */
 MOEBIUS_API moebius_status moebius_engine_take_logits(moebius_engine *engine, uint64_t id, int32_t sample, float *out_logits,

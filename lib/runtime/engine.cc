@@ -193,6 +193,17 @@ void Engine::Impl::check_request(const RequestSpec& spec) const {
            pages, config_.page_tokens, name, capacity);
 }
 
+// Under inbox_mutex_; failure_ is written under step_mutex_ too, so that one is enough for the first.
+void Engine::Impl::refuse_if_failed() const {
+  if (!failure_.empty()) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_);
+}
+
+void Engine::Impl::refuse_if_full(int n) {
+  if (waiting_hint_ + n <= config_.max_queue) return;
+  metrics_.on_rejection();
+  fail(Code::kQueueFull, "{} requests are waiting, max_queue is {}", waiting_hint_, config_.max_queue);
+}
+
 uint64_t Engine::Impl::submit(const RequestSpec& spec) {
   check_request(spec);
   auto request = std::make_unique<Request>();
@@ -200,39 +211,51 @@ uint64_t Engine::Impl::submit(const RequestSpec& spec) {
   request->submitted = Clock::now();
   if (spec.deadline_ms > 0)
     request->deadline = request->submitted + clamped_ms(spec.deadline_ms);
+  {
+    std::lock_guard lock(inbox_mutex_);
+    refuse_if_failed();
+    refuse_if_full(spec.sampling.n);
+    request->number = next_number_++;
+  }
+  make_samples(*request);  // unlocked: up to 1,024 copies of the prompt
+  const uint64_t number = request->number;
+  {
+    std::lock_guard lock(inbox_mutex_);
+    refuse_if_failed();
+    refuse_if_full(spec.sampling.n);
+    const auto it = requests_.emplace(number, std::move(request)).first;
+    try {
+      inbox_.push_back(it->second.get());
+    } catch (...) {
+      requests_.erase(it);
+      throw;
+    }
+    waiting_hint_ += spec.sampling.n;
+    metrics_.set_waiting(waiting_hint_);
+  }
+  inbox_filled_.notify_one();
+  return number;
+}
+
+void Engine::Impl::make_samples(Request& request) const {
+  RequestSpec& spec = request.spec;
   const size_t total = spec.prompt_ids.size() + static_cast<size_t>(spec.sampling.max_tokens);
   const size_t pages = static_cast<size_t>(div_up(static_cast<int64_t>(total) + 1, config_.page_tokens)) + 1;
-  request->samples.resize(static_cast<size_t>(spec.sampling.n));
-  request->unfinished = spec.sampling.n;
-  std::unique_lock lock(inbox_mutex_);
-  if (!failure_.empty()) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_);
-  if (waiting_hint_ + spec.sampling.n > config_.max_queue) {
-    metrics_.on_rejection();
-    fail(Code::kQueueFull, "{} requests are waiting, max_queue is {}", waiting_hint_, config_.max_queue);
-  }
-  request->number = next_number_++;
-  if (request->spec.id.empty()) request->spec.id = std::to_string(request->number);
+  if (spec.id.empty()) spec.id = std::to_string(request.number);
+  request.samples.resize(static_cast<size_t>(spec.sampling.n));
+  request.unfinished = spec.sampling.n;
   for (int i = 0; i < spec.sampling.n; ++i) {
-    Sequence& s = request->samples[static_cast<size_t>(i)];
-    s.request = request.get();
+    Sequence& s = request.samples[static_cast<size_t>(i)];
+    s.request = &request;
     s.sample = i;
     s.tokens.reserve(total);
     s.tokens = spec.prompt_ids;
-    s.tokens.reserve(total);
     s.blocks.reserve(pages);
     s.tp_pages.reserve(pages);
     s.ep_pages.reserve(pages);
-    const uint64_t seed = spec.sampling.seed ? request_seed(*spec.sampling.seed, {}, i) : request_seed(config_.seed, request->spec.id, i);
-    s.sampler.start(request->spec.sampling, seed, spec.prompt_ids, model_.vocab_size);
+    const uint64_t seed = spec.sampling.seed ? request_seed(*spec.sampling.seed, {}, i) : request_seed(config_.seed, spec.id, i);
+    s.sampler.start(spec.sampling, seed, spec.prompt_ids, model_.vocab_size);
   }
-  waiting_hint_ += spec.sampling.n;
-  metrics_.set_waiting(waiting_hint_);
-  const uint64_t number = request->number;
-  inbox_.push_back(request.get());
-  requests_.emplace(number, std::move(request));
-  lock.unlock();
-  inbox_filled_.notify_one();
-  return number;
 }
 
 bool Engine::Impl::cancel(uint64_t request) {
@@ -251,6 +274,7 @@ void Engine::Impl::aim(int32_t seam) {
     fail(Code::kInvalidArgument, "seam {} is outside 0 … {}", seam, model_.shape.num_layers());
   {
     std::lock_guard lock(inbox_mutex_);
+    refuse_if_failed();
     if (wished_seams_.size() >= kMaxWishes)
       fail(Code::kQueueFull, "{} switches wait to be taken up by the next step already", wished_seams_.size());
     wished_seams_.push_back(seam);
@@ -356,6 +380,7 @@ void Engine::Impl::take_inbox() {
 
 void Engine::Impl::take_wishes() {
   seams_.clear();
+  seams_begun_ = 0;
   {
     std::lock_guard lock(inbox_mutex_);
     seams_.swap(wished_seams_);
@@ -368,12 +393,24 @@ void Engine::Impl::take_wishes() {
   if (!seams_.empty()) policy_asked_ = false;
   for (size_t i = 0; i < seams_.size(); ++i) {
     if (config_.ranks == 1) {
+      ++seams_begun_;
       report_seam(seams_[i]);
       continue;
     }
     if (i > 0 && stall_budget_ms_ == 0) switcher_.advance(0);  // all at once: the one before has ended when this one begins
+    ++seams_begun_;
     switcher_.begin(seams_[i], config_.preempt_to_fit);
   }
+}
+
+void Engine::Impl::refuse_seam(int32_t target, std::string_view why) {
+  Event event;
+  event.type = EventType::kSwitchRefused;
+  event.seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
+  event.to = target > event.seam || target == model_.shape.num_layers() ? Layout::kTp : Layout::kEp;
+  event.from = other(event.to);
+  event.reason = Reason::of("the engine has failed: {}", why);
+  emit(std::move(event));
 }
 
 // With one rank every slice has one owner in both layouts: a switch succeeds and moves nothing.
@@ -428,7 +465,7 @@ void Engine::Impl::expire(Clock::time_point now) {
 StepResult Engine::Impl::step() {
   std::lock_guard step_lock(step_mutex_);
   const FloatingPointMode mode;
-  if (!failure_.empty()) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_);
+  refuse_if_failed();
   StepResult result;
   const auto begin = Clock::now();
   try {
@@ -444,6 +481,9 @@ StepResult Engine::Impl::step() {
     result.worked = plan_.num_rows() > 0 || switcher_.moving() || !scheduler_.waiting().empty();
   } catch (const std::exception& e) {
     fail_everything(e.what());
+    throw;
+  } catch (...) {
+    fail_everything("an exception of unknown type");
     throw;
   }
   result.decode_rows = plan_.decode_rows;
@@ -645,6 +685,11 @@ void Engine::Impl::fail_everything(const std::string& why) {
       events_.push(std::move(event));
     }
   inbox_.clear();
+  // Switches have their outcome too: the one under way, those taken up and not begun, those not taken up.
+  if (switcher_.moving()) refuse_seam(switcher_.target(), why);
+  for (; seams_begun_ < seams_.size(); ++seams_begun_) refuse_seam(seams_[seams_begun_], why);
+  for (int32_t seam : wished_seams_) refuse_seam(seam, why);
+  wished_seams_.clear();
   waiting_hint_ = 0;
   stats_.running = stats_.waiting = 0;
   stats_.switching = false;
@@ -745,6 +790,7 @@ size_t Engine::Impl::take_logits(uint64_t number, int32_t sample, std::span<floa
   const size_t count = static_cast<size_t>((s.logits_kept - s.logits_taken) * model_.vocab_size);
   if (out.data() == nullptr || out.size() < count) return count;
   std::copy_n(s.logits.begin(), count, out.begin());
+  if (world_.dead()) return count;  // a stuck thread may still write the rows after them: they stay, and can be taken again
   s.logits = {};
   s.logits_taken = s.logits_kept;
   s.logits_collected = s.state == SequenceState::kFinished;
@@ -774,13 +820,17 @@ bool Engine::Impl::wait_for_call() {
 }
 
 void Engine::Impl::start() {
+  {
+    std::lock_guard lock(inbox_mutex_);
+    refuse_if_failed();
+  }
   if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread runs already");
   own_thread_stops_ = false;
   own_thread_ = std::thread([this] {
     try {
       while (!own_thread_stops_)
         if (has_work() || (wait_for_call() && policy_->watches())) step();
-    } catch (const std::exception&) {
+    } catch (...) {
       // every request has its final event, and submit says why
     }
   });

@@ -63,6 +63,9 @@ class Engine::Impl {
 
  private:
   void compare_ranks();
+  void refuse_if_failed() const;
+  void refuse_if_full(int n);
+  void make_samples(Request& request) const;
   void take_inbox();
   void take_wishes();
   void observe_load();
@@ -84,6 +87,7 @@ class Engine::Impl {
   void emit(Event&& event);
   void emit_request(EventType type, const Sequence& sequence);
   void report_seam(int32_t target);
+  void refuse_seam(int32_t target, std::string_view why);
   void publish_stats();
   bool was_called() const;
   bool has_work();
@@ -135,7 +139,8 @@ class Engine::Impl {
   int64_t waiting_hint_ = 0;     // waiting sequences, for the queue limit
   std::vector<Request*> arriving_;
   std::vector<uint64_t> cancelling_;
-  std::vector<int32_t> seams_;
+  std::vector<int32_t> seams_;           // wishes that this step has taken up
+  size_t seams_begun_ = 0;               // of these
   EngineStats stats_;            // the stepping thread's own
   EngineStats published_;        // a copy as of the last step, guarded by inbox_mutex_
 

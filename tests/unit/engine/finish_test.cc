@@ -1,4 +1,5 @@
 // How requests end: end-of-text and stop tokens, lengths, deadlines, logits that are no numbers.
+#include <atomic>
 #include <thread>
 
 #include "tests/unit/engine/harness.h"
@@ -164,6 +165,73 @@ TEST_CASE("when a step fails every request ends with an error, nothing runs any 
   CHECK_THROWS_WITH(engine.step(), Catch::Contains("a fault"));
   CHECK_THROWS_WITH(engine.submit(two), Catch::Contains("a fault"));
   CHECK(engine.take_logits(kept).size() == (5 + 3 - 1) * 512u);
+}
+
+TEST_CASE("an exception of unknown type ends every request too, in the host's step and in the engine's own thread") {
+  for (bool own_thread : {false, true}) {
+    Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+    engine.impl().step_hook = [](int rank, int) {
+      if (rank == 1) throw 7;
+    };
+    engine.submit(greedy_request("a", prompt_of(1, 5), 50));
+    if (own_thread) engine.start();
+    else CHECK_THROWS_AS(engine.step(), int);
+    std::vector<Event> events(16);
+    bool ended = false;
+    for (int i = 0; i < 100 && !ended; ++i)
+      for (size_t n = engine.poll(events, 100), e = 0; e < n; ++e)
+        ended |= events[e].type == EventType::kFinished && events[e].finish_reason == FinishReason::kError;
+    CHECK(ended);
+    engine.stop();
+    CHECK_THROWS_WITH(engine.step(), Catch::Contains("unknown type"));
+  }
+}
+
+TEST_CASE("when the engine fails each switch that was asked for has its outcome, and none is taken afterwards") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.stall_budget_ms = 1e-6;
+  Engine engine(kQwen, config);
+  engine.submit(greedy_request("a", prompt_of(1, 40), 50));
+  engine.step();
+  engine.request_switch(Layout::kEp);
+  engine.step();
+  REQUIRE(engine.stats().switching);
+  engine.impl().step_hook = [&](int rank, int) {
+    if (rank > 0) return;
+    engine.request_switch(Layout::kTp);  // after this step took up what it found
+    fail(Code::kInternal, "a fault");
+  };
+  CHECK_THROWS_AS(engine.step(), Error);
+  std::vector<Event> events(256);
+  events.resize(engine.poll(events, 0));
+  std::vector<Layout> refused;
+  for (const Event& e : events)
+    if (e.type == EventType::kSwitchRefused) {
+      refused.push_back(e.to);
+      CHECK_THAT(std::string(e.reason.view()), Catch::Contains("the engine has failed: a fault"));
+    }
+  CHECK((refused == std::vector<Layout>{Layout::kEp, Layout::kTp}));
+  CHECK_FALSE(engine.stats().switching);
+  CHECK_THROWS_WITH(engine.request_switch(Layout::kEp), Catch::Contains("a fault"));
+  CHECK_THROWS_WITH(engine.start(), Catch::Contains("a fault"));
+}
+
+TEST_CASE("logits are not taken out of a dead world's memory, only copied") {
+  const auto release = std::make_shared<std::atomic<bool>>(false);
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.wait_deadline_ms = kSweep > 1 ? 2000 : 400;
+  Engine engine(kQwen, config);
+  const uint64_t kept = engine.submit(greedy_request("kept", prompt_of(1, 5), 50, true));
+  for (int i = 0; i < 3; ++i) engine.step();
+  engine.impl().step_hook = [release](int rank, int) {
+    while (rank == 1 && !*release) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  };
+  CHECK_THROWS_AS(engine.step(), Error);
+  REQUIRE(engine.impl().world().dead());
+  const std::vector<float> first = engine.take_logits(kept);
+  CHECK(first.size() == (5 + 3 - 1) * 512u);
+  CHECK((engine.take_logits(kept) == first));
+  *release = true;
 }
 
 TEST_CASE("weights that are no numbers end the same requests with an error everywhere, and leave their batch mates' bits alone") {
