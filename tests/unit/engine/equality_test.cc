@@ -15,9 +15,7 @@ Script three_requests() {
   return s;
 }
 
-Outcome baseline(const std::string& model, const Script& script) {
-  return run_script(model, small_config(1, 1, Layout::kTp), script);
-}
+Outcome baseline(const std::string& model, const Script& script) { return run_script(model, small_config(1, 1, Layout::kTp), script); }
 
 }  // namespace
 
@@ -53,11 +51,13 @@ TEST_CASE("every seam held still gives the same bits") {
     const Outcome expected = baseline(model, script);
     const int layers = model == kDense ? 6 : 4;
     for (int seam = 0; seam <= layers; ++seam)
-      for (Layout start : {Layout::kTp, Layout::kEp}) {
-        script.switches = {{0, seam}};
-        INFO(model << " seam " << seam << " from " << name_of(start));
-        CHECK(difference(expected, run_script(model, small_config(2, 1, start), script)) == "");
-      }
+      for (Layout start : {Layout::kTp, Layout::kEp})
+        for (auto [ranks, threads] : {std::pair{2, 1}, {8, 2}}) {
+          if (ranks == 8 && (seam + (start == Layout::kEp)) % 2 != 0) continue;  // each seam from one end: its 16 threads are slow
+          script.switches = {{0, seam}};
+          INFO(model << " seam " << seam << " from " << name_of(start) << " ranks " << ranks);
+          CHECK(difference(expected, run_script(model, small_config(ranks, threads, start), script)) == "");
+        }
   }
 }
 
@@ -70,6 +70,11 @@ TEST_CASE("any chunk size gives the same bits") {
       config.chunk_tokens = chunk;
       INFO("chunk " << chunk << " " << name_of(layout));
       CHECK(difference(expected, run_script(kQwen, config, script)) == "");
+      if (layout == (chunk % 2 == 0 ? Layout::kTp : Layout::kEp)) {
+        config.ranks = 8;
+        config.threads = 2;
+        CHECK(difference(expected, run_script(kQwen, config, script)) == "");
+      }
     }
 }
 
@@ -104,18 +109,35 @@ TEST_CASE("on every kernel path TP, EP, a held seam and a switch give the same b
   }
 }
 
-TEST_CASE("a request alone gives the bits it gives among 64") {
-  Script alone, crowd;
-  alone.requests.push_back({greedy_request("x", prompt_of(77, 41), 10, true)});
-  crowd.requests = alone.requests;
-  for (int i = 0; i < 63; ++i)
-    crowd.requests.push_back({greedy_request("m" + std::to_string(i), prompt_of(100 + i, 1 + i % 50), 5 + i % 7), i % 5});
-  const Outcome expected = baseline(kQwen, alone);
-  for (Layout layout : {Layout::kTp, Layout::kEp}) {
-    Outcome got = run_script(kQwen, small_config(2, 2, layout), crowd);
-    Outcome only;
-    only.outputs["x"] = got.outputs.at("x");
-    CHECK(difference(expected, only) == "");
+TEST_CASE("64 requests that decode together give the bits that each gives alone") {
+  Script crowd;
+  for (int i = 0; i < 64; ++i)
+    crowd.requests.push_back({greedy_request("m" + std::to_string(i), prompt_of(100 + i, 1 + i * 7 % 50), 30 + i % 4, true)});
+  const auto crowded = [](EngineConfig config) {
+    config.chunk_tokens = 4096;
+    config.kv_tokens = 64 * 256;
+    return config;
+  };
+  Outcome expected;
+  {
+    Engine engine(kQwen, crowded(small_config(1, 1, Layout::kTp)));
+    for (size_t i = 0; i < 64; i += kSweep) expected.outputs.merge(Runner(engine, true).run({{crowd.requests[i]}, {}}).outputs);
+  }
+  for (int held : {-1, 2, 0}) {
+    crowd.switches = {{0, held}};
+    Engine engine(kQwen, crowded(small_config(2, 2, held == 0 ? Layout::kEp : Layout::kTp)));
+    Runner runner(engine);
+    int together = 0;
+    runner.before_step = [&](int64_t) {
+      const auto& running = engine.impl().scheduler().running();
+      together += running.size() == 64 && std::all_of(running.begin(), running.end(), [](const Sequence* s) { return s->generated() > 0; });
+    };
+    const Outcome got = runner.run(crowd);
+    INFO("seam " << held);
+    REQUIRE(together >= 29);
+    Outcome chosen;
+    for (const auto& [id, output] : expected.outputs) chosen.outputs[id] = got.outputs.at(id);
+    CHECK(difference(expected, chosen) == "");
   }
 }
 
@@ -137,6 +159,32 @@ TEST_CASE("sampled tokens do not depend on layout, batch mates or chunking") {
       const Outcome got = run_script(kQwen, small_config(2, 1, layout), script_with(mates));
       CHECK(got.outputs.at("r").tokens == expected.outputs.at("r").tokens);
     }
+}
+
+TEST_CASE("sampled tokens of a seed are the same on 4 ranks and across a switch at any step") {
+  Script script;
+  for (int i = 0; i < 3; ++i) {
+    RequestSpec r = greedy_request("r" + std::to_string(i), prompt_of(5 + i, 20 + i), 16, true);
+    r.sampling.temperature = 0.9 + 0.3 * i;
+    r.sampling.top_p = 0.95;
+    r.sampling.seed = 1234 + i;
+    script.requests.push_back({r, i});
+  }
+  const Outcome expected = baseline(kQwen, script);
+  REQUIRE(expected.outputs.at("r0").tokens != [&] {  // the seed matters: greedy gives others
+    Script greedy = script;
+    for (ScriptedRequest& r : greedy.requests) r.spec.sampling.temperature = 0;
+    return baseline(kQwen, greedy).outputs.at("r0").tokens;
+  }());
+  for (Layout start : {Layout::kTp, Layout::kEp})
+    for (double budget : {0.0, 1e-6})
+      for (int64_t step = 1; step < 14; step += 2 * kSweep) {
+        script.switches = {{step, start == Layout::kTp ? 0 : -1}};
+        EngineConfig config = small_config(4, 1, start);
+        config.stall_budget_ms = budget;
+        INFO("from " << name_of(start) << " at step " << step << " budget " << budget);
+        CHECK(difference(expected, run_script(kQwen, config, script, 16 * kSmallPieces)) == "");
+      }
 }
 
 }  // namespace moebius::test
