@@ -86,4 +86,57 @@ TEST_CASE("with a tiny budget a switch spreads over steps, and every step copies
       }
 }
 
+TEST_CASE("a step of the smallest budget copies no more bytes than a piece a rank, or what is left to a fence") {
+  for (auto [model, threads] : {std::pair{kQwen, 1}, {kMixtral, 2}}) {
+    for (Layout start : {Layout::kTp, Layout::kEp}) {
+      constexpr int kRequests = 6;
+      constexpr int64_t kRanks = 2, kPiece = 8 * kSmallPieces;
+      EngineConfig config = small_config(kRanks, threads, start);
+      config.chunk_tokens = 4096;
+      config.kv_tokens = 16384;
+      config.stall_budget_ms = kTinyBudget;
+      Engine engine(model, config);
+      Switcher& switcher = engine.impl().switcher();
+      switcher.set_piece_bytes(kPiece);
+      for (int i = 0; i < kRequests; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 390 + 3 * i), 500));
+      for (int i = 0; i < 3; ++i) engine.step();
+      REQUIRE(engine.stats().running == kRequests);
+      // A block of a layer: no head is on both ranks, so a block is written once, whichever way.
+      const int64_t block_bytes = engine.impl().store().arena().kv_page_bytes(0, Layout::kEp);
+      const int64_t full_blocks = engine.impl().kv().blocks_in_use();
+      // The fence has the block that each request writes, and those filled since the full ones were counted: one for each
+      // request and page_tokens steps.
+      const int64_t backlog_steps = div_up(full_blocks * 2 * block_bytes, kPiece * kRanks) + 1;
+      const int64_t at_fence = kRequests * (2 + backlog_steps / config.page_tokens) * block_bytes;
+      REQUIRE(at_fence * 3 < full_blocks * block_bytes);
+      engine.request_switch(other(start));
+      INFO(model << " from " << name_of(start) << " threads " << threads << ", a block has " << block_bytes << " bytes");
+      int64_t weights = 0, kv = 0;
+      int pieces_of_weights = 0, pieces_of_kv = 0, fences = 0, seam = engine.stats().seam;
+      do {
+        engine.step();
+        const int64_t new_weights = switcher.weights_part().bytes - weights, new_kv = switcher.kv_part().bytes - kv;
+        weights += new_weights;
+        kv += new_kv;
+        if (switcher.seam() == seam) {
+          CHECK(new_weights + new_kv <= kRanks * kPiece);
+          CHECK(new_weights + new_kv > 0);
+          ++(new_kv > 0 ? pieces_of_kv : pieces_of_weights);
+        } else {
+          CHECK(std::abs(switcher.seam() - seam) == 1);
+          CHECK(new_weights == 0);
+          CHECK(new_kv > 0);
+          CHECK(new_kv <= at_fence);
+          seam = switcher.seam();
+          ++fences;
+        }
+      } while (engine.stats().switching);
+      CHECK(engine.stats().running == kRequests);
+      CHECK(fences == 4);
+      CHECK(pieces_of_weights > 2 * fences);
+      CHECK(pieces_of_kv > 2 * fences);
+    }
+  }
+}
+
 }  // namespace moebius::test

@@ -21,26 +21,30 @@ std::vector<std::byte> weight_bytes(Engine& engine, Layout layout) {
   return out;
 }
 
-// KV of every live block, by block, layer and head, wherever the layout keeps it.
-std::vector<std::byte> kv_bytes(Engine& engine, Layout layout) {
+// KV of every live block, cached ones too, by block, layer and head, wherever the layout keeps it; replicas must be equal.
+std::map<int32_t, std::vector<std::byte>> kv_bytes(Engine& engine, Layout layout) {
   const ModelStore& store = engine.impl().store();
   const KvManager& kv = engine.impl().kv();
-  std::vector<std::byte> out;
-  for (const Sequence* s : engine.impl().scheduler().running())
-    for (int32_t b : s->blocks)
-      for (int l = 0; l < engine.model().num_layers; ++l)
-        for (int h = 0; h < store.forward().num_kv_heads; ++h)
-          for (int r = 0; r < kv.num_homes(); ++r) {
-            const auto& heads = store.arena().local_kv_heads(r, layout);
-            const auto found = std::find(heads.begin(), heads.end(), h);
-            if (found == heads.end() || (layout == Layout::kEp && kv.block(b).home != r)) continue;
-            const int64_t slice = store.arena().kv_slice_bytes();
-            const int32_t page = layout == Layout::kTp ? kv.block(b).tp_page : kv.block(b).ep_page;
-            const std::byte* at = store.arenas()[r] + store.arena().kv_offset(r, layout, l) +
-                                  (page * static_cast<int64_t>(heads.size()) + (found - heads.begin())) * slice;
-            out.insert(out.end(), at, at + slice);
-            break;  // replicas are equal
-          }
+  const int64_t slice = store.arena().kv_slice_bytes();
+  std::map<int32_t, std::vector<std::byte>> out;
+  for (int32_t b : kv.live_blocks())
+    for (int l = 0; l < engine.model().num_layers; ++l)
+      for (int h = 0; h < store.forward().num_kv_heads; ++h) {
+        const std::byte* first = nullptr;
+        for (int r = 0; r < kv.num_homes(); ++r) {
+          const auto& heads = store.arena().local_kv_heads(r, layout);
+          const auto found = std::find(heads.begin(), heads.end(), h);
+          if (found == heads.end() || (layout == Layout::kEp && kv.block(b).home != r)) continue;
+          const int32_t page = layout == Layout::kTp ? kv.block(b).tp_page : kv.block(b).ep_page;
+          const std::byte* at = store.arenas()[r] + store.arena().kv_offset(r, layout, l) +
+                                (page * static_cast<int64_t>(heads.size()) + (found - heads.begin())) * slice;
+          if (first == nullptr)
+            out[b].insert(out[b].end(), first = at, at + slice);
+          else if (std::memcmp(first, at, slice) != 0)
+            FAIL("block " << b << " layer " << l << " head " << h << ": rank " << r << " differs");
+        }
+        REQUIRE(first != nullptr);
+      }
   return out;
 }
 
@@ -61,6 +65,42 @@ TEST_CASE("a switch at every step, in both directions, at once and incremental, 
           CHECK(difference(expected, got) == "");
           CHECK(got.count(EventType::kSwitchStarted) == 1);
         }
+  }
+}
+
+TEST_CASE("a switch at every step of a run that preempts, with a cancel right after, changes no bit") {
+  Script script;
+  for (int i = 0; i < 8; ++i)
+    script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(20 + i, 24 + i), 28, true), i / 4});
+  script.requests.push_back({greedy_request("victim", prompt_of(90, 30), 46), 1});
+  for (auto [model, ranks, threads, stride] : {std::tuple{kQwen, 2, 1, 1}, {kMixtral, 4, 2, 6}}) {
+    const Outcome expected = without(run_script(model, small_config(1, 1, Layout::kTp), script), {"victim"});
+    for (Layout start : {Layout::kTp, Layout::kEp})
+      for (auto [budget, pieces] : {std::pair{0.0, int64_t{0}}, {1e-6, 16 * kSmallPieces}}) {
+        int between = 0;  // preemptions while the seam was inside
+        for (int64_t step = 0; step < 24; step += stride * kSweep) {
+          script.requests.back().cancel_step = step + 2;
+          script.switches = {{step, start == Layout::kTp ? 0 : -1}};
+          EngineConfig config = small_config(ranks, threads, start);
+          config.kv_tokens = 320;
+          config.preempt_to_fit = true;
+          config.stall_budget_ms = budget;
+          INFO(model << " from " << name_of(start) << " at step " << step << " budget " << budget);
+          const Outcome got = run_script(model, config, script, pieces);
+          CHECK(got.count(EventType::kPreempted) > 0);
+          CHECK(got.count(EventType::kSwitchFinished) == 1);
+          CHECK(got.outputs.at("victim").reason == FinishReason::kAbort);
+          CHECK(difference(expected, without(got, {"victim"})) == "");
+          bool moving = false;
+          for (const Event& e : got.events) {
+            if (e.type == EventType::kSwitchStarted) moving = true;
+            if (e.type == EventType::kSwitchFinished) moving = false;
+            between += moving && e.type == EventType::kPreempted;
+          }
+        }
+        INFO(model << " from " << name_of(start) << " budget " << budget);
+        CHECK((between > 0 || budget == 0));
+      }
   }
 }
 
@@ -92,54 +132,75 @@ TEST_CASE("a turn-round after copying ahead changes no bit") {
       }
 }
 
-TEST_CASE("weights and KV are the same bytes after a round trip") {
+TEST_CASE("weights and KV, of cached blocks too, are the same bytes after a round trip from either end, at once or copied ahead") {
   for (const std::string& model : {kQwen, kDense, kMixtral})
-    for (int ranks : {2, 3, 8}) {
-      Engine engine(model, small_config(ranks, 1, Layout::kEp));
-      for (int i = 0; i < 9; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(60 + i, 5 + 9 * i), 60));
-      for (int i = 0; i < 12; ++i) engine.step();
-      engine.impl().switcher().begin(0, false);  // a switch to the present layout moves nothing
-      const auto weights = weight_bytes(engine, Layout::kEp);
-      const auto kv = kv_bytes(engine, Layout::kEp);
-      Switcher& switcher = engine.impl().switcher();
-      REQUIRE(switcher.begin(switcher.num_layers(), false));
-      switcher.advance(0);
-      REQUIRE(switcher.seam() == switcher.num_layers());
-      CHECK(kv == kv_bytes(engine, Layout::kTp));  // the same KV, by head, in the other layout
-      REQUIRE(switcher.begin(0, false));
-      switcher.advance(0);
-      REQUIRE(switcher.seam() == 0);
-      CHECK(weights == weight_bytes(engine, Layout::kEp));
-      CHECK(kv == kv_bytes(engine, Layout::kEp));
-    }
+    for (int ranks : {2, 3, 8})
+      for (Layout start : {Layout::kTp, Layout::kEp})
+        for (double budget : {0.0, 1e-6}) {
+          Engine engine(model, small_config(ranks, 1, start));
+          for (int i = 0; i < 9; ++i)
+            engine.submit(greedy_request("r" + std::to_string(i), prompt_of(60 + i, 5 + 9 * i), i % 3 == 2 ? 2 : 60));
+          for (int i = 0; i < 12; ++i) engine.step();
+          const KvManager& kv = engine.impl().kv();
+          Switcher& switcher = engine.impl().switcher();
+          switcher.set_piece_bytes(16 * kSmallPieces);
+          const auto end_of = [&](Layout layout) { return layout == Layout::kTp ? switcher.num_layers() : 0; };
+          INFO(model << " ranks " << ranks << " from " << name_of(start) << " budget " << budget);
+          REQUIRE(engine.stats().running == 6);
+          REQUIRE(static_cast<int64_t>(kv.live_blocks().size()) > kv.blocks_in_use());  // some are cached
+          switcher.begin(end_of(start), false);                                         // a switch to the present layout moves nothing
+          const auto weights = weight_bytes(engine, start);
+          const auto blocks = kv_bytes(engine, start);
+          int64_t ahead = 0;  // blocks seen copied ahead
+          const auto go = [&](Layout to) {
+            REQUIRE(switcher.begin(end_of(to), false));
+            while (switcher.moving()) {
+              switcher.advance(budget);
+              for (int32_t b : kv.live_blocks()) ahead += kv.block(b).copied_item >= 0;
+            }
+            REQUIRE(switcher.seam() == end_of(to));
+          };
+          go(other(start));
+          CHECK((blocks == kv_bytes(engine, other(start))));  // the same KV, by head, in the other layout
+          go(start);
+          CHECK((weights == weight_bytes(engine, start)));
+          CHECK((blocks == kv_bytes(engine, start)));
+          CHECK((ahead > 0) == (budget > 0));
+        }
 }
 
-TEST_CASE("a fault at any item, rank and direction is rolled back and no token changes") {
+TEST_CASE("a fault at any item, rank, direction and moment of a copy is rolled back and no token changes") {
   Script script = busy_script();
-  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
-  for (Layout start : {Layout::kTp, Layout::kEp})
-    for (int bad_item = 0; bad_item < 4; ++bad_item)
-      for (int bad_rank = 0; bad_rank < 3; ++bad_rank)
-        for (auto [budget, pieces] : {std::pair{0.0, int64_t{1} << 20}, {1e-6, 1 << 20}, {1e-6, 16 * kSmallPieces}}) {
-          EngineConfig config = small_config(3, 1, start);
-          config.stall_budget_ms = budget;
-          Engine engine(kQwen, config);
-          engine.impl().switcher().set_piece_bytes(pieces);
-          int faults = 0;
-          engine.impl().switcher().hook = [&](const CopyPoint& p) {
-            if (p.starts_rank() && p.item == bad_item && p.rank == bad_rank && !p.undoing && faults == 0) {
-              ++faults;
-              throw Error(Code::kIo, "injected");
+  for (auto [model, layers] : {std::pair{kQwen, 4}, {kDense, 6}}) {  // of the dense model's layers some have no experts
+    const Outcome expected = run_script(model, small_config(1, 1, Layout::kTp), script);
+    int64_t turn = 0;
+    for (Layout start : {Layout::kTp, Layout::kEp})
+      for (auto when : {CopyPoint::kBefore, CopyPoint::kBetween, CopyPoint::kAfter})
+        for (int bad_item = 0; bad_item < layers; ++bad_item)
+          for (int bad_rank = 0; bad_rank < 3; ++bad_rank)
+            for (auto [budget, pieces] : {std::pair{0.0, int64_t{1} << 20}, {1e-6, 1 << 20}, {1e-6, 16 * kSmallPieces}}) {
+              if (turn++ % kSweep != 0) continue;
+              EngineConfig config = small_config(3, 1, start);
+              config.stall_budget_ms = budget;
+              Engine engine(model, config);
+              engine.impl().switcher().set_piece_bytes(pieces);
+              int faults = 0;
+              engine.impl().switcher().hook = [&](const CopyPoint& p) {
+                if (p.when == when && p.item == bad_item && p.rank == bad_rank && !p.undoing && faults == 0) {
+                  ++faults;
+                  throw Error(Code::kIo, "injected");
+                }
+              };
+              script.switches = {{4, start == Layout::kTp ? 0 : -1}};
+              INFO(model << " from " << name_of(start) << " item " << bad_item << " rank " << bad_rank << " when " << int{when}
+                         << " budget " << budget << " pieces " << pieces);
+              const Outcome got = Runner(engine).run(script);
+              CHECK(faults == 1);
+              CHECK(got.count(EventType::kRolledBack) == 1);
+              CHECK(engine.stats().seam == (start == Layout::kTp ? layers : 0));
+              CHECK(difference(expected, got) == "");
             }
-          };
-          script.switches = {{4, start == Layout::kTp ? 0 : -1}};
-          INFO("from " << name_of(start) << " item " << bad_item << " rank " << bad_rank << " budget " << budget << " pieces " << pieces);
-          const Outcome got = Runner(engine).run(script);
-          CHECK(faults == 1);
-          CHECK(got.count(EventType::kRolledBack) == 1);
-          CHECK(engine.stats().seam == (start == Layout::kTp ? 4 : 0));
-          CHECK(difference(expected, got) == "");
-        }
+  }
 }
 
 TEST_CASE("a switch after a rolled-back one succeeds") {
@@ -266,6 +327,23 @@ TEST_CASE("a switch that cannot fit is refused before anything changes, with the
   CHECK(engine.stats().seam == before.seam);
   CHECK(engine.stats().running == 9);
   CHECK(engine.stats().refusals == 1);
+}
+
+TEST_CASE("a switch to EP fits at half full memory, one request longer than half a home, whatever the order of arrival") {
+  // Four homes of 8 pages. Nine short requests before it, one page each, would leave the long one 6 pages on a home; it takes 7.
+  for (int place : {0, 4, 9}) {
+    EngineConfig config = small_config(4, 1, Layout::kTp);
+    config.kv_tokens = 4 * 128;
+    config.chunk_tokens = 512;
+    Engine engine(kQwen, config);
+    const auto submit = [&](int i, int prompt) { engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, prompt), 9)); };
+    for (int i = 0; i < 10; ++i) submit(i, i == place ? 105 : 10);
+    engine.step();
+    REQUIRE(engine.stats().running == 10);
+    REQUIRE(engine.impl().kv().blocks_in_use() == 16);
+    INFO("the long one is number " << place);
+    CHECK(engine.estimate_switch(Layout::kEp).fits);
+  }
 }
 
 TEST_CASE("a switch to TP fits when equal prefixes of several homes take one page each") {

@@ -51,7 +51,8 @@ bool all_placed(const std::vector<int64_t>& pages, const Choice& choose) {
 // Fewest requests, then fewest tokens, room or no room.
 int choose_blindly(std::span<const HomeCandidate> homes) {
   const auto load = [](const HomeCandidate& h) { return std::pair(h.requests, h.tokens); };
-  return static_cast<int>(std::min_element(homes.begin(), homes.end(), [&](auto& a, auto& b) { return load(a) < load(b); }) - homes.begin());
+  return static_cast<int>(std::min_element(homes.begin(), homes.end(), [&](auto& a, auto& b) { return load(a) < load(b); }) -
+                          homes.begin());
 }
 
 }  // namespace
