@@ -53,7 +53,8 @@ TEST_CASE("every seam held still gives the same bits") {
     for (int seam = 0; seam <= layers; ++seam)
       for (Layout start : {Layout::kTp, Layout::kEp})
         for (auto [ranks, threads] : {std::pair{2, 1}, {8, 2}}) {
-          if (ranks == 8 && (seam + (start == Layout::kEp)) % 2 != 0) continue;  // each seam from one end: its 16 threads are slow
+          // 16 threads are slow: each seam from one end only.
+          if (ranks == 8 && ((seam + (start == Layout::kEp)) % 2 != 0 || seam % kSweep != 0)) continue;
           script.switches = {{0, seam}};
           INFO(model << " seam " << seam << " from " << name_of(start) << " ranks " << ranks);
           CHECK(difference(expected, run_script(model, small_config(ranks, threads, start), script)) == "");
@@ -70,7 +71,7 @@ TEST_CASE("any chunk size gives the same bits") {
       config.chunk_tokens = chunk;
       INFO("chunk " << chunk << " " << name_of(layout));
       CHECK(difference(expected, run_script(kQwen, config, script)) == "");
-      if (layout == (chunk % 2 == 0 ? Layout::kTp : Layout::kEp)) {
+      if (layout == (chunk % 2 == 0 ? Layout::kTp : Layout::kEp) && (kSweep == 1 || chunk >= 33)) {
         config.ranks = 8;
         config.threads = 2;
         CHECK(difference(expected, run_script(kQwen, config, script)) == "");
