@@ -162,7 +162,7 @@ MOEBIUS_INLINE int64_t cost_of(const ExpertJob& job) {
 // act = silu(gate)·up of one tile for the rows of a block, stored as experts_down takes it: the rows' pairs side by side.
 // (No part of the loop above it: its constants would push accumulators out of their registers.)
 [[gnu::noinline]] void activate(const float (*gate_up)[2][kTile], int64_t rows, Pair* act) {
-  alignas(64) bf16 out[Vec::kRows][kTile];
+  alignas(64) bf16 out[Vec::kRows < 4 ? 4 : Vec::kRows][kTile];  // as many as are interleaved at once
   for (int64_t r = 0; r < rows; ++r) Vec::store_bf16(out[r], Vec::mul(silu(Vec::load(gate_up[r][0])), Vec::load(gate_up[r][1])));
   interleave_rows(act, rows, kTile / 2, [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(out[r]); });
 }
