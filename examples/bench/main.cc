@@ -98,16 +98,21 @@ class Bench {
 
   json base(const std::string& what, Engine& e) {
     const World& w = e.impl().world();
+    return base(what, w.ranks(), w.threads(), e.impl().ops(), e.model().slices_per_expert);
+  }
+
+  // Every row has these keys.
+  json base(const std::string& what, int ranks, int threads, const Ops& ops, int slices_per_expert) {
     return {{"what", what},
             {"shape", o_.model.empty() ? o_.shape : o_.model},
             {"batch", 0},
             {"tokens", 0},
             {"context", 0},
-            {"ranks", w.ranks()},
-            {"threads", w.threads()},
+            {"ranks", ranks},
+            {"threads", threads},
             {"layout", o_.layout},
-            {"isa", e.impl().ops().name},
-            {"slices_per_expert", e.model().slices_per_expert},
+            {"isa", ops.name},
+            {"slices_per_expert", slices_per_expert},
             {"plain_sums", o_.plain_sums},
             {"tokens_per_second", nullptr},
             {"floor_tokens_per_second", nullptr},  // null: not measured by this command
@@ -128,14 +133,17 @@ class Bench {
   }
 
   // Steps that the prompts of n requests of `length` tokens take: meanwhile the first of them decode already.
-  static int filling_steps(int n, int64_t length) { return static_cast<int>(n * length / EngineConfig{}.chunk_tokens) + n + 2; }
+  static int filling_steps(int n, int64_t length) { return static_cast<int>(n * length / EngineConfig{}.chunk_tokens) + 2; }
 
   // An engine in which n requests of `length` tokens decode, for at least `steps` more.
   std::unique_ptr<Engine> filled_engine(int n, int64_t length, int steps) {
     const int max_tokens = filling_steps(n, length) + steps;
     auto e = engine(n, length + max_tokens + 1);
     submit(*e, n, static_cast<int>(length), max_tokens);
-    while (e->step().prefill_rows > 0 || e->stats().running < n) drain(*e);
+    for (StepResult r = e->step(); r.prefill_rows > 0 || e->stats().running < n; r = e->step()) {
+      if (!r.worked) throw std::runtime_error(fmt::format("the KV cache does not hold {} requests of {} tokens at once: raise --memory-bytes", n, length));
+      drain(*e);
+    }
     return e;
   }
 
@@ -170,6 +178,7 @@ class Bench {
         drain(*e);
         if (i % 8 == 7) rates = better(rates, measure_rates(e->impl().world(), e->impl().ops()));
       }
+      if (seconds.empty()) throw std::runtime_error(fmt::format("the KV cache does not hold {} requests of {} tokens at once: raise --memory-bytes", batch, o_.context));
       json row = base("decode", *e);
       row["batch"] = batch;
       row["context"] = o_.context;
@@ -259,7 +268,6 @@ class Bench {
   }
 
   void switches() {
-    if (o_.ranks < 2) throw CLI::ValidationError("--ranks", "a switch needs at least 2 ranks");
     auto e = filled_engine(o_.requests, o_.context, 16 + 4 * o_.rounds);
     for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));  // touches both layouts' pages
     struct Part {
@@ -329,6 +337,7 @@ class Bench {
         do steps(moving);
         while (e->impl().switcher().moving() && static_cast<int>(moving.size()) < o_.max_switch_steps);
         if (e->impl().switcher().moving()) throw std::runtime_error(fmt::format("a switch under {} ms took over {} steps", budget, moving.size()));
+        if (e->stats().seam != (to == Layout::kTp ? e->model().num_layers : 0)) throw std::runtime_error(fmt::format("no switch to {} happened", name_of(to)));
         layout_now_ = to;
         for (int k = 0; k < kSteady; ++k) steps(steady);
         double total = 0;
@@ -383,7 +392,11 @@ class Bench {
         sample(logits.data(), vocab, params, state, ops, scratch, {});
         seconds.push_back(now() - begin);
       }
-      print({{"what", "sampling"}, {"part", name}, {"tokens", vocab}, {"isa", ops.name}, {"seconds", median(seconds)}});
+      json row = base("sampling", 1, 1, ops, 0);
+      row["part"] = name;
+      row["tokens"] = vocab;
+      row["seconds"] = median(seconds);
+      print(row);
     }
   }
 
@@ -559,6 +572,7 @@ int run(int argc, char** argv) {
   try {
     if (*decode) bench.decode();
     if (*prefill) bench.prefill();
+    if (*switches && o.ranks < 2) throw CLI::ValidationError("--ranks", "a switch needs at least 2 ranks");
     if (*switches) o.budgets.empty() ? bench.switches() : bench.stalls();
     if (*sampling) bench.sampling();
     if (*load) bench.load();

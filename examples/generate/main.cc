@@ -111,7 +111,7 @@ class Generate {
  public:
   explicit Generate(const Options& o)
       : o_(o), switches_(parse_switches(o.switch_at)), logits_file_(o.logits_out, "--logits-out"), events_file_(o.events, "--events") {
-    if (!std::filesystem::exists(o_.engine.model + "/config.json")) throw BadInput(o_.engine.model + ": no model here, config.json is missing");
+    if (std::error_code unreadable; !std::filesystem::exists(o_.engine.model + "/config.json", unreadable)) throw BadInput(o_.engine.model + ": no model here, config.json is missing");
     load_tokenizer();
     read();
     moebius_cpp::Config config = o_.engine.config();
@@ -167,7 +167,7 @@ class Generate {
 
   void load_tokenizer() {
     const std::string path = o_.engine.model + "/tokenizer.json";
-    if (!std::filesystem::exists(path)) return;
+    if (std::error_code unreadable; !std::filesystem::exists(path, unreadable)) return;
     try {
       tokenizer_.emplace(o_.engine.model);
     } catch (const moebius_cpp::Error& e) {

@@ -68,7 +68,7 @@ enum {
   MOEBIUS_EVENT_SWITCH_STARTED = 6,
   MOEBIUS_EVENT_SEAM = 7,            /* the seam moved to `seam` */
   MOEBIUS_EVENT_SWITCH_FINISHED = 8, /* bytes, bytes_changed, seconds; the reason divides them by phase */
-  MOEBIUS_EVENT_SWITCH_REFUSED = 9,  /* nothing was changed; the reason says by how much it does not fit */
+  MOEBIUS_EVENT_SWITCH_REFUSED = 9,  /* nothing was changed, the reason says by how much it does not fit; or the engine has failed */
   MOEBIUS_EVENT_ROLLED_BACK = 10,    /* a failure moved the seam back */
   MOEBIUS_EVENT_DECISION = 11        /* a policy decided; the reason is its record */
 };
@@ -94,7 +94,7 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);
  * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
  * plain_sums, policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
  * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id. moebius_config_key enumerates them with types, defaults and
- * meaning. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names the nearest one. */
+ * meaning. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
 
 MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);
 MOEBIUS_API void moebius_config_destroy(moebius_config *config);
@@ -117,7 +117,8 @@ MOEBIUS_API moebius_status moebius_config_key(size_t index, const char **out_nam
 /* ---- engine. Since 0.1. */
 
 /* Loads the model folder (config.json, *.safetensors) and builds both layouts. Blocks for as long as the load takes. The
- * config is copied. By design: NOT_FOUND, UNSUPPORTED, CORRUPT_MODEL, DOES_NOT_FIT, CANCELLED. */
+ * config is copied. By design: INVALID_ARGUMENT (settings that exclude each other), NOT_FOUND, IO, UNSUPPORTED, CORRUPT_MODEL,
+ * DOES_NOT_FIT, OUT_OF_MEMORY, CANCELLED. */
 MOEBIUS_API moebius_status moebius_engine_create(const char *model_dir, const moebius_config *config, moebius_engine **out_engine,
                                                  moebius_error **err);
 /* Ends the own thread if there is one. Requests that still run are dropped. */
@@ -243,7 +244,7 @@ typedef struct moebius_stats {
   int32_t num_layers;
   int32_t switching;
   uint64_t step; /* steps run, idle ones included */
-  uint64_t switches; /* that arrived at a layout; a seam that is held inside is not counted */
+  uint64_t switches; /* that arrived at a layout, from another one or after a turn; held seams are not counted */
   uint64_t rollbacks;
   uint64_t refusals;
   uint64_t preemptions;

@@ -110,6 +110,8 @@ struct World::State {
 
   std::mutex error_mutex;
   std::exception_ptr error;  // the first of the region
+  const std::exception_ptr late_caller = std::make_exception_ptr(
+      Error(Code::kTimeout, fmt::format("rank 0's first thread, which called, did not finish within {:.0f} ms", deadline_ms())));
 
   std::mutex keep_mutex;
   std::vector<std::shared_ptr<void>> kept;
@@ -140,9 +142,7 @@ struct World::State {
   void abort_late_caller(uint32_t region) {
     std::lock_guard lock(error_mutex);
     if (caller_has_left(region) || !limited) return;
-    if (!error)
-      error = std::make_exception_ptr(
-          Error(Code::kTimeout, fmt::format("rank 0's first thread, which called, did not finish within {:.0f} ms", deadline_ms())));
+    if (!error) error = late_caller;
     aborted.store(true, std::memory_order_release);
   }
 

@@ -10,6 +10,10 @@ namespace moebius {
 enum class Layout : int32_t { kTp = 0, kEp = 1 };
 
 inline Layout other(Layout layout) { return layout == Layout::kTp ? Layout::kEp : Layout::kTp; }
+// The layout that gains layers when the seam goes from `seam` to `target` of num_layers; where it stays, the one at that end.
+inline Layout layout_towards(int seam, int target, int num_layers) {
+  return target > seam || (target == seam && seam == num_layers) ? Layout::kTp : Layout::kEp;
+}
 inline const char* name_of(Layout layout) { return layout == Layout::kTp ? "tp" : "ep"; }
 
 // The MLP of one layer: num_experts experts of `intermediate` neurons each, or one dense MLP (num_experts = 0).

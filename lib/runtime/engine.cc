@@ -193,15 +193,22 @@ void Engine::Impl::check_request(const RequestSpec& spec) const {
            pages, config_.page_tokens, name, capacity);
 }
 
-// Under inbox_mutex_; failure_ is written under step_mutex_ too, so that one is enough for the first.
+// Under step_mutex_ or inbox_mutex_.
 void Engine::Impl::refuse_if_failed() const {
-  if (!failure_.empty()) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_);
+  if (failed_) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_.view());
 }
 
+// Under inbox_mutex_.
 void Engine::Impl::refuse_if_full(int n) {
   if (waiting_hint_ + n <= config_.max_queue) return;
   metrics_.on_rejection();
   fail(Code::kQueueFull, "{} requests are waiting, max_queue is {}", waiting_hint_, config_.max_queue);
+}
+
+void Engine::Impl::check(const RequestSpec& spec) const {
+  check_request(spec);
+  std::lock_guard lock(inbox_mutex_);
+  refuse_if_failed();
 }
 
 uint64_t Engine::Impl::submit(const RequestSpec& spec) {
@@ -312,10 +319,10 @@ void Engine::Impl::emit(Event&& event) {
     case EventType::kSwitchFinished:
       count_moved(event);
       if (event.seam > 0 && event.seam < model_.shape.num_layers()) break;  // held inside: no layout has been reached
+      if (event.from == event.to && event.bytes == 0) break;  // asked for the layout that serves already
       metrics_.on_switch(event.from, event.to, event.seconds);
       ++stats_.switches;
-      // Asking for the layout that serves already is no switch to pause after.
-      if (event.from != event.to || event.bytes > 0) policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
+      policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
       break;
     case EventType::kSwitchRefused:
       metrics_.on_refusal();
@@ -407,7 +414,7 @@ void Engine::Impl::refuse_seam(int32_t target, std::string_view why) {
   Event event;
   event.type = EventType::kSwitchRefused;
   event.seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
-  event.to = target > event.seam || target == model_.shape.num_layers() ? Layout::kTp : Layout::kEp;
+  event.to = layout_towards(event.seam, target, model_.shape.num_layers());
   event.from = other(event.to);
   event.reason = Reason::of("the engine has failed: {}", why);
   emit(std::move(event));
@@ -417,8 +424,8 @@ void Engine::Impl::refuse_seam(int32_t target, std::string_view why) {
 void Engine::Impl::report_seam(int32_t target) {
   Event event;
   event.type = EventType::kSwitchStarted;
-  event.from = label_seam_ == 0 ? Layout::kEp : Layout::kTp;
-  event.to = target == 0 ? Layout::kEp : Layout::kTp;
+  event.to = layout_towards(label_seam_, target, model_.shape.num_layers());
+  event.from = target == label_seam_ ? event.to : other(event.to);
   event.seam = label_seam_;
   emit(Event(event));
   event.type = EventType::kSwitchFinished;
@@ -668,7 +675,8 @@ void Engine::Impl::forget_if_done(Request& request) {
 
 void Engine::Impl::fail_everything(const std::string& why) {
   std::lock_guard lock(inbox_mutex_);
-  failure_ = why;
+  failed_ = true;
+  failure_ = std::string_view(why);
   for (auto& [number, request] : requests_)
     for (Sequence& s : request->samples) {
       if (s.state == SequenceState::kFinished) continue;
@@ -857,7 +865,7 @@ Engine::~Engine() {
 }
 
 uint64_t Engine::submit(const RequestSpec& spec) { return impl_->submit(spec); }
-void Engine::check(const RequestSpec& spec) const { impl_->check_request(spec); }
+void Engine::check(const RequestSpec& spec) const { impl_->check(spec); }
 bool Engine::cancel(uint64_t request) { return impl_->cancel(request); }
 StepResult Engine::step() { return impl_->step(); }
 void Engine::start() { impl_->start(); }

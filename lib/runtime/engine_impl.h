@@ -33,6 +33,7 @@ class Engine::Impl {
   ~Impl();
 
   uint64_t submit(const RequestSpec& spec);
+  void check(const RequestSpec& spec) const;  // what submit checks, but for the queue
   void check_request(const RequestSpec& spec) const;
   bool cancel(uint64_t request);
   StepResult step();
@@ -124,7 +125,8 @@ class Engine::Impl {
   int32_t label_seam_;           // with one rank a switch only changes this
   uint64_t step_ = 0;
   uint64_t arrivals_ = 0;
-  std::string failure_;          // why the engine serves no more; empty while it does
+  bool failed_ = false;          // it serves no more; written under step_mutex_ and inbox_mutex_
+  Reason failure_;               // why
 
   std::mutex step_mutex_;
   mutable std::mutex inbox_mutex_;

@@ -178,7 +178,7 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
         const Slice& first = slices[i];
         const bool is_mlp = first.kind == SliceKind::kExpertCut || first.kind == SliceKind::kDenseCut;
         outs.clear();
-        for (next = i; next == i || (is_mlp && next < slices.size() && slices[next].index == first.index); ++next) {
+        for (next = i; next == i || (is_mlp && next < slices.size() && slices[next].kind == first.kind && slices[next].index == first.index); ++next) {
           if (!(owners.slices[l][next] >> rank & 1)) break;
           outs.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(next)));
         }

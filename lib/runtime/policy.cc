@@ -86,8 +86,9 @@ class ThresholdPolicy final : public Policy {
     const double most = limits.max_batch + (variant_ == ThresholdVariant::kRollout ? static_cast<double>(limits.max_queue) : 0.0);
     if (variant_ == ThresholdVariant::kPrefill || threshold_ <= most) return;
     if (variant_ == ThresholdVariant::kDecode)
-      fail(Code::kInvalidArgument, "policy threshold of {} running requests can never be reached: max_batch is {}", threshold_, limits.max_batch);
-    fail(Code::kInvalidArgument, "policy threshold of {} requests can never be reached: max_batch is {}, max_queue {}", threshold_,
+      fail(Code::kInvalidArgument, "policy threshold of {} running requests can never be reached, max_batch is {}: raise it or set policy_threshold", threshold_,
+           limits.max_batch);
+    fail(Code::kInvalidArgument, "policy threshold of {} requests can never be reached, max_batch is {} and max_queue {}: raise them or set policy_threshold", threshold_,
          limits.max_batch, limits.max_queue);
   }
   bool held(Layout wanted, double mean, uint64_t step) const {

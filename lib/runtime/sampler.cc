@@ -215,6 +215,10 @@ SampleResult sample(const float* logits, int64_t vocab, const SamplingParams& p,
     out.failed = out.no_choice = true;
     return out;
   }
+  if (!std::isfinite(x[best])) {  // a penalty or bias beyond what a float holds
+    out.failed = true;
+    return out;
+  }
   if (p.greedy()) out.token = static_cast<int32_t>(best);
   else
     out.token = pick_random(x, vocab, best, p, philox_uniform(state.seed(), static_cast<uint64_t>(state.num_generated())), ops, scratch);

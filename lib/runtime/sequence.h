@@ -32,7 +32,7 @@ struct Sequence {
   std::vector<int32_t> blocks;         // KvManager blocks, in order of position
   std::vector<int32_t> tp_pages, ep_pages;  // page tables made from them: what kernels read
   BlockKey chain;                      // key of the last full block
-  uint64_t root = 0;                   // low word of the first block's key
+  uint64_t root = 0;                   // KvManager::root_of its first block
   int32_t chained_blocks = 0;          // full blocks that `chain` covers
   SamplerState sampler;
   std::vector<float> logits;           // keep_logits: positions [logits_taken, logits_kept) × vocab

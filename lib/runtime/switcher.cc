@@ -111,7 +111,7 @@ Sequence& Switcher::victim_for() const {
     if (seam_ == num_layers_ && (homes_[i] >= 0 || static_cast<int>(i) == homeless_)) return *running[i];
     if (seam_ == 0)
       for (int32_t b : running[i]->blocks)
-        if (parts_.kv.block(b).users == 1) return *running[i];
+        if (parts_.kv.block(b).users == 1) return *running[i];  // at most its prefix lies in other homes too
   }
   return *running.back();  // pages that all share go with the last of those who share them
 }
@@ -119,7 +119,7 @@ Sequence& Switcher::victim_for() const {
 bool Switcher::begin(int target, bool preempt_to_fit) {
   MOEBIUS_ASSERT(target >= 0 && target <= num_layers_);
   Event event;
-  event.to = target > seam_ || (target == seam_ && seam_ == num_layers_) ? Layout::kTp : Layout::kEp;
+  event.to = layout_towards(seam_, target, num_layers_);
   event.from = target == seam_ ? event.to : other(event.to);
   event.seam = seam_;
   if (moving()) {  // a turn: what was copied ahead of the seam lies where the other direction will write
@@ -435,16 +435,23 @@ void Switcher::copy_blocks(const CopyPoint& point, Part& done) const {
 }
 
 std::pair<int64_t, int64_t> Switcher::bytes_to(Layout to) const {
-  int64_t bytes = plan_to(to).bytes + plan_to(to).local_bytes, changed = plan_to(to).bytes;
-  const int64_t slice = parts_.arena.kv_slice_bytes() * num_layers_;
-  int64_t heads = 0;  // KV head copies a block takes
-  if (to == Layout::kTp)
+  const Range items = to == Layout::kTp ? Range{seam_, num_layers_} : Range{0, seam_};
+  int64_t weights = 0;
+  for (int64_t i = items.begin; i < items.end; ++i)
+    for (const std::vector<int64_t>& ends : ends_[static_cast<int>(to)][static_cast<size_t>(i)])
+      if (!ends.empty()) weights += ends.back();
+  int64_t heads = 0, room = 0;  // KV head copies a block takes, blocks that the layout holds
+  if (to == Layout::kTp) {
     for (int r = 0; r < parts_.world.ranks(); ++r) heads += static_cast<int64_t>(parts_.arena.local_kv_heads(r, Layout::kTp).size());
-  else
+    room = parts_.kv.tp_capacity();
+  } else {
     heads = static_cast<int64_t>(parts_.arena.local_kv_heads(0, Layout::kEp).size());
-  const int64_t kv = parts_.kv.blocks_in_use() * heads * slice;
+    for (int h = 0; h < parts_.kv.num_homes(); ++h) room += parts_.kv.ep_capacity(h);
+  }
+  const int64_t blocks = std::min(static_cast<int64_t>(parts_.kv.live_blocks().size()), room);  // cached ones move too
+  const int64_t kv = blocks * heads * parts_.arena.kv_slice_bytes() * items.size();
   // A rank's own part of KV stays with it: about 1/P.
-  return {bytes + kv, changed + kv - kv / parts_.world.ranks()};
+  return {weights + kv, weights + kv - kv / parts_.world.ranks()};
 }
 
 }  // namespace moebius

@@ -79,7 +79,7 @@ class Switcher {
 
   // Whether a switch would fit now; the reason with its numbers when not.
   bool fits(int target, Reason* reason);
-  // Bytes that a switch of everything would write now, and those to a new owner.
+  // Bytes that a switch to a pure layout would write now, and those to a new owner.
   std::pair<int64_t, int64_t> bytes_to(Layout to) const;
   double copy_rate() const { return copy_rate_; }  // bytes per second of the copies so far
 

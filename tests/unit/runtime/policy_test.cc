@@ -74,11 +74,11 @@ TEST_CASE("the prefill and rollout variants count prompt tokens, and running wit
 
 TEST_CASE("a threshold that no load can reach is refused with the limit that keeps it away") {
   CHECK_THROWS_WITH(make_policy(threshold(ThresholdVariant::kDecode), {2, 127}),
-                    Catch::Contains("threshold of 128 running requests can never be reached: max_batch is 127"));
+                    Catch::Contains("threshold of 128 running requests can never be reached, max_batch is 127"));
   make_policy(threshold(ThresholdVariant::kDecode), {2, 128});
   PolicyConfig rollout = threshold(ThresholdVariant::kRollout);
   rollout.threshold = 101;
-  CHECK_THROWS_WITH(make_policy(rollout, {2, 60, 40}), Catch::Contains("max_batch is 60, max_queue 40"));
+  CHECK_THROWS_WITH(make_policy(rollout, {2, 60, 40}), Catch::Contains("max_batch is 60 and max_queue 40"));
   make_policy(rollout, {2, 60, 41});
 }
 
