@@ -322,32 +322,34 @@ class Bench {
       std::vector<double> steady, longest, seconds, steps, kept;
     };
     std::map<double, Stall> stalls[2];  // [to]
-    for (int i = 0; i < 2 * o_.rounds; ++i)
-      for (double budget : o_.budgets) {
-        const Layout to = other(layout_now_);
-        Stall& stall = stalls[static_cast<int>(to)][budget];
-        std::vector<double> steady, moving;
-        const auto steps = [&](std::vector<double>& out) {
-          drain(*e);
-          out.push_back(e->step().seconds);
-        };
-        for (int k = 0; k < kSteady; ++k) steps(steady);
-        e->set_stall_budget(budget);
-        e->request_switch(to);
-        do steps(moving);
-        while (e->impl().switcher().moving() && static_cast<int>(moving.size()) < o_.max_switch_steps);
-        if (e->impl().switcher().moving()) throw std::runtime_error(fmt::format("a switch under {} ms took over {} steps", budget, moving.size()));
-        if (e->stats().seam != (to == Layout::kTp ? e->model().num_layers : 0)) throw std::runtime_error(fmt::format("no switch to {} happened", name_of(to)));
-        layout_now_ = to;
-        for (int k = 0; k < kSteady; ++k) steps(steady);
-        double total = 0;
-        for (double x : moving) total += x;
-        stall.steady.insert(stall.steady.end(), steady.begin(), steady.end());
-        stall.longest.push_back(*std::max_element(moving.begin(), moving.end()));
-        stall.seconds.push_back(total);
-        stall.steps.push_back(static_cast<double>(moving.size()));
-        stall.kept.push_back(median(steady) * static_cast<double>(moving.size()) / total);
-      }
+    std::vector<double> budgets;  // each there and back
+    for (int i = 0; i < o_.rounds; ++i)
+      for (double budget : o_.budgets) budgets.insert(budgets.end(), 2, budget);
+    for (double budget : budgets) {
+      const Layout to = other(layout_now_);
+      Stall& stall = stalls[static_cast<int>(to)][budget];
+      std::vector<double> steady, moving;
+      const auto steps = [&](std::vector<double>& out) {
+        drain(*e);
+        out.push_back(e->step().seconds);
+      };
+      for (int k = 0; k < kSteady; ++k) steps(steady);
+      e->set_stall_budget(budget);
+      e->request_switch(to);
+      do steps(moving);
+      while (e->impl().switcher().moving() && static_cast<int>(moving.size()) < o_.max_switch_steps);
+      if (e->impl().switcher().moving()) throw std::runtime_error(fmt::format("a switch under {} ms took over {} steps", budget, moving.size()));
+      if (e->stats().seam != (to == Layout::kTp ? e->model().num_layers : 0)) throw std::runtime_error(fmt::format("no switch to {} happened", name_of(to)));
+      layout_now_ = to;
+      for (int k = 0; k < kSteady; ++k) steps(steady);
+      double total = 0;
+      for (double x : moving) total += x;
+      stall.steady.insert(stall.steady.end(), steady.begin(), steady.end());
+      stall.longest.push_back(*std::max_element(moving.begin(), moving.end()));
+      stall.seconds.push_back(total);
+      stall.steps.push_back(static_cast<double>(moving.size()));
+      stall.kept.push_back(median(steady) * static_cast<double>(moving.size()) / total);
+    }
     for (int to : {0, 1})
       for (auto& [budget, stall] : stalls[to]) {
         std::sort(stall.steady.begin(), stall.steady.end());
