@@ -14,6 +14,13 @@
 namespace moebius {
 namespace {
 
+// Under a sanitizer the largest sizes, whose slow references take nearly all of the time, are left to one path.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kAllSizes = false;
+#else
+constexpr bool kAllSizes = true;
+#endif
+
 std::vector<Isa> paths() {
   std::vector<Isa> out;
   for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
@@ -106,6 +113,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
     auto scratch = scratch_for(ops);
     Random random;
     for (const auto& [hidden, neurons] : {std::pair<int64_t, int64_t>{96, 20}, {128, 16}, {100, 44}, {256, 128}}) {
+      if (!kAllSizes && hidden == 256 && isa != paths().front()) continue;
       const int cuts = 2, rows = 23, experts = 3;
       const MlpCut cut{neurons, hidden};
       std::vector<std::vector<bf16>> gate, up, down, packed;
