@@ -14,9 +14,9 @@
 
 namespace moebius::test {
 
-// Under a sanitizer the longest sweeps take every fifth or eleventh case: primes, so that none of the nested loops stands still.
+// Under a sanitizer the longest sweeps take every fifth or seventh case: primes, so that none of the nested loops stands still.
 #if defined(__SANITIZE_THREAD__)
-inline constexpr int64_t kSweep = 11;
+inline constexpr int64_t kSweep = 7;
 #elif defined(__SANITIZE_ADDRESS__)
 inline constexpr int64_t kSweep = 5;
 #else
