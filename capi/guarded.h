@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lib/base/error.h"
+#include "lib/base/fixed_text.h"
 #include "moebius/moebius.h"
 
 struct moebius_error {
@@ -68,8 +69,7 @@ void fill_struct(T* out, uint32_t caller_size, size_t first_size, T value) {
 // A fixed field of text, shortened between UTF-8 characters if need be.
 template <size_t N>
 void copy_text(char (&out)[N], std::string_view text) {
-  size_t n = std::min(text.size(), N - 1);
-  while (n > 0 && n < text.size() && (static_cast<unsigned char>(text[n]) & 0xc0) == 0x80) --n;
+  const size_t n = moebius::utf8_prefix(text, N - 1);
   std::memcpy(out, text.data(), n);
   std::memset(out + n, 0, N - n);
 }

@@ -16,12 +16,12 @@
 namespace moebius::bench {
 namespace {
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 // Per thread; several times any cache. Made once: first touch costs more than the measurement.
 constexpr int64_t kProbeBytes = 192 << 20;
 
 }  // namespace
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 FloorInputs floor_inputs(const ModelConfig& m, int cuts, int ranks, bool tp) {
   const ModelShape& s = m.shape;

@@ -34,6 +34,8 @@ struct FloorInputs {
 FloorInputs floor_inputs(const ModelConfig& model, int slices_per_expert, int ranks, bool tp);
 double floor_seconds(const FloorInputs& work, const Rates& rates);
 
+double now();  // seconds of a clock that only goes on
+
 Rates measure_rates(World& world, const Ops& ops);
 Rates better(const Rates& a, const Rates& b);  // a floor is of the best that was seen
 

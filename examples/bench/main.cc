@@ -66,8 +66,6 @@ double median(std::vector<double> x) {
   return x.empty() ? 0 : x.size() % 2 ? x[x.size() / 2] : (x[x.size() / 2 - 1] + x[x.size() / 2]) / 2;
 }
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
 class Bench {
  public:
   explicit Bench(const Options& options) : o_(options) {
@@ -130,6 +128,15 @@ class Bench {
       e.submit(r);
     }
     has_run_ = true;
+  }
+
+  json switch_row(const std::string& what, Engine& e, Layout to) {
+    json row = base(what, e);
+    row["batch"] = o_.requests;
+    row["context"] = o_.context;
+    row["from"] = name_of(other(to));
+    row["to"] = name_of(to);
+    return row;
   }
 
   // Steps that the prompts of n requests of `length` tokens take: meanwhile the first of them decode already.
@@ -295,11 +302,7 @@ class Bench {
     for (int to : {0, 1})
       for (const char* name : {"weights", "kv", "all"}) {
         const Part& p = parts[to][name];
-        json row = base("switch", *e);
-        row["batch"] = o_.requests;
-        row["context"] = o_.context;
-        row["from"] = name_of(other(static_cast<Layout>(to)));
-        row["to"] = name_of(static_cast<Layout>(to));
+        json row = switch_row("switch", *e, static_cast<Layout>(to));
         row["part"] = name;
         row["bytes"] = p.bytes;
         row["bytes_changed"] = p.changed;
@@ -353,11 +356,7 @@ class Bench {
     for (int to : {0, 1})
       for (auto& [budget, stall] : stalls[to]) {
         std::sort(stall.steady.begin(), stall.steady.end());
-        json row = base("stall", *e);
-        row["batch"] = o_.requests;
-        row["context"] = o_.context;
-        row["from"] = name_of(other(static_cast<Layout>(to)));
-        row["to"] = name_of(static_cast<Layout>(to));
+        json row = switch_row("stall", *e, static_cast<Layout>(to));
         row["stall_budget_ms"] = budget;
         row["steps"] = median(stall.steps);
         row["seconds"] = median(stall.seconds);

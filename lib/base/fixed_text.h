@@ -11,6 +11,13 @@
 
 namespace moebius {
 
+// Bytes of the longest beginning of a text that has at most `most` bytes and whole UTF-8 characters.
+inline size_t utf8_prefix(std::string_view text, size_t most) {
+  size_t n = std::min(text.size(), most);
+  while (n > 0 && n < text.size() && (static_cast<unsigned char>(text[n]) & 0xc0) == 0x80) --n;
+  return n;
+}
+
 template <size_t N>
 class FixedText {
  public:
@@ -27,7 +34,7 @@ class FixedText {
   template <typename... Args>
   static FixedText of(fmt::format_string<Args...> format, Args&&... args) {
     FixedText t;
-    t.set_size(fmt::format_to_n(t.text_, N, format, std::forward<Args>(args)...).size);
+    t.set_size(fmt::format_to_n(t.text_, N + 1, format, std::forward<Args>(args)...).size);
     return t;
   }
 
@@ -41,19 +48,13 @@ class FixedText {
 
  private:
   void assign(std::string_view text) {
-    std::copy_n(text.data(), std::min(text.size(), N), text_);
+    std::copy_n(text.data(), std::min(text.size(), N + 1), text_);
     set_size(text.size());
   }
-  // A cut leaves whole UTF-8 characters.
-  void set_size(size_t wanted) {
-    size_ = std::min(wanted, N);
-    if (wanted <= N) return;
-    while (size_ > 0 && (text_[size_ - 1] & 0xC0) == 0x80) --size_;
-    if (size_ > 0 && (text_[size_ - 1] & 0x80) != 0) --size_;
-  }
+  void set_size(size_t wanted) { size_ = utf8_prefix({text_, std::min(wanted, N + 1)}, N); }
 
   size_t size_ = 0;
-  char text_[N];
+  char text_[N + 1];  // one byte more than it holds: where a cut falls shows in what follows
 };
 
 }  // namespace moebius

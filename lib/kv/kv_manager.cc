@@ -28,7 +28,12 @@ static BlockKey random_key() {
 }
 
 KvManager::KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_tokens, bool prefix_cache, Phase phase)
-    : first_key_(random_key()), phase_(phase), page_tokens_(page_tokens), prefix_cache_(prefix_cache), tp_capacity_(tp_pages), ep_capacity_(std::move(ep_pages)) {
+    : first_key_(random_key()),
+      phase_(phase),
+      page_tokens_(page_tokens),
+      prefix_cache_(prefix_cache),
+      tp_capacity_(tp_pages),
+      ep_capacity_(std::move(ep_pages)) {
   MOEBIUS_ASSERT(phase != Phase::kBoth);
   const int64_t ep_total = std::accumulate(ep_capacity_.begin(), ep_capacity_.end(), int64_t{0});
   // A block in phase kBoth has an EP page of its own; in phase kTp those that came together from EP may share TP pages.

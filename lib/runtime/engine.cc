@@ -673,10 +673,10 @@ void Engine::Impl::forget_if_done(Request& request) {
   if (request.unfinished == 0 && !request.spec.keep_logits) requests_.erase(request.number);
 }
 
-void Engine::Impl::fail_everything(const std::string& why) {
+void Engine::Impl::fail_everything(std::string_view why) {
   std::lock_guard lock(inbox_mutex_);
   failed_ = true;
-  failure_ = std::string_view(why);
+  failure_ = why;
   for (auto& [number, request] : requests_)
     for (Sequence& s : request->samples) {
       if (s.state == SequenceState::kFinished) continue;
@@ -688,7 +688,7 @@ void Engine::Impl::fail_everything(const std::string& why) {
       event.request = number;
       event.sample = s.sample;
       event.finish_reason = FinishReason::kError;
-      event.reason = std::string_view(why);
+      event.reason = why;
       event.step = step_;
       events_.push(std::move(event));
     }

@@ -83,7 +83,7 @@ class Engine::Impl {
   void record_end(const Sequence& sequence, FinishReason reason);
   void forget_if_done(Request& request);
   Sequence& sequence_with_logits(uint64_t request, int32_t sample);
-  void fail_everything(const std::string& why);
+  void fail_everything(std::string_view why);
   void count_moved(const Event& event);
   void emit(Event&& event);
   void emit_request(EventType type, const Sequence& sequence);

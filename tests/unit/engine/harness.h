@@ -195,6 +195,14 @@ inline Outcome run_script(const std::string& model, const EngineConfig& config, 
   return Runner(engine).run(script);
 }
 
+// n samples of one prompt, at a temperature at which they differ.
+inline Script samples_of_a_prompt(int length, int max_tokens, int n) {
+  RequestSpec spec = greedy_request("n", prompt_of(3, length), max_tokens);
+  spec.sampling.temperature = 1.5;
+  spec.sampling.n = n;
+  return {{{spec}}, {}};
+}
+
 // The running or waiting sequence of a request; null when there is none.
 inline const Sequence* sequence_of(Engine& engine, const std::string& id) {
   const Scheduler& scheduler = engine.impl().scheduler();
@@ -233,6 +241,14 @@ inline std::string difference(const Outcome& a, const Outcome& b) {
         return fmt::format("{}: logit {} differs: {:a} against {:a}", id, i, x.logits[i], y.logits[i]);
   }
   return {};
+}
+
+// Runs a script whose switch meets a fault: it goes back to `seam`, and no output is another.
+inline void check_rolled_back(Engine& engine, const Script& script, const Outcome& expected, int32_t seam) {
+  const Outcome got = Runner(engine).run(script);
+  CHECK(got.count(EventType::kRolledBack) == 1);
+  CHECK(engine.stats().seam == seam);
+  CHECK(difference(expected, got) == "");
 }
 
 }  // namespace moebius::test

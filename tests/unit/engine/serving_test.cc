@@ -200,11 +200,7 @@ TEST_CASE("cached pages survive a round trip of switches") {
 }
 
 TEST_CASE("samples of one prompt share its pages and differ by seed") {
-  RequestSpec spec = greedy_request("n", prompt_of(3, 64), 12);
-  spec.sampling.temperature = 1.5;
-  spec.sampling.n = 4;
-  Script script;
-  script.requests.push_back({spec});
+  const Script script = samples_of_a_prompt(64, 12, 4);
   Engine engine(kQwen, small_config(1, 1, Layout::kTp));
   const Outcome got = Runner(engine).run(script);
   REQUIRE(got.outputs.size() == 4);
@@ -215,11 +211,7 @@ TEST_CASE("samples of one prompt share its pages and differ by seed") {
 }
 
 TEST_CASE("in EP the samples of a prompt divide over the homes, and each home computes it once") {
-  RequestSpec spec = greedy_request("n", prompt_of(3, 150), 12);  // three chunks; 9 of its pages can be shared
-  spec.sampling.temperature = 1.5;
-  spec.sampling.n = 4;
-  Script script;
-  script.requests.push_back({spec});
+  const Script script = samples_of_a_prompt(150, 12, 4);  // three chunks; 9 of its pages can be shared
   Engine tp(kQwen, small_config(1, 1, Layout::kTp));
   const Outcome expected = Runner(tp).run(script);
   CHECK(tp.stats().prefix_hits == 3 * 144);
@@ -239,17 +231,13 @@ TEST_CASE("in EP the samples of a prompt divide over the homes, and each home co
 
 TEST_CASE("samples share pages that hold no more than one of them would take by itself") {
   // 10 pages a home: a prompt of 7 pages and one of its own for each of 3 samples.
-  RequestSpec spec = greedy_request("n", prompt_of(3, 113), 10);
-  spec.sampling.temperature = 1.5;
-  spec.sampling.n = 3;
-  Script script;
-  script.requests.push_back({spec});
+  const Script script = samples_of_a_prompt(113, 10, 3);
   for (Layout layout : {Layout::kTp, Layout::kEp}) {
     EngineConfig config = small_config(1, 1, layout);
     config.kv_tokens = 160;
     Engine engine(kQwen, config);
     int32_t most = 0;
-    engine.submit(spec);
+    engine.submit(script.requests[0].spec);
     while (engine.step().worked) most = std::max(most, engine.stats().running);
     CHECK(most == 3);
     CHECK(engine.stats().preemptions == 0);

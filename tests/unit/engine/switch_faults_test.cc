@@ -19,10 +19,7 @@ TEST_CASE("a fault at a fence that another rank has already passed is rolled bac
       };
       script.switches = {{4, start == Layout::kTp ? 0 : -1}};
       INFO("from " << name_of(start) << " item " << bad_item);
-      const Outcome got = Runner(engine).run(script);
-      CHECK(got.count(EventType::kRolledBack) == 1);
-      CHECK(engine.stats().seam == (start == Layout::kTp ? 4 : 0));
-      CHECK(difference(expected, got) == "");
+      check_rolled_back(engine, script, expected, start == Layout::kTp ? 4 : 0);
     }
 }
 
@@ -42,10 +39,7 @@ TEST_CASE("a fault of any type, of any thread, between two blocks is rolled back
         };
         script.switches = {{4, start == Layout::kTp ? 0 : -1}};
         INFO("from " << name_of(start) << " thread " << thread << " kind " << kind);
-        const Outcome got = Runner(engine).run(script);
-        CHECK(got.count(EventType::kRolledBack) == 1);
-        CHECK(engine.stats().seam == (start == Layout::kTp ? 4 : 0));
-        CHECK(difference(expected, got) == "");
+        check_rolled_back(engine, script, expected, start == Layout::kTp ? 4 : 0);
       }
 }
 

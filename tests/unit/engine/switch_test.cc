@@ -194,11 +194,8 @@ TEST_CASE("a fault at any item, rank, direction and moment of a copy is rolled b
               script.switches = {{4, start == Layout::kTp ? 0 : -1}};
               INFO(model << " from " << name_of(start) << " item " << bad_item << " rank " << bad_rank << " when " << int{when}
                          << " budget " << budget << " pieces " << pieces);
-              const Outcome got = Runner(engine).run(script);
+              check_rolled_back(engine, script, expected, start == Layout::kTp ? layers : 0);
               CHECK(faults == 1);
-              CHECK(got.count(EventType::kRolledBack) == 1);
-              CHECK(engine.stats().seam == (start == Layout::kTp ? layers : 0));
-              CHECK(difference(expected, got) == "");
             }
   }
 }
@@ -349,18 +346,14 @@ TEST_CASE("a switch to EP fits at half full memory, one request longer than half
 TEST_CASE("a switch to TP fits when equal prefixes of several homes take one page each") {
   // Four samples of 7 pages, 6 of them shared: two homes of 8 pages are full, and the next tokens want 4 pages more. In TP it is
   // 6 + 4 + 4 of 16.
-  RequestSpec spec = greedy_request("n", prompt_of(3, 111), 16);
-  spec.sampling.temperature = 1.5;
-  spec.sampling.n = 4;
-  Script script;
-  script.requests.push_back({spec});
+  Script script = samples_of_a_prompt(111, 16, 4);
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   EngineConfig config = small_config(2, 1, Layout::kEp);
   config.kv_tokens = 256;
   bool needed = false;
   for (int64_t step = 2; step < 8; ++step) {
     Engine engine(kQwen, config);
-    engine.submit(spec);
+    engine.submit(script.requests[0].spec);
     for (int64_t i = 0; i < step; ++i) engine.step();
     const KvManager& kv = engine.impl().kv();
     int64_t most = kv.blocks_in_use();
