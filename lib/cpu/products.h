@@ -95,33 +95,37 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
       float factors[R];
       for (int r = 0; r < R; ++r) factors[r] = factor_of(rows.begin + r);
       alignas(64) int64_t sum[R * C * kTile] = {};
-      float* const plain = reinterpret_cast<float*>(sum);
+      int64_t* in_memory = sum;
       typename Vec::Seen seen = Vec::nothing_seen();
+      const bool plain = out.plain;
       for (int s = 0; s < num_slices; ++s) {
         const SlicePart part = slice(s);
         F acc[R][C];
         tile_block<R, C>(x.of(rows) + part.first_pair * R, R, part.w + t * tile_elements, 2 * kTile, tile_elements, pairs,
                          part_of<C>(next(s), pairs, b, x.blocks), acc);
+        asm("" : "+r"(in_memory) : : "memory");  // sums loaded before the product would push its accumulators out of their registers
+        const auto each = [&](const auto& add) MOEBIUS_INLINE_LAMBDA {
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
+          for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-          for (int c = 0; c < C; ++c) {
-            const int at = (r * C + c) * kTile;
-            const F v = Vec::mul(acc[r][c], Vec::set1(factors[r]));
-            if (out.plain)
-              Vec::store(plain + at, Vec::add(Vec::load(plain + at), v));
-            else
-              Vec::see(seen, v), Vec::add_fixed(sum + at, v);
-          }
+            for (int c = 0; c < C; ++c) add((r * C + c) * kTile, Vec::mul(acc[r][c], Vec::set1(factors[r])));
+        };
+        if (plain)
+          each([&](int at, F v) MOEBIUS_INLINE_LAMBDA {
+            float* to = reinterpret_cast<float*>(in_memory) + at;
+            Vec::store(to, Vec::add(Vec::load(to), v));
+          });
+        else
+          each([&](int at, F v) MOEBIUS_INLINE_LAMBDA { Vec::see(seen, v), Vec::add_fixed(in_memory + at, v); });
       }
-      if (!out.plain && !Vec::all_below(seen, limit)) {
+      if (!plain && !Vec::all_below(seen, limit)) {
         add_checked<C>(out, hidden, num_slices, pairs, slice, x.of(rows), R, t, factors, [&](int64_t r) { return row_of(rows.begin + r); });
         return;
       }
       for (int r = 0; r < R; ++r) {
         const int64_t to = row_of(rows.begin + r) * hidden + n0, from = r * C * kTile;
-        if (out.plain)
-          for (int64_t i = 0; i < width; ++i) reinterpret_cast<float*>(out.sum)[to + i] += plain[from + i];
+        if (plain)
+          for (int64_t i = 0; i < width; ++i) reinterpret_cast<float*>(out.sum)[to + i] += reinterpret_cast<const float*>(sum)[from + i];
         else
           for (int64_t i = 0; i < width; ++i)
             out.sum[to + i] = static_cast<int64_t>(static_cast<uint64_t>(out.sum[to + i]) + static_cast<uint64_t>(sum[from + i]));
