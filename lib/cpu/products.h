@@ -56,82 +56,113 @@ struct SlicePart {
   int64_t first_pair;
 };
 
-// The slow way for a block that holds contributions out of range or no numbers: lane by lane, those left out and their rows flagged.
-template <int C, class SliceOf, class RowOf>
+// Sums of rows × tiles that a lane gathers before they reach the rows' own: 16 KiB, so that they stay near and yet a block alone reads
+// many tiles of one slice in one go: where pieces are short, the memory gives less (docs/decisions/0009).
+constexpr int64_t kGatheredTiles = 128;
+constexpr int64_t kLeadTiles = 4;  // how far ahead of such a block its weights are fetched
+
+// The slow way for sums that hold contributions out of range or no numbers: lane by lane, those left out and their rows flagged.
+template <class SliceOf, class RowOf>
 void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const Pair* x, int64_t rows,
-                 int64_t t, const float* factors, const RowOf& row_of) {
-  const int64_t n0 = t * kTile, tile_elements = pairs * 2 * kTile;
-  for (int64_t r = 0; r < rows; ++r) {
-    uint64_t* to = reinterpret_cast<uint64_t*>(out.sum) + row_of(r) * hidden + n0;
-    for (int s = 0; s < num_slices; ++s) {
-      const SlicePart part = slice(s);
-      const bf16* w = part.w + t * tile_elements;
-      F acc[1][C];
-      tile_block<1, C>(x + part.first_pair * rows + r, rows, w, 2 * kTile, tile_elements, pairs, {reinterpret_cast<const char*>(w), 0},
-                       acc);
-      float v[C * kTile];
-      for (int c = 0; c < C; ++c) Vec::store(v + c * kTile, Vec::mul(acc[0][c], Vec::set1(factors[r])));
-      for (int64_t i = 0; i < C * kTile && n0 + i < hidden; ++i) {
-        if (__builtin_fabsf(v[i]) < out.limit)
-          to[i] += static_cast<uint64_t>(static_cast<int64_t>(__builtin_rintf(v[i])));
-        else
-          __atomic_store_n(out.flags + row_of(r), uint8_t{1}, __ATOMIC_RELAXED);
+                 Range tiles, const float* factors, const RowOf& row_of) {
+  const int64_t tile_elements = pairs * 2 * kTile;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int s = 0; s < num_slices; ++s)
+      for (int64_t t = tiles.begin; t < tiles.end; ++t) {
+        const SlicePart part = slice(s);
+        const bf16* w = part.w + t * tile_elements;
+        F acc[1][1];
+        tile_block<1, 1>(x + part.first_pair * rows + r, rows, w, 2 * kTile, tile_elements, pairs, {reinterpret_cast<const char*>(w), 0},
+                         acc);
+        float v[kTile];
+        Vec::store(v, Vec::mul(acc[0][0], Vec::set1(factors[r])));
+        uint64_t* to = reinterpret_cast<uint64_t*>(out.sum) + row_of(r) * hidden + t * kTile;
+        for (int64_t i = 0; i < kTile && t * kTile + i < hidden; ++i) {
+          if (__builtin_fabsf(v[i]) < out.limit)
+            to[i] += static_cast<uint64_t>(static_cast<int64_t>(__builtin_rintf(v[i])));
+          else
+            __atomic_store_n(out.flags + row_of(r), uint8_t{1}, __ATOMIC_RELAXED);
+        }
       }
-    }
-  }
 }
 
-// Adds all slices' contributions for block b of the rows × C tiles, each rounded to an integer by itself. They meet in the
-// first-level cache and reach the rows' sums once. Whether all were in range is looked at once a block.
-template <int C, class SliceOf, class NextOf, class FactorOf, class RowOf>
-MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const NextOf& next,
-                               const RowBlocks& x, int64_t b, int64_t t, const FactorOf& factor_of, const RowOf& row_of) {
-  const int64_t n0 = t * kTile, tile_elements = pairs * 2 * kTile;
-  const int64_t width = hidden - n0 < C * kTile ? hidden - n0 : C * kTile;  // outputs past hidden are products with 0
-  const Range rows = x.block(b);
-  const float limit = out.limit < Vec::kFixedLimit ? out.limit : Vec::kFixedLimit;
-  with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-    if constexpr (R <= Vec::kWideRows || C < 4) {
-      float factors[R];
-      for (int r = 0; r < R; ++r) factors[r] = factor_of(rows.begin + r);
-      alignas(64) int64_t sum[R * C * kTile] = {};
-      int64_t* in_memory = sum;
-      typename Vec::Seen seen = Vec::nothing_seen();
-      const bool plain = out.plain;
-      for (int s = 0; s < num_slices; ++s) {
-        const SlicePart part = slice(s);
-        F acc[R][C];
-        tile_block<R, C>(x.of(rows) + part.first_pair * R, R, part.w + t * tile_elements, 2 * kTile, tile_elements, pairs,
-                         part_of<C>(next(s), pairs, b, x.blocks), acc);
-        asm("" : "+r"(in_memory) : : "memory");  // sums loaded before the product would push its accumulators out of their registers
-        const auto each = [&](const auto& add) MOEBIUS_INLINE_LAMBDA {
+// sums[at …] (R rows × C tiles) += the contributions of one slice, each rounded to an integer by itself.
+template <int R, int C>
+MOEBIUS_INLINE void add_slice(const Pair* x, const bf16* w, int64_t pairs, Ahead ahead, const float* factors, bool plain, int64_t* sums,
+                              int64_t at, typename Vec::Seen& seen) {
+  F acc[R][C];
+  tile_block<R, C>(x, R, w, 2 * kTile, pairs * 2 * kTile, pairs, ahead, acc);
+  asm("" : "+r"(sums) : : "memory");  // sums loaded before the product would push its accumulators out of their registers
+  const auto each = [&](const auto& add) MOEBIUS_INLINE_LAMBDA {
 #pragma GCC unroll 16
-          for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int c = 0; c < C; ++c) add((r * C + c) * kTile, Vec::mul(acc[r][c], Vec::set1(factors[r])));
-        };
-        if (plain)
-          each([&](int at, F v) MOEBIUS_INLINE_LAMBDA {
-            float* to = reinterpret_cast<float*>(in_memory) + at;
-            Vec::store(to, Vec::add(Vec::load(to), v));
+      for (int c = 0; c < C; ++c) add(at + (r * C + c) * kTile, Vec::mul(acc[r][c], Vec::set1(factors[r])));
+  };
+  if (plain)
+    each([&](int64_t to, F v) MOEBIUS_INLINE_LAMBDA {
+      float* const sum = reinterpret_cast<float*>(sums) + to;
+      Vec::store(sum, Vec::add(Vec::load(sum), v));
+    });
+  else
+    each([&](int64_t to, F v) MOEBIUS_INLINE_LAMBDA { Vec::see(seen, v), Vec::add_fixed(sums + to, v); });
+}
+
+// Adds all slices' contributions to the rows' sums, for a range of tiles. They are gathered first; whether all were in range is
+// looked at before they reach the rows' own. after(s) is where the weights of slice s lie that are read when these have been.
+template <class SliceOf, class AfterOf, class FactorOf, class RowOf>
+MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const AfterOf& after,
+                               const RowBlocks& x, Range tiles, const FactorOf& factor_of, const RowOf& row_of) {
+  const int64_t tile_elements = pairs * 2 * kTile;
+  const float limit = out.limit < Vec::kFixedLimit ? out.limit : Vec::kFixedLimit;
+  const bool plain = out.plain, alone = x.blocks == 1;
+  const int64_t step = x.rows <= Vec::kWideRows ? 4 : 2;
+  // Several blocks meet the same weights while these are in the first-level cache.
+  const int64_t group = alone ? kGatheredTiles / x.rows / step * step : step, lead = group < kLeadTiles ? group : kLeadTiles;
+  alignas(64) int64_t sums[kGatheredTiles * kTile];
+  for (int64_t t0 = tiles.begin; t0 < tiles.end; t0 += group) {
+    const Range here{t0, t0 + group < tiles.end ? t0 + group : tiles.end};
+    const auto following = [&](int s) MOEBIUS_INLINE_LAMBDA {
+      const int next = alone ? (s + 1) % num_slices : s;
+      if (alone && next > 0) return slice(next).w + here.begin * tile_elements;
+      return here.end < tiles.end ? slice(next).w + here.end * tile_elements : after(next);
+    };
+    for (int64_t b = 0; b < x.blocks; ++b) {
+      const Range rows = x.block(b);
+      with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
+        float factors[R];
+        for (int r = 0; r < R; ++r) factors[r] = factor_of(rows.begin + r);
+        __builtin_memset(sums, 0, static_cast<size_t>(R * here.size() * kTile) * sizeof(int64_t));
+        typename Vec::Seen seen = Vec::nothing_seen();
+        for (int s = 0; s < num_slices; ++s) {
+          const SlicePart part = slice(s);
+          for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
+            if constexpr (R <= Vec::kWideRows || C < 4) {
+              const bf16* w = part.w + t * tile_elements;
+              const bf16* next = t + lead < here.end ? w + lead * tile_elements : following(s) + (t + lead - here.end) * tile_elements;
+              add_slice<R, C>(x.of(rows) + part.first_pair * R, w, pairs, part_of<C>(next, pairs, b, x.blocks), factors, plain, sums,
+                              (t - here.begin) * R * kTile, seen);
+            }
           });
-        else
-          each([&](int at, F v) MOEBIUS_INLINE_LAMBDA { Vec::see(seen, v), Vec::add_fixed(in_memory + at, v); });
-      }
-      if (!plain && !Vec::all_below(seen, limit)) {
-        add_checked<C>(out, hidden, num_slices, pairs, slice, x.of(rows), R, t, factors, [&](int64_t r) { return row_of(rows.begin + r); });
-        return;
-      }
-      for (int r = 0; r < R; ++r) {
-        const int64_t to = row_of(rows.begin + r) * hidden + n0, from = r * C * kTile;
-        if (plain)
-          for (int64_t i = 0; i < width; ++i) reinterpret_cast<float*>(out.sum)[to + i] += reinterpret_cast<const float*>(sum)[from + i];
-        else
-          for (int64_t i = 0; i < width; ++i)
-            out.sum[to + i] = static_cast<int64_t>(static_cast<uint64_t>(out.sum[to + i]) + static_cast<uint64_t>(sum[from + i]));
-      }
+        }
+        if (!plain && !Vec::all_below(seen, limit)) {
+          add_checked(out, hidden, num_slices, pairs, slice, x.of(rows), R, here, factors, [&](int64_t r) { return row_of(rows.begin + r); });
+          return;
+        }
+        for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
+          const Range columns = columns_of({t, t + C}, hidden);  // outputs past hidden are products with 0
+          for (int r = 0; r < R; ++r) {
+            const int64_t to = row_of(rows.begin + r) * hidden + columns.begin, from = ((t - here.begin) * R + r * C) * kTile;
+            if (plain)
+              for (int64_t i = 0; i < columns.size(); ++i) reinterpret_cast<float*>(out.sum)[to + i] += reinterpret_cast<const float*>(sums)[from + i];
+            else
+              for (int64_t i = 0; i < columns.size(); ++i)
+                out.sum[to + i] = static_cast<int64_t>(static_cast<uint64_t>(out.sum[to + i]) + static_cast<uint64_t>(sums[from + i]));
+          }
+        });
+      });
     }
-  });
+  }
 }
 
 void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
@@ -143,14 +174,10 @@ void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
                                   [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.x + (args.rows.begin + r) * args.ldx; });
   const int64_t pairs = args.k / 2, tile_elements = pairs * 2 * kTile;
   const auto slice = [&](int s) MOEBIUS_INLINE_LAMBDA { return SlicePart{args.parts[s].w, args.parts[s].column / 2}; };
+  const auto after = [&](int s) MOEBIUS_INLINE_LAMBDA { return slice(s).w + tiles.begin * tile_elements; };
   const auto factor_of = [&](int64_t) MOEBIUS_INLINE_LAMBDA { return args.out.plain ? 1.0f : args.out.scale; };
   const auto row_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.rows.begin + r; };
-  for_tiles(tiles, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
-    const int64_t next_t = t + C < tiles.end ? t + C : tiles.begin;
-    const auto next = [&](int s) MOEBIUS_INLINE_LAMBDA { return args.parts[s].w + next_t * tile_elements; };
-    for (int64_t b = 0; b < x.blocks; ++b)
-      add_slices<C>(args.out, args.hidden, args.num_parts, pairs, slice, next, x, b, t, factor_of, row_of);
-  });
+  add_slices(args.out, args.hidden, args.num_parts, pairs, slice, after, x, tiles, factor_of, row_of);
 }
 
 // ---- experts
@@ -229,14 +256,9 @@ void experts_down(const ExpertsArgs& args, const Lane& lane) {
     const auto slice = [&](int s) MOEBIUS_INLINE_LAMBDA { return SlicePart{job.cuts[s] + cut.gate_up_elements(), s * pairs}; };
     const auto factor_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.pair_weights[job.pair_begin + r] * scale; };
     const auto row_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return int64_t{args.pair_rows[job.pair_begin + r]}; };
-    for_tiles(tiles, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
-      const bool last = t + C >= tiles.end;
-      const bf16* const* cuts = last && j + 1 < args.num_jobs ? args.jobs[j + 1].cuts : job.cuts;
-      const int64_t at = cut.gate_up_elements() + (last ? tiles.begin : t + C) * down.tile_elements();
-      const auto next = [&](int s) MOEBIUS_INLINE_LAMBDA { return cuts[s] + at; };
-      for (int64_t b = 0; b < x.blocks; ++b)
-        add_slices<C>(args.out, args.hidden, args.num_cuts, pairs, slice, next, x, b, t, factor_of, row_of);
-    });
+    const bf16* const* cuts = args.jobs[j + 1 < args.num_jobs ? j + 1 : j].cuts;
+    const auto after = [&](int s) MOEBIUS_INLINE_LAMBDA { return cuts[s] + cut.gate_up_elements() + tiles.begin * down.tile_elements(); };
+    add_slices(args.out, args.hidden, args.num_cuts, pairs, slice, after, x, tiles, factor_of, row_of);
   }
 }
 
