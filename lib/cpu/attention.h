@@ -49,33 +49,41 @@ struct KvWalk {
   // The tile of keys that begins at `token`, a multiple of the tile.
   MOEBIUS_INLINE const bf16* keys(int64_t token) const { return page_of(token) + slice.k_index(token % slice.page_tokens, 0); }
   MOEBIUS_INLINE const f16* values(int64_t token) const { return page_of(token) + slice.v_index(token % slice.page_tokens, 0); }
-  MOEBIUS_INLINE int64_t page_end(int64_t token) const { return (token / slice.page_tokens + 1) * slice.page_tokens; }
-
-  // A tile of keys, towards the second-level cache.
-  MOEBIUS_INLINE void fetch_keys(int64_t token) const {
-    const char* k = reinterpret_cast<const char*>(keys(token));
-    for (int64_t i = 0; i < kTile * slice.head_dim * 2; i += kLineBytes) __builtin_prefetch(k + i, 0, 2);
-  }
 };
 
-// The tokens that are worked on next, fetched while others are: keys while scores are computed, values while values are added, so
-// that memory is busy all the time. `kv` of no tokens is not looked at.
-struct NextTokens {
-  const KvWalk& kv;
-  int64_t begin, count;
+// What is read of a block's KV, piece by piece: a piece is the keys or the values of 16 tokens. Those of a split come keys first, then
+// values, then the next split, then the block that is worked on after. While a piece is worked on, the one kLeadPieces later is
+// fetched, a line at a time: memory is busy all the while, through the softmax too.
+constexpr int64_t kLeadPieces = 4;
 
-  MOEBIUS_INLINE void fetch_keys(int64_t from, int64_t to) const {
-    for (int64_t t = from; t < to && t < count; t += kTile) kv.fetch_keys(begin + t);
+struct Pieces {
+  const KvWalk& kv;
+  const KvWalk& kv_after;
+  int64_t begin, end;   // of the split at hand
+  int64_t next, after;  // tokens of the split that follows in this block, or if there is none of the first of the block after
+
+  // Where piece i of the split is, or what is as good if nothing is left to be fetched.
+  MOEBIUS_INLINE const char* at(int64_t i) const {
+    const int64_t tiles = div_up(end - begin, kTile);
+    if (i < 2 * tiles) return piece(kv, begin, tiles, i);
+    const int64_t rest = i - 2 * tiles, following = div_up(next > 0 ? next : after, kTile);
+    if (rest >= 2 * following) return piece(kv, begin, tiles, 0);
+    return next > 0 ? piece(kv, end, following, rest) : piece(kv_after, 0, following, rest);
   }
-  // The values of token t, or what may be fetched in their place.
-  MOEBIUS_INLINE const f16* values(int64_t t, const f16* otherwise) const { return t < count ? kv.values(begin + t) : otherwise; }
+
+ private:
+  MOEBIUS_INLINE static const char* piece(const KvWalk& walk, int64_t from, int64_t tiles, int64_t i) {
+    return i < tiles ? reinterpret_cast<const char*>(walk.keys(from + i * kTile))
+                     : reinterpret_cast<const char*>(walk.values(from + (i - tiles) * kTile));
+  }
 };
 
 // part[r] += Σ_t p[t]·V[t] over tokens [from, to) of the split that starts at `begin`, in order, for R rows × C tiles from d0 on.
 template <int R, int C>
-MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const NextTokens& ahead, const float* p, int64_t d0,
+MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const Pieces& pieces, const float* p, int64_t d0,
                                float* part, int64_t stride) {
-  constexpr int kLinePieces = kLineBytes / 2 / kTile;
+  constexpr int kTilesPerLine = kLineBytes / 2 / kTile;
+  const int64_t first_value = div_up(pieces.end - begin, kTile);
   F acc[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -83,14 +91,14 @@ MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, in
     for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(part + r * stride + d0 + c * kTile);
   for (int64_t t = from; t < to;) {
     const f16* v = kv.values(begin + t) + d0;
-    const int64_t page_end = kv.page_end(begin + t) - begin, run_end = page_end < to ? page_end : to;
-    const f16* next = ahead.values(t, v - d0) + d0;
-    for (; t < run_end; ++t, v += kv.slice.head_dim, next += kv.slice.head_dim) {
+    const int64_t tile_end = (t / kTile + 1) * kTile, run_end = tile_end < to ? tile_end : to;
+    const char* ahead = pieces.at(first_value + t / kTile + kLeadPieces) + (t % kTile * kv.slice.head_dim + d0) * 2;
+    for (; t < run_end; ++t, v += kv.slice.head_dim, ahead += kv.slice.head_dim * 2) {
       F x[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         x[c] = Vec::load_half(v + c * kTile);
-        if (c % kLinePieces == 0) __builtin_prefetch(next + c * kTile, 0, 2);
+        if (c % kTilesPerLine == 0) __builtin_prefetch(ahead + c * kTile * 2);
       }
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
@@ -107,12 +115,12 @@ MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, in
 }
 
 template <int R>
-MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const NextTokens& ahead, const float* p, float* part,
+MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const Pieces& pieces, const float* p, float* part,
                                    int64_t stride) {
   const int64_t dim = kv.slice.head_dim;
   int64_t d = 0;
-  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(kv, begin, from, to, ahead, p, d, part, stride);
-  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(kv, begin, from, to, ahead, p, d, part, stride);
+  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(kv, begin, from, to, pieces, p, d, part, stride);
+  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(kv, begin, from, to, pieces, p, d, part, stride);
   if (d < dim)  // a head_dim that is no multiple of 16
     for (int r = 0; r < R; ++r)
       for (int64_t t = from; t < to; ++t) {
@@ -125,33 +133,40 @@ MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from
 }
 
 // Rows of a block together as far as all of them see, then each on its own: the order of tokens is the same either way.
-MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const NextTokens& ahead, const float* scores, const int64_t* counts, int64_t num,
+MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const Pieces& pieces, const float* scores, const int64_t* counts, int64_t num,
                                  float* part, int64_t stride) {
   for (int64_t r = 0, n; r < num; r += n) {
     n = num - r < Vec::kRowsOut ? num - r : Vec::kRowsOut;
     int64_t least = counts[r];
     for (int64_t i = r + 1; i < r + n; ++i) least = counts[i] < least ? counts[i] : least;
     with_rows<Vec::kRowsOut>(n, [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      add_value_rows<R>(kv, begin, 0, least, ahead, scores + r * kAttentionSplit, part + r * stride, stride);
+      add_value_rows<R>(kv, begin, 0, least, pieces, scores + r * kAttentionSplit, part + r * stride, stride);
     });
     for (int64_t i = r; i < r + n; ++i)
-      if (counts[i] > least) add_value_rows<1>(kv, begin, least, counts[i], ahead, scores + i * kAttentionSplit, part + i * stride, stride);
+      if (counts[i] > least) add_value_rows<1>(kv, begin, least, counts[i], pieces, scores + i * kAttentionSplit, part + i * stride, stride);
   }
 }
 
-// Scores of C tiles of tokens from t on, for all rows of a block.
+// Scores of C tiles of tokens from tile `first` of the split on, for all rows of a block. (No two tiles need lie in one page.)
 template <int C>
-MOEBIUS_INLINE void score_tiles(const KvWalk& kv, const RowBlocks& q, int64_t t, float softmax_scale, float* scores) {
-  const bf16* keys = kv.keys(t);
-  const int64_t cstep = C > 1 ? kv.keys(t + kTile) - keys : 0;
+MOEBIUS_INLINE void score_tiles(const KvWalk& kv, const RowBlocks& q, const Pieces& pieces, int64_t first, float softmax_scale, float* scores) {
+  Streams<C> keys, ahead;
+  keys.step = ahead.step = kLineBytes;
+#pragma GCC unroll 4
+  for (int c = 0; c < C; ++c) {
+    keys.at[c] = reinterpret_cast<const char*>(kv.keys(pieces.begin + (first + c) * kTile));
+    ahead.at[c] = pieces.at(first + c + kLeadPieces);
+  }
   for (int64_t b = 0; b < q.blocks; ++b) {
     const Range rows = q.block(b);
     with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      F acc[R][C];
-      tile_block<R, C>(q.of(rows), R, keys, 2 * kTile, cstep, q.pairs, {reinterpret_cast<const char*>(keys), 0}, acc);
-      for (int r = 0; r < R; ++r)
-        for (int c = 0; c < C; ++c)
-          Vec::store(scores + (rows.begin + r) * kAttentionSplit + c * kTile, Vec::mul(acc[r][c], Vec::set1(softmax_scale)));
+      if constexpr (R <= Vec::kWideRows || C < 4) {
+        F acc[R][C];
+        tile_block<R, C>(q.of(rows), R, keys, q.pairs, ahead, acc);
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < C; ++c)
+            Vec::store(scores + (rows.begin + r) * kAttentionSplit + (first + c) * kTile, Vec::mul(acc[r][c], Vec::set1(softmax_scale)));
+      }
     });
   }
 }
@@ -167,16 +182,11 @@ MOEBIUS_INLINE void attend_block(const KvView& view, float softmax_scale, float 
 
   for (int64_t begin = 0; begin < longest; begin += kAttentionSplit) {
     const int64_t end = longest < begin + kAttentionSplit ? longest : begin + kAttentionSplit;
-    const bool last = end == longest;
-    const int64_t left = last ? (after.num > 0 ? after.longest : 0) : longest - end;
-    const NextTokens ahead{last ? kv_after : kv, last ? 0 : end, left < kAttentionSplit ? left : kAttentionSplit};
-    for (int64_t t = begin; t < end; t += 2 * kTile) {  // a tile never crosses a page: page sizes are multiples of it
-      ahead.fetch_keys(t - begin, t - begin + 2 * kTile);
-      if (t + kTile < end)
-        score_tiles<2>(kv, q, t, softmax_scale, s.scores + (t - begin));
-      else
-        score_tiles<1>(kv, q, t, softmax_scale, s.scores + (t - begin));
-    }
+    const int64_t rest = longest - end, after_rest = after.num > 0 ? after.longest : 0;
+    const Pieces pieces{kv, kv_after, begin, end, rest < kAttentionSplit ? rest : kAttentionSplit,
+                        after_rest < kAttentionSplit ? after_rest : kAttentionSplit};
+    for_tiles({0, div_up(end - begin, kTile)}, block.num,
+              [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA { score_tiles<C>(kv, q, pieces, t, softmax_scale, s.scores); });
     int64_t counts[kBlockRows];
     float split_most[kBlockRows], split_sum[kBlockRows];
     for (int64_t r = 0; r < block.num; ++r) {
@@ -199,7 +209,7 @@ MOEBIUS_INLINE void attend_block(const KvView& view, float softmax_scale, float 
       split_sum[r] = Vec::sum(sums);
       for (int64_t i = 0; i < stride; ++i) s.part[r * stride + i] = 0;
     }
-    weigh_values(kv, begin, ahead, s.scores, counts, block.num, s.part, stride);
+    weigh_values(kv, begin, pieces, s.scores, counts, block.num, s.part, stride);
     for (int64_t r = 0; r < block.num; ++r) {
       if (counts[r] == 0) continue;
       float* total = s.total + r * stride;

@@ -72,8 +72,7 @@ void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pa
         const SlicePart part = slice(s);
         const bf16* w = part.w + t * tile_elements;
         F acc[1][1];
-        tile_block<1, 1>(x + part.first_pair * rows + r, rows, w, 2 * kTile, tile_elements, pairs, {reinterpret_cast<const char*>(w), 0},
-                         acc);
+        tile_block<1, 1>(x + part.first_pair * rows + r, rows, Streams<1>::tiles(w, tile_elements), pairs, Streams<1>::of(w, 0, 0), acc);
         float v[kTile];
         Vec::store(v, Vec::mul(acc[0][0], Vec::set1(factors[r])));
         uint64_t* to = reinterpret_cast<uint64_t*>(out.sum) + row_of(r) * hidden + t * kTile;
@@ -88,10 +87,10 @@ void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pa
 
 // sums[at …] (R rows × C tiles) += the contributions of one slice, each rounded to an integer by itself.
 template <int R, int C>
-MOEBIUS_INLINE void add_slice(const Pair* x, const bf16* w, int64_t pairs, Ahead ahead, const float* factors, bool plain, int64_t* sums,
-                              int64_t at, typename Vec::Seen& seen) {
+MOEBIUS_INLINE void add_slice(const Pair* x, const bf16* w, int64_t pairs, const Streams<C>& ahead, const float* factors, bool plain,
+                              int64_t* sums, int64_t at, typename Vec::Seen& seen) {
   F acc[R][C];
-  tile_block<R, C>(x, R, w, 2 * kTile, pairs * 2 * kTile, pairs, ahead, acc);
+  tile_block<R, C>(x, R, Streams<C>::tiles(w, pairs * 2 * kTile), pairs, ahead, acc);
   asm("" : "+r"(sums) : : "memory");  // sums loaded before the product would push its accumulators out of their registers
   const auto each = [&](const auto& add) MOEBIUS_INLINE_LAMBDA {
 #pragma GCC unroll 16
@@ -204,7 +203,7 @@ MOEBIUS_INLINE void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* 
     const Range rows = x.block(b);
     with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
       F acc[R][2];
-      tile_block<R, 2>(x.of(rows), R, w, 4 * kTile, 2 * kTile, x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
+      tile_block<R, 2>(x.of(rows), R, Streams<2>::of(w, kLineBytes, 2 * kLineBytes), x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
       alignas(64) float gate_up[R][2][kTile];
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) Vec::store(gate_up[r][0], acc[r][0]), Vec::store(gate_up[r][1], acc[r][1]);

@@ -13,24 +13,34 @@ using Pair = uint32_t __attribute__((may_alias));  // two bf16 of a row
 
 constexpr int64_t kLineBytes = 64;  // a cache line, and one pair of k of a tile
 
-// The weights of the next piece of work, fetched while this one is multiplied: pair p touches the lines from at + p·step on.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t step = 0;  // bytes
+// C streams of lines, of which a product takes one each per pair of k: the weights of C tiles, or what is fetched meanwhile.
+template <int C>
+struct Streams {
+  const char* at[C];
+  int64_t step;  // bytes from a pair to the next
+
+  // Streams that lie `apart` bytes from each other.
+  MOEBIUS_INLINE static Streams of(const void* first, int64_t apart, int64_t step) {
+    Streams s;
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) s.at[c] = static_cast<const char*>(first) + c * apart;
+    s.step = step;
+    return s;
+  }
+  // C tiles of a packed matrix, from `first` on.
+  MOEBIUS_INLINE static Streams tiles(const bf16* first, int64_t tile_elements) { return of(first, tile_elements * 2, kLineBytes); }
 };
 
 // What block b of `blocks` over a piece of weights fetches of the next piece: its b-th part, so that every block hides as much
 // of the memory's time as the others. (C tiles of `pairs` pairs are C·pairs lines, one after another.)
 template <int C>
-MOEBIUS_INLINE Ahead part_of(const bf16* next, int64_t pairs, int64_t b, int64_t blocks) {
-  return {reinterpret_cast<const char*>(next) + pairs * C * kLineBytes * b / blocks, C * kLineBytes / blocks};
+MOEBIUS_INLINE Streams<C> part_of(const bf16* next, int64_t pairs, int64_t b, int64_t blocks) {
+  return Streams<C>::of(reinterpret_cast<const char*>(next) + pairs * C * kLineBytes * b / blocks, kLineBytes, C * kLineBytes / blocks);
 }
 
-// acc[r][c] = Σ_p w(c, p)·a(r, p). Row r's pair p is a[p·pitch + r]; tile c's pair p starts at w + p·kstep + c·cstep.
+// acc[r][c] = Σ_p w(c, p)·a(r, p). Row r's pair p is a[p·pitch + r].
 template <int R, int C>
-MOEBIUS_INLINE void tile_block(const Pair* a, int64_t pitch, const bf16* w, int64_t kstep, int64_t cstep, int64_t pairs, Ahead ahead,
-                               F (&acc)[R][C]) {
-  constexpr int kSecondLevelCache = 2;  // a piece may be larger than the first level
+MOEBIUS_INLINE void tile_block(const Pair* a, int64_t pitch, const Streams<C>& w, int64_t pairs, const Streams<C>& ahead, F (&acc)[R][C]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -39,8 +49,8 @@ MOEBIUS_INLINE void tile_block(const Pair* a, int64_t pitch, const bf16* w, int6
     Vec::W tile[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
-      tile[c] = Vec::load_w(w + p * kstep + c * cstep);
-      __builtin_prefetch(ahead.at + p * ahead.step + c * kLineBytes, 0, kSecondLevelCache);
+      tile[c] = Vec::load_w(reinterpret_cast<const bf16*>(w.at[c] + p * w.step));
+      __builtin_prefetch(ahead.at[c] + p * ahead.step);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -124,7 +134,7 @@ MOEBIUS_INLINE void multiply_tiles(const RowBlocks& x, const bf16* w, int64_t ti
       with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
         if constexpr (R <= Vec::kWideRows || C < 4) {
           F acc[R][C];
-          tile_block<R, C>(x.of(rows), R, tile, 2 * kTile, tile_elements, x.pairs, part_of<C>(next, x.pairs, b, x.blocks), acc);
+          tile_block<R, C>(x.of(rows), R, Streams<C>::tiles(tile, tile_elements), x.pairs, part_of<C>(next, x.pairs, b, x.blocks), acc);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) store(rows.begin + r, t * kTile, acc[r], C);
         }
