@@ -112,8 +112,8 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
     const Ops& ops = cpu_ops(isa);
     auto scratch = scratch_for(ops);
     Random random;
-    for (const auto& [hidden, neurons] : {std::pair<int64_t, int64_t>{96, 20}, {128, 16}, {100, 44}, {256, 128}}) {
-      if (!kAllSizes && hidden == 256 && isa != paths().front()) continue;
+    for (const auto& [hidden, neurons] : {std::pair<int64_t, int64_t>{96, 20}, {128, 16}, {100, 44}, {256, 128}, {1032, 16}}) {
+      if (!kAllSizes && hidden >= 256 && isa != paths().front()) continue;
       const int cuts = 2, rows = 23, experts = 3;
       const MlpCut cut{neurons, hidden};
       std::vector<std::vector<bf16>> gate, up, down, packed;
@@ -168,7 +168,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
       const auto sum = run({0, rows}, 1, flags.data());
       CHECK(std::count(flags.begin(), flags.end(), 0) == rows);
       for (int r = 0; r < rows; ++r)
-        for (int64_t h = 0; h < hidden; ++h) {
+        for (int64_t h = 0; h < hidden; h += 17) {
           double exact = 0, size = 0;
           for (int e = 0; e < experts; ++e)
             for (const auto& [row, weight] : chosen[static_cast<size_t>(e)])
@@ -184,21 +184,25 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
                   const double term = weight * to_float(down[i][static_cast<size_t>(h * neurons + n)]) * (g / (1 + std::exp(-g))) * u;
                   exact += term, size += std::fabs(term);
                 }
-          if (h % 17 == 0)  // act is rounded to bf16: 2^−9 relative, and the sums' float error
-            REQUIRE(std::fabs(static_cast<double>(sum[static_cast<size_t>(r * hidden + h)]) * 0x1p-28 - exact) <= size * 0x1p-8 + 1e-6);
+          // act is rounded to bf16: 2^−9 relative, and the sums' float error
+          REQUIRE(std::fabs(static_cast<double>(sum[static_cast<size_t>(r * hidden + h)]) * 0x1p-28 - exact) <= size * 0x1p-8 + 1e-6);
         }
       for (int lanes : {2, 3, 5}) CHECK(sum == run({0, rows}, lanes, flags.data()));
       for (int r = 0; r < rows; ++r) {
         const auto alone = run({r, r + 1}, 2, flags.data());
         REQUIRE(std::equal(alone.begin() + r * hidden, alone.begin() + (r + 1) * hidden, sum.begin() + r * hidden));
       }
+      for (int n : {5, 8, 12, 16}) {  // up to 11 rows an expert: one block, which walks the tiles in groups
+        const auto few = run({0, n}, 2, flags.data());
+        REQUIRE(std::equal(few.begin(), few.begin() + n * hidden, sum.begin()));
+      }
 
       // Rows that leave the range are flagged, whatever the lanes; the rows beside them keep their bits.
       x[1 * hidden] = to_bf16(std::nanf("")), x[2 * hidden] = to_bf16(INFINITY), x[3 * hidden] = to_bf16(1e30f);
-      for (int lanes : {1, 3}) {
+      for (const auto& [lanes, n] : {std::pair{1, rows}, {3, rows}, {2, 16}}) {
         std::fill(flags.begin(), flags.end(), uint8_t{0});
-        const auto beside = run({0, rows}, lanes, flags.data());
-        for (int r = 0; r < rows; ++r) {
+        const auto beside = run({0, n}, lanes, flags.data());
+        for (int r = 0; r < n; ++r) {
           CHECK(flags[static_cast<size_t>(r)] == (r >= 1 && r <= 3));
           if (r < 1 || r > 3) CHECK(std::equal(beside.begin() + r * hidden, beside.begin() + (r + 1) * hidden, sum.begin() + r * hidden));
         }
