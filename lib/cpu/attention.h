@@ -51,48 +51,51 @@ struct KvWalk {
   MOEBIUS_INLINE const f16* values(int64_t token) const { return page_of(token) + slice.v_index(token % slice.page_tokens, 0); }
 };
 
-// What is read of a block's KV, piece by piece: a piece is the keys or the values of 16 tokens. Those of a split come keys first, then
-// values, then the next split, then the block that is worked on after. While a piece is worked on, the one kLeadPieces later is
-// fetched, a line at a time: memory is busy all the while, through the softmax too.
-constexpr int64_t kLeadPieces = 4;
-
-struct Pieces {
+// Some tokens of one walk.
+struct Tokens {
   const KvWalk& kv;
-  const KvWalk& kv_after;
-  int64_t begin, end;   // of the split at hand
-  int64_t next, after;  // tokens of the split that follows in this block, or if there is none of the first of the block after
+  int64_t begin, count;
 
-  // Where piece i of the split is, or what is as good if nothing is left to be fetched.
-  MOEBIUS_INLINE const char* at(int64_t i) const {
-    const int64_t tiles = div_up(end - begin, kTile);
-    if (i < 2 * tiles) return piece(kv, begin, tiles, i);
-    const int64_t rest = i - 2 * tiles, following = div_up(next > 0 ? next : after, kTile);
-    if (rest >= 2 * following) return piece(kv, begin, tiles, 0);
-    return next > 0 ? piece(kv, end, following, rest) : piece(kv_after, 0, following, rest);
-  }
-
- private:
-  MOEBIUS_INLINE static const char* piece(const KvWalk& walk, int64_t from, int64_t tiles, int64_t i) {
-    return i < tiles ? reinterpret_cast<const char*>(walk.keys(from + i * kTile))
-                     : reinterpret_cast<const char*>(walk.values(from + (i - tiles) * kTile));
+  MOEBIUS_INLINE int64_t tiles() const { return div_up(count, kTile); }
+  // What is read of them comes in pieces: each tile's keys, then each tile's values. (No tile crosses a page: pages are multiples of it.)
+  MOEBIUS_INLINE const char* piece(int64_t i) const {
+    return i < tiles() ? reinterpret_cast<const char*>(kv.keys(begin + i * kTile))
+                       : reinterpret_cast<const char*>(kv.values(begin + (i - tiles()) * kTile));
   }
 };
 
-// part[r] += Σ_t p[t]·V[t] over tokens [from, to) of the split that starts at `begin`, in order, for R rows × C tiles from d0 on.
+// While a piece is worked on, the one kLeadPieces later is fetched, a line at a time: memory is busy all the while, through the
+// softmax too.
+constexpr int64_t kLeadPieces = 4;
+
+struct Split {
+  Tokens now;
+  Tokens next;  // what is read after it: the next split of the same rows, or the first of the block worked on after; may be none
+
+  // Where the piece is that is fetched while piece i is worked on, or what is as good if nothing is left to be fetched.
+  MOEBIUS_INLINE const char* ahead_of(int64_t i) const {
+    i += kLeadPieces;
+    if (i < 2 * now.tiles()) return now.piece(i);
+    i -= 2 * now.tiles();
+    return i < 2 * next.tiles() ? next.piece(i) : now.piece(0);
+  }
+};
+
+// part[r] += Σ_t p[t]·V[t] over tokens [from, to) of the split, in order, for R rows × C tiles from d0 on.
 template <int R, int C>
-MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const Pieces& pieces, const float* p, int64_t d0,
+MOEBIUS_INLINE void add_values(const Split& split, int64_t from, int64_t to, const float* p, int64_t d0,
                                float* part, int64_t stride) {
   constexpr int kTilesPerLine = kLineBytes / 2 / kTile;
-  const int64_t first_value = div_up(pieces.end - begin, kTile);
+  const KvWalk& kv = split.now.kv;
   F acc[R][C];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) acc[r][c] = Vec::load(part + r * stride + d0 + c * kTile);
   for (int64_t t = from; t < to;) {
-    const f16* v = kv.values(begin + t) + d0;
+    const f16* v = kv.values(split.now.begin + t) + d0;
     const int64_t tile_end = (t / kTile + 1) * kTile, run_end = tile_end < to ? tile_end : to;
-    const char* ahead = pieces.at(first_value + t / kTile + kLeadPieces) + (t % kTile * kv.slice.head_dim + d0) * 2;
+    const char* ahead = split.ahead_of(split.now.tiles() + t / kTile) + (t % kTile * kv.slice.head_dim + d0) * 2;
     for (; t < run_end; ++t, v += kv.slice.head_dim, ahead += kv.slice.head_dim * 2) {
       F x[C];
 #pragma GCC unroll 4
@@ -115,16 +118,16 @@ MOEBIUS_INLINE void add_values(const KvWalk& kv, int64_t begin, int64_t from, in
 }
 
 template <int R>
-MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from, int64_t to, const Pieces& pieces, const float* p, float* part,
+MOEBIUS_INLINE void add_value_rows(const Split& split, int64_t from, int64_t to, const float* p, float* part,
                                    int64_t stride) {
-  const int64_t dim = kv.slice.head_dim;
+  const int64_t dim = split.now.kv.slice.head_dim;
   int64_t d = 0;
-  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(kv, begin, from, to, pieces, p, d, part, stride);
-  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(kv, begin, from, to, pieces, p, d, part, stride);
+  for (; d + kValueTiles * kTile <= dim; d += kValueTiles * kTile) add_values<R, kValueTiles>(split, from, to, p, d, part, stride);
+  for (; d + kTile <= dim; d += kTile) add_values<R, 1>(split, from, to, p, d, part, stride);
   if (d < dim)  // a head_dim that is no multiple of 16
     for (int r = 0; r < R; ++r)
       for (int64_t t = from; t < to; ++t) {
-        const f16* v = kv.values(begin + t);
+        const f16* v = split.now.kv.values(split.now.begin + t);
         for (int64_t i = d; i < dim; ++i) {
           float* o = part + r * stride + i;
           *o = *o + p[r * kAttentionSplit + t] * half_to_float(v[i]);
@@ -133,34 +136,34 @@ MOEBIUS_INLINE void add_value_rows(const KvWalk& kv, int64_t begin, int64_t from
 }
 
 // Rows of a block together as far as all of them see, then each on its own: the order of tokens is the same either way.
-MOEBIUS_INLINE void weigh_values(const KvWalk& kv, int64_t begin, const Pieces& pieces, const float* scores, const int64_t* counts, int64_t num,
+MOEBIUS_INLINE void weigh_values(const Split& split, const float* scores, const int64_t* counts, int64_t num,
                                  float* part, int64_t stride) {
   for (int64_t r = 0, n; r < num; r += n) {
     n = num - r < Vec::kRowsOut ? num - r : Vec::kRowsOut;
     int64_t least = counts[r];
     for (int64_t i = r + 1; i < r + n; ++i) least = counts[i] < least ? counts[i] : least;
     with_rows<Vec::kRowsOut>(n, [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      add_value_rows<R>(kv, begin, 0, least, pieces, scores + r * kAttentionSplit, part + r * stride, stride);
+      add_value_rows<R>(split, 0, least, scores + r * kAttentionSplit, part + r * stride, stride);
     });
     for (int64_t i = r; i < r + n; ++i)
-      if (counts[i] > least) add_value_rows<1>(kv, begin, least, counts[i], pieces, scores + i * kAttentionSplit, part + i * stride, stride);
+      if (counts[i] > least) add_value_rows<1>(split, least, counts[i], scores + i * kAttentionSplit, part + i * stride, stride);
   }
 }
 
-// Scores of C tiles of tokens from tile `first` of the split on, for all rows of a block. (No two tiles need lie in one page.)
+// Scores of C tiles of tokens from tile `first` of the split on, for all rows of a block. (No two of them need lie in one page.)
 template <int C>
-MOEBIUS_INLINE void score_tiles(const KvWalk& kv, const RowBlocks& q, const Pieces& pieces, int64_t first, float softmax_scale, float* scores) {
+MOEBIUS_INLINE void score_tiles(const Split& split, const RowBlocks& q, int64_t first, float softmax_scale, float* scores) {
   Streams<C> keys, ahead;
   keys.step = ahead.step = kLineBytes;
 #pragma GCC unroll 4
   for (int c = 0; c < C; ++c) {
-    keys.at[c] = reinterpret_cast<const char*>(kv.keys(pieces.begin + (first + c) * kTile));
-    ahead.at[c] = pieces.at(first + c + kLeadPieces);
+    keys.at[c] = split.now.piece(first + c);
+    ahead.at[c] = split.ahead_of(first + c);
   }
   for (int64_t b = 0; b < q.blocks; ++b) {
     const Range rows = q.block(b);
     with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      if constexpr (R <= Vec::kWideRows || C < 4) {
+      if constexpr (kBeside<R, C>) {
         F acc[R][C];
         tile_block<R, C>(q.of(rows), R, keys, q.pairs, ahead, acc);
         for (int r = 0; r < R; ++r)
@@ -182,11 +185,11 @@ MOEBIUS_INLINE void attend_block(const KvView& view, float softmax_scale, float 
 
   for (int64_t begin = 0; begin < longest; begin += kAttentionSplit) {
     const int64_t end = longest < begin + kAttentionSplit ? longest : begin + kAttentionSplit;
-    const int64_t rest = longest - end, after_rest = after.num > 0 ? after.longest : 0;
-    const Pieces pieces{kv, kv_after, begin, end, rest < kAttentionSplit ? rest : kAttentionSplit,
-                        after_rest < kAttentionSplit ? after_rest : kAttentionSplit};
-    for_tiles({0, div_up(end - begin, kTile)}, block.num,
-              [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA { score_tiles<C>(kv, q, pieces, t, softmax_scale, s.scores); });
+    const bool last = end == longest;
+    const int64_t left = last ? (after.num > 0 ? after.longest : 0) : longest - end;
+    const Split split{{kv, begin, end - begin}, {last ? kv_after : kv, last ? 0 : end, left < kAttentionSplit ? left : kAttentionSplit}};
+    for_tiles({0, split.now.tiles()}, block.num,
+              [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA { score_tiles<C>(split, q, t, softmax_scale, s.scores); });
     int64_t counts[kBlockRows];
     float split_most[kBlockRows], split_sum[kBlockRows];
     for (int64_t r = 0; r < block.num; ++r) {
@@ -209,7 +212,7 @@ MOEBIUS_INLINE void attend_block(const KvView& view, float softmax_scale, float 
       split_sum[r] = Vec::sum(sums);
       for (int64_t i = 0; i < stride; ++i) s.part[r * stride + i] = 0;
     }
-    weigh_values(kv, begin, pieces, s.scores, counts, block.num, s.part, stride);
+    weigh_values(split, s.scores, counts, block.num, s.part, stride);
     for (int64_t r = 0; r < block.num; ++r) {
       if (counts[r] == 0) continue;
       float* total = s.total + r * stride;

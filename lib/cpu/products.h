@@ -136,7 +136,7 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
         for (int s = 0; s < num_slices; ++s) {
           const SlicePart part = slice(s);
           for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
-            if constexpr (R <= Vec::kWideRows || C < 4) {
+            if constexpr (kBeside<R, C>) {
               const bf16* w = part.w + t * tile_elements;
               const bf16* next = t + lead < here.end ? w + lead * tile_elements : following(s) + (t + lead - here.end) * tile_elements;
               add_slice<R, C>(x.of(rows) + part.first_pair * R, w, pairs, part_of<C>(next, pairs, b, x.blocks), factors, plain, sums,

@@ -112,6 +112,10 @@ MOEBIUS_INLINE void with_rows(int64_t n, const Body& body) {
   body.template operator()<R>();
 }
 
+// Whether for_tiles ever puts R rows beside C tiles: what it does not needs no code.
+template <int R, int C>
+constexpr bool kBeside = R <= Vec::kWideRows || C < 4;
+
 // Calls body.operator()<C>(t) over a range of tiles, C at a time. Few rows take more, so that enough chains run side by side and
 // enough lines are under way.
 template <class Body>
@@ -132,7 +136,7 @@ MOEBIUS_INLINE void multiply_tiles(const RowBlocks& x, const bf16* w, int64_t ti
     for (int64_t b = 0; b < x.blocks; ++b) {
       const Range rows = x.block(b);
       with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-        if constexpr (R <= Vec::kWideRows || C < 4) {
+        if constexpr (kBeside<R, C>) {
           F acc[R][C];
           tile_block<R, C>(x.of(rows), R, Streams<C>::tiles(tile, tile_elements), x.pairs, part_of<C>(next, x.pairs, b, x.blocks), acc);
 #pragma GCC unroll 16
