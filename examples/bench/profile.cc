@@ -32,8 +32,8 @@ Work work_of(const RouteArgs& a) { return product(static_cast<double>(a.rows.siz
 Work work_of(const ExpertsArgs& a) {  // of one matrix of an expert; gate and up are two
   Work w;
   const double neurons = static_cast<double>(MlpCut{a.neurons_per_cut, a.hidden}.padded() * a.num_cuts);
-  for (int j = 0; j < a.num_jobs; ++j)
-    if (a.jobs[j].num_pairs > 0) w = w + product(a.jobs[j].num_pairs, neurons, static_cast<double>(a.hidden));
+  for (int e = 0; e < a.num_experts; ++e)
+    if (const int32_t pairs = a.begins[e + 1] - a.begins[e]; pairs > 0) w = w + product(pairs, neurons, static_cast<double>(a.hidden));
   return w;
 }
 Work work_of(const AttentionArgs& a) {
@@ -90,6 +90,7 @@ const Ops& profiled(const Ops& base) {
   table.attention = timed<kAttention, &Ops::attention, AttentionArgs>;
   table.exact_linear = timed<kOutput, &Ops::exact_linear, ExactLinearArgs>;
   table.route = timed<kRoute, &Ops::route, RouteArgs>;
+  table.group_experts = timed<kRoute, &Ops::group_experts, GroupArgs>;
   table.experts_gate_up = timed<kGateUp, &Ops::experts_gate_up, ExpertsArgs>;
   table.experts_down = timed<kDown, &Ops::experts_down, ExpertsArgs>;
   return table;

@@ -18,12 +18,12 @@ inline bool checked_add(uint64_t a, uint64_t b, uint64_t* out) { return !__built
 
 struct Range {
   int64_t begin = 0, end = 0;
-  MOEBIUS_INLINE int64_t size() const { return end - begin; }
-  MOEBIUS_INLINE bool empty() const { return end <= begin; }
+  MOEBIUS_INLINE constexpr int64_t size() const { return end - begin; }
+  MOEBIUS_INLINE constexpr bool empty() const { return end <= begin; }
 };
 
 // The part-th of `parts` nearly equal consecutive shares of [0, n), in units of `unit` (the last share takes the rest).
-MOEBIUS_INLINE Range share_of(int64_t n, int64_t part, int64_t parts, int64_t unit = 1) {
+MOEBIUS_INLINE constexpr Range share_of(int64_t n, int64_t part, int64_t parts, int64_t unit = 1) {
   const int64_t units = div_up(n, unit);
   const int64_t begin = units * part / parts * unit, end = units * (part + 1) / parts * unit;
   return {begin < n ? begin : n, end < n ? end : n};

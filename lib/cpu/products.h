@@ -185,8 +185,27 @@ void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
 // near 12 rows (2026-11, Zen 5). It only balances the lanes.
 constexpr int64_t kRowsPerTileRead = 12;
 
-MOEBIUS_INLINE int64_t cost_of(const ExpertJob& job) {
-  return job.num_pairs == 0 ? 0 : job.num_pairs < kRowsPerTileRead ? kRowsPerTileRead : job.num_pairs;
+MOEBIUS_INLINE int64_t cost_of(int64_t num_pairs) { return num_pairs < kRowsPerTileRead ? kRowsPerTileRead : num_pairs; }
+
+// One expert and the pairs that chose it.
+struct ExpertJob {
+  int64_t pair_begin, num_pairs;
+  const bf16* const* cuts;
+};
+
+// Calls fn(job, cuts of the one after it, or its own) for each expert that has pairs, until it returns false.
+template <class F>
+MOEBIUS_INLINE void for_experts(const ExpertsArgs& args, F&& fn) {
+  const auto next_from = [&](int e) {
+    while (e < args.num_experts && args.begins[e] == args.begins[e + 1]) ++e;
+    return e;
+  };
+  const auto cuts_of = [&](int e) { return args.cuts + int64_t{e} * args.num_cuts; };
+  for (int e = next_from(0), next; e < args.num_experts; e = next) {
+    next = next_from(e + 1);
+    const ExpertJob job{args.begins[e], args.begins[e + 1] - args.begins[e], cuts_of(e)};
+    if (!fn(job, cuts_of(next < args.num_experts ? next : e))) return;
+  }
 }
 
 // act = silu(gate)·up of one tile for the rows of a block, stored as experts_down takes it: the rows' pairs side by side.
@@ -217,27 +236,27 @@ void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
   const int64_t units = args.num_cuts * cut.tiles();  // per job
   const int64_t act_pairs = args.num_cuts * cut.padded() / 2;
   int64_t total = 0;
-  for (int j = 0; j < args.num_jobs; ++j) total += cost_of(args.jobs[j]) * units;
+  for_experts(args, [&](const ExpertJob& job, const bf16* const*) MOEBIUS_INLINE_LAMBDA { return total += cost_of(job.num_pairs) * units, true; });
   const int64_t from = total * lane.thread / lane.num_threads, to = total * (lane.thread + 1) / lane.num_threads;
   int64_t at = 0;
-  for (int j = 0; j < args.num_jobs && at < to; ++j) {
-    const ExpertJob& job = args.jobs[j];
-    const int64_t cost = cost_of(job);
+  for_experts(args, [&](const ExpertJob& job, const bf16* const* next_cuts) MOEBIUS_INLINE_LAMBDA {
+    const int64_t cost = cost_of(job.num_pairs);
     // Unit u belongs to the lane whose range holds its start.
-    const int64_t first = from > at ? div_up(from - at, cost == 0 ? 1 : cost) : 0;
-    const int64_t last = to - at < cost * units ? div_up(to - at, cost == 0 ? 1 : cost) : units;
+    const int64_t first = from > at ? div_up(from - at, cost) : 0;
+    const int64_t last = to - at < cost * units ? div_up(to - at, cost) : units;
     at += cost * units;
-    if (cost == 0 || first >= last) continue;
+    if (first >= last) return at < to;
     const int32_t* rows = args.pair_rows + job.pair_begin;
     const RowBlocks x = gather_rows(lane.scratch, job.num_pairs, div_up(args.hidden, 2),
                                     [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.x + rows[r] * args.hidden; });
     const auto weights = [&](int64_t u) { return job.cuts[u / cut.tiles()] + u % cut.tiles() * cut.gate_up_tile_elements(); };
-    const bf16* after = j + 1 < args.num_jobs ? args.jobs[j + 1].cuts[0] : weights(first);
+    const bf16* after = next_cuts == job.cuts ? weights(first) : next_cuts[0];
     Pair* act = reinterpret_cast<Pair*>(args.act) + job.pair_begin * act_pairs;
     for (int64_t u = first; u < last; ++u)
       gate_up_tile(x, weights(u), u + 1 < units ? weights(u + 1) : after, act, act_pairs,
                    (u / cut.tiles() * cut.padded() + u % cut.tiles() * kTile) / 2);
-  }
+    return at < to;
+  });
 }
 
 void experts_down(const ExpertsArgs& args, const Lane& lane) {
@@ -248,17 +267,15 @@ void experts_down(const ExpertsArgs& args, const Lane& lane) {
   clear_sums(args.out, args.zero_rows, args.hidden, columns_of(tiles, args.hidden));
   const float scale = args.out.plain ? 1.0f : args.out.scale;
   const int64_t pairs = down.k_pairs(), act_pairs = args.num_cuts * pairs;
-  for (int j = 0; j < args.num_jobs; ++j) {
-    const ExpertJob& job = args.jobs[j];
-    if (job.num_pairs == 0) continue;
+  for_experts(args, [&](const ExpertJob& job, const bf16* const* next_cuts) MOEBIUS_INLINE_LAMBDA {
     const RowBlocks x(reinterpret_cast<const Pair*>(args.act) + job.pair_begin * act_pairs, job.num_pairs, act_pairs);
     const auto slice = [&](int s) MOEBIUS_INLINE_LAMBDA { return SlicePart{job.cuts[s] + cut.gate_up_elements(), s * pairs}; };
     const auto factor_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.pair_weights[job.pair_begin + r] * scale; };
     const auto row_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return int64_t{args.pair_rows[job.pair_begin + r]}; };
-    const bf16* const* cuts = args.jobs[j + 1 < args.num_jobs ? j + 1 : j].cuts;
-    const auto after = [&](int s) MOEBIUS_INLINE_LAMBDA { return cuts[s] + cut.gate_up_elements() + tiles.begin * down.tile_elements(); };
+    const auto after = [&](int s) MOEBIUS_INLINE_LAMBDA { return next_cuts[s] + cut.gate_up_elements() + tiles.begin * down.tile_elements(); };
     add_slices(args.out, args.hidden, args.num_cuts, pairs, slice, after, x, tiles, factor_of, row_of);
-  }
+    return true;
+  });
 }
 
 }  // namespace MOEBIUS_ISA

@@ -207,6 +207,47 @@ void route(const RouteArgs& args, const Lane& lane) {
   }
 }
 
+// A counting sort.
+void group_experts(const GroupArgs& args, const Lane& lane) {
+  if (lane.thread != 0) return;
+  const int32_t rows = static_cast<int32_t>(args.rows.size());
+  if (args.local_of_expert == nullptr) {
+    args.begins[0] = 0;
+    args.begins[1] = rows;
+    for (int32_t i = 0; i < rows; ++i) args.pair_rows[i] = static_cast<int32_t>(args.rows.begin) + i, args.pair_weights[i] = 1.0f;
+    *args.experts_reached += rows > 0;
+    return;
+  }
+  // begins[e + 1] counts the pairs of e, then holds where its next pair goes, and so ends where those of e do.
+  for (int32_t e = 0; e <= args.num_experts; ++e) args.begins[e] = 0;
+  const int64_t first = args.rows.begin * args.top_k, last = args.rows.end * args.top_k;
+  for (int64_t i = first; i < last; ++i)
+    if (const int32_t local = args.local_of_expert[args.ids[i]]; local >= 0) ++args.begins[local + 1];
+  int32_t at = 0;
+  for (int32_t e = 0; e < args.num_experts; ++e) {
+    const int32_t count = args.begins[e + 1];
+    args.begins[e + 1] = at;
+    at += count;
+    *args.experts_reached += count > 0;
+  }
+  for (int64_t i = first; i < last; ++i)
+    if (const int32_t local = args.local_of_expert[args.ids[i]]; local >= 0) {
+      const int32_t to = args.begins[local + 1]++;
+      args.pair_rows[to] = static_cast<int32_t>(i / args.top_k);
+      args.pair_weights[to] = args.weights[i];
+    }
+}
+
+void pick_rows(const PickArgs& args, const Lane& lane) {
+  const Range share = share_of(args.num_rows, lane.thread, lane.num_threads);
+  for (int64_t i = share.begin; i < share.end; ++i)
+    __builtin_memcpy(args.out + i * args.hidden, args.x + args.rows[i] * args.hidden, static_cast<size_t>(args.hidden) * sizeof(bf16));
+}
+
+void clear(void* to, size_t bytes, const Lane& lane) {
+  if (lane.thread == 0) __builtin_memset(to, 0, bytes);
+}
+
 // ---- sampling helpers
 
 int64_t arg_max(const float* x, int64_t n) {

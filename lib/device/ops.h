@@ -3,6 +3,8 @@
 // Every computing thread of a rank calls the same op with its own Lane; the op does that lane's share and returns. An op
 // never waits: the caller puts a barrier where one op reads what another lane wrote. No share of work ever splits the sum
 // of one output element, so results depend on neither the number of lanes nor the rows that happen to be in the batch.
+// Pointers mean memory of the rank (Device), which on a GPU the host cannot read; arrays that an op takes from the host, and has
+// read when it returns, are called so. On a GPU an op only queues its work (Lane::queue), with one lane a rank.
 // Rows are rows of the whole step: buffers are indexed by the step's row number even where a rank works on a range of them.
 #pragma once
 
@@ -20,6 +22,7 @@ struct Lane {
   int thread = 0;
   int num_threads = 1;
   std::byte* scratch = nullptr;
+  void* queue = nullptr;  // Device::queue of the rank; null where ops run at once
 };
 
 // Upper bounds that size scratch memory.
@@ -58,8 +61,8 @@ struct AddNormArgs {
   int64_t hidden = 0;
   float* h = nullptr;                          // [rows, hidden] in, out
   int num_partials = 0;                        // 0: norm only
-  const int64_t* const* partials = nullptr;    // [num_partials] each [rows, hidden]
-  const uint8_t* const* flags = nullptr;       // [num_partials] each [rows]
+  const int64_t* const* partials = nullptr;    // host [num_partials] each [rows, hidden]
+  const uint8_t* const* flags = nullptr;       // host [num_partials] each [rows]
   float inv_scale = 1;
   bool plain = false;
   const float* weight = nullptr;               // [hidden]; null: add only
@@ -81,7 +84,7 @@ struct LinearArgs {
   int64_t ldx = 0;
   int64_t k = 0;
   int num_parts = 0;
-  const LinearPart* parts = nullptr;
+  const LinearPart* parts = nullptr;  // host
 };
 
 // Where a row's KV lives: page `position / page_tokens` of its sequence's page table.
@@ -132,7 +135,7 @@ struct AttentionArgs {
   int num_chunks = 0;
   const SequenceChunk* chunks = nullptr;
   int32_t num_heads = 0;                   // local query heads
-  const Range* heads_of_kv = nullptr;      // [kv.num_kv_heads] the local query heads that read each local KV head
+  const Range* heads_of_kv = nullptr;      // host [kv.num_kv_heads] the local query heads that read each local KV head
   float softmax_scale = 0;
   float value_scale = 1;                   // as the values were stored
   const bf16* q = nullptr;                 // [rows, num_heads·head_dim]
@@ -152,7 +155,7 @@ struct ExactLinearArgs {
   int64_t hidden = 0;
   int64_t k = 0;            // inputs of each group; even
   int num_parts = 0;
-  const ExactLinearPart* parts = nullptr;
+  const ExactLinearPart* parts = nullptr;  // host
   ExactSum out;
 };
 
@@ -170,24 +173,44 @@ struct RouteArgs {
   float* weights = nullptr;   // [rows, top_k]
 };
 
-// One expert (or dense MLP) with the rows that chose it: pairs [pair_begin, pair_begin + num_pairs) of the batch.
-struct ExpertJob {
-  int32_t pair_begin = 0;
-  int32_t num_pairs = 0;
-  const bf16* const* cuts = nullptr;  // [num_cuts] this rank's cuts of it (MlpCut)
+// Token permutation: the choices of `rows` grouped by the local expert they name; pairs of one expert keep the order of rows.
+struct GroupArgs {
+  Range rows;
+  int32_t top_k = 0;
+  const int32_t* ids = nullptr;              // [rows, top_k]
+  const float* weights = nullptr;            // [rows, top_k]
+  int32_t num_experts = 0;                   // local ones
+  const int32_t* local_of_expert = nullptr;  // [experts] local number or −1 (left out); null: one dense MLP, every row once, weight 1
+  int32_t* begins = nullptr;                 // out [num_experts + 1] pairs [begins[e], begins[e + 1]) are those of expert e
+  int32_t* pair_rows = nullptr;              // out [rows·top_k] the step's row of each pair
+  float* pair_weights = nullptr;             // out [rows·top_k]
+  int32_t* experts_reached = nullptr;        // += local experts that have pairs
 };
+
+// Experts (or one dense MLP) over the pairs that chose them.
 struct ExpertsArgs {
   int64_t hidden = 0;
   int64_t neurons_per_cut = 0;
-  int32_t num_cuts = 0;                 // per job, on this rank
-  int num_jobs = 0;
-  const ExpertJob* jobs = nullptr;      // in any order; empty ones allowed
-  const int32_t* pair_rows = nullptr;   // [pairs] the step's row of each pair
-  const float* pair_weights = nullptr;  // [pairs] router weights
-  const bf16* x = nullptr;              // row r at x + r·hidden
-  bf16* act = nullptr;                  // [pairs, num_cuts·padded neurons]; the order inside a job is the path's own
-  Range zero_rows;                      // experts_down: rows of the sum cleared before adding
+  int32_t num_cuts = 0;                   // of each expert, on this rank
+  int32_t num_experts = 0;                // local ones
+  const int32_t* begins = nullptr;        // [num_experts + 1] as GroupArgs made them
+  const bf16* const* cuts = nullptr;      // [num_experts · num_cuts] this rank's cuts (MlpCut)
+  int64_t max_pairs = 0;                  // at most so many pairs
+  const int32_t* pair_rows = nullptr;     // [pairs]
+  const float* pair_weights = nullptr;    // [pairs] router weights
+  const bf16* x = nullptr;                // row r at x + r·hidden
+  bf16* act = nullptr;                    // [pairs, num_cuts·padded neurons]; the order inside an expert is the path's own
+  Range zero_rows;                        // experts_down: rows of the sum cleared before adding
   ExactSum out;
+};
+
+// out[i] = x[rows[i]]. Shares: rows.
+struct PickArgs {
+  int64_t num_rows = 0;
+  const int32_t* rows = nullptr;  // [num_rows]
+  int64_t hidden = 0;
+  const bf16* x = nullptr;
+  bf16* out = nullptr;            // [num_rows, hidden]
 };
 
 // The kernels of one backend. One world uses one table: equality of bits holds among runs on the same table.
@@ -202,12 +225,15 @@ struct Ops {
   void (*attention)(const AttentionArgs&, const Lane&);
   void (*exact_linear)(const ExactLinearArgs&, const Lane&);
   void (*route)(const RouteArgs&, const Lane&);
-  // act = bf16(silu(gate·x) · (up·x)) for every pair. Shares: (job, cut, tile) units of equal cost.
+  void (*group_experts)(const GroupArgs&, const Lane&);  // by the first lane alone
+  // act = bf16(silu(gate·x) · (up·x)) for every pair. Shares: (expert, cut, tile) units of equal cost.
   void (*experts_gate_up)(const ExpertsArgs&, const Lane&);
   // out.sum[row] += fixed(weight · down·act), one contribution per (pair, cut). Shares: tiles of hidden.
   void (*experts_down)(const ExpertsArgs&, const Lane&);
+  void (*pick_rows)(const PickArgs&, const Lane&);
+  void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone
 
-  // Sampling helpers over one row of float logits; called by one thread, order fixed.
+  // Null on a GPU: what follows works on the host. Sampling helpers over one row of float logits; called by one thread, order fixed.
   int64_t (*arg_max)(const float* x, int64_t n);                                        // lowest index wins; -1 when no element is a number
   float (*exp_sum)(const float* x, int64_t n, float shift, float factor, float* out);   // out[i] = exp((x[i] − shift)·factor) (out may be null), returns the sum
 

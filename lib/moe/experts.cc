@@ -19,17 +19,29 @@ void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const 
 
 void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accumulator sum, const Lane& lane) {
   const RankBuffers& b = *rank.buffers;
-  if (lane.thread == 0) {
-    if (layer.dense()) rank.batch->group_dense(layer, rows);
-    else rank.batch->group(layer, rows, b.expert_ids, b.expert_weights, rank.dims.top_k);
-    rank.experts_reached += rank.batch->num_jobs();
-  }
-  rank.comm->rank_barrier();  // the batch before every thread's use of it
+  GroupArgs group;
+  group.rows = rows;
+  group.top_k = rank.dims.top_k;
+  group.ids = b.expert_ids;
+  group.weights = b.expert_weights;
+  group.num_experts = layer.num_local_experts;
+  group.local_of_expert = layer.local_of_expert;
+  group.begins = b.begins;
+  group.pair_rows = b.pair_rows;
+  group.pair_weights = b.pair_weights;
+  group.experts_reached = b.experts_reached;
+  rank.ops->group_experts(group, lane);
+  rank.comm->rank_barrier();  // the pairs before every thread's use of them
   ExpertsArgs args;
   args.hidden = rank.dims.hidden;
   args.neurons_per_cut = layer.neurons_per_cut;
   args.num_cuts = layer.num_cuts;
-  rank.batch->describe(args);
+  args.num_experts = layer.num_local_experts;
+  args.begins = b.begins;
+  args.cuts = layer.cuts;
+  args.max_pairs = rows.size() * (layer.dense() ? 1 : rank.dims.top_k);
+  args.pair_rows = b.pair_rows;
+  args.pair_weights = b.pair_weights;
   args.x = b.x;
   args.act = b.act;
   args.zero_rows = rows;

@@ -5,7 +5,6 @@
 #pragma once
 
 #include "lib/comm/communicator.h"
-#include "lib/moe/expert_batch.h"
 #include "lib/moe/layer_weights.h"
 
 namespace moebius {
@@ -21,9 +20,16 @@ struct RankBuffers {
   bf16* attention = nullptr;      // [max_rows, heads·head_dim]
   int32_t* expert_ids = nullptr;  // [max_rows, top_k]
   float* expert_weights = nullptr;
+  int32_t* begins = nullptr;      // [experts + 1] and
+  int32_t* pair_rows = nullptr;   // [max_rows·top_k] and
+  float* pair_weights = nullptr;  // [max_rows·top_k]: pairs grouped by local expert
   bf16* act = nullptr;            // [max_rows·top_k, local padded neurons]
   bf16* head_x = nullptr;         // [max_logit_rows, hidden]
   ExactSum sums[kNumAccumulators];               // by Accumulator; scale and limit are set per layer
+  // Cleared when a step begins: the flags of all sums, and
+  std::byte* step_state = nullptr;
+  int64_t step_state_bytes = 0;
+  int32_t* experts_reached = nullptr;            // local experts with rows, summed over layers
 };
 
 struct MlpDims {
@@ -37,9 +43,7 @@ struct RankContext {
   const Ops* ops = nullptr;
   Communicator* comm = nullptr;
   RankBuffers* buffers = nullptr;
-  ExpertBatch* batch = nullptr;
   MlpDims dims;
-  int64_t experts_reached = 0;  // local experts with rows, summed over layers since the executor cleared it (thread 0)
 };
 
 class LayerBackend {

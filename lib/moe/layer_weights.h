@@ -21,8 +21,8 @@ struct LayerWeights {
   int64_t neurons_per_cut = 0;
   int32_t num_cuts = 0;
   int32_t num_local_experts = 0;
-  std::vector<const bf16*> cuts;            // [num_local_experts · num_cuts]
-  std::vector<int32_t> local_of_expert;     // [num_experts] local number or −1; empty: dense
+  const bf16* const* cuts = nullptr;        // [num_local_experts · num_cuts] in the rank's memory
+  const int32_t* local_of_expert = nullptr; // [num_experts] local number or −1, in the rank's memory; null: dense
   // Replicated (shared read-only by ranks of one process).
   const float* input_norm = nullptr;        // [hidden]
   const float* post_attention_norm = nullptr;
@@ -33,7 +33,7 @@ struct LayerWeights {
   // Fixed-point scales of the two exact sums; a property of the layer.
   float attention_scale = 1, mlp_scale = 1;
 
-  bool dense() const { return local_of_expert.empty(); }
+  bool dense() const { return local_of_expert == nullptr; }
 };
 
 }  // namespace moebius

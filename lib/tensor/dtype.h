@@ -9,9 +9,9 @@ namespace moebius {
 
 using bf16 = uint16_t;  // bits of a bfloat16: the upper half of a float
 
-MOEBIUS_INLINE float to_float(bf16 v) { return __builtin_bit_cast(float, static_cast<uint32_t>(v) << 16); }
+MOEBIUS_INLINE constexpr float to_float(bf16 v) { return __builtin_bit_cast(float, static_cast<uint32_t>(v) << 16); }
 
-MOEBIUS_INLINE bf16 to_bf16(float v) {
+MOEBIUS_INLINE constexpr bf16 to_bf16(float v) {
   const uint32_t u = __builtin_bit_cast(uint32_t, v);
   if ((u & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((u >> 16) | 0x40);  // NaN stays NaN
   return static_cast<bf16>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
@@ -19,7 +19,7 @@ MOEBIUS_INLINE bf16 to_bf16(float v) {
 
 using f16 = uint16_t;  // bits of an IEEE half
 
-MOEBIUS_INLINE float half_to_float(f16 h) {
+MOEBIUS_INLINE constexpr float half_to_float(f16 h) {
   const uint32_t sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
   if (exponent == 31) return __builtin_bit_cast(float, sign | 0x7f800000u | (mantissa << 13));
   if (exponent == 0) {
@@ -30,7 +30,7 @@ MOEBIUS_INLINE float half_to_float(f16 h) {
 }
 
 // To nearest, ties to even; infinity from 65,520 on; NaN stays NaN.
-MOEBIUS_INLINE f16 to_half(float v) {
+MOEBIUS_INLINE constexpr f16 to_half(float v) {
   const uint32_t u = __builtin_bit_cast(uint32_t, v), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return static_cast<f16>(sign | 0x7e00u);
   if (a >= 0x477ff000u) return static_cast<f16>(sign | 0x7c00u);

@@ -27,13 +27,13 @@ inline constexpr int kTile = 16;  // outputs in a tile: the float lanes of one A
 struct PackedMatrix {
   int64_t n = 0, k = 0;  // outputs, inputs: unpadded
 
-  MOEBIUS_INLINE int64_t tiles() const { return div_up(n, kTile); }
-  MOEBIUS_INLINE int64_t k_pairs() const { return div_up(k, 2); }
-  MOEBIUS_INLINE int64_t tile_elements() const { return k_pairs() * 2 * kTile; }
-  MOEBIUS_INLINE int64_t elements() const { return tiles() * tile_elements(); }
-  MOEBIUS_INLINE int64_t bytes() const { return elements() * 2; }
+  MOEBIUS_INLINE constexpr int64_t tiles() const { return div_up(n, kTile); }
+  MOEBIUS_INLINE constexpr int64_t k_pairs() const { return div_up(k, 2); }
+  MOEBIUS_INLINE constexpr int64_t tile_elements() const { return k_pairs() * 2 * kTile; }
+  MOEBIUS_INLINE constexpr int64_t elements() const { return tiles() * tile_elements(); }
+  MOEBIUS_INLINE constexpr int64_t bytes() const { return elements() * 2; }
   // Index of w[n][k] among the elements.
-  MOEBIUS_INLINE int64_t index(int64_t ni, int64_t ki) const {
+  MOEBIUS_INLINE constexpr int64_t index(int64_t ni, int64_t ki) const {
     return (ni / kTile) * tile_elements() + (ki / 2) * 2 * kTile + (ni % kTile) * 2 + ki % 2;
   }
 };
@@ -41,43 +41,43 @@ struct PackedMatrix {
 struct MlpCut {
   int64_t neurons = 0, hidden = 0;
 
-  MOEBIUS_INLINE int64_t padded() const { return round_up(neurons, kTile); }  // also the k of `down`: padding neurons are exactly 0
-  MOEBIUS_INLINE int64_t tiles() const { return padded() / kTile; }
-  MOEBIUS_INLINE int64_t gate_up_tile_elements() const { return div_up(hidden, 2) * 4 * kTile; }
-  MOEBIUS_INLINE int64_t gate_up_elements() const { return tiles() * gate_up_tile_elements(); }
-  MOEBIUS_INLINE PackedMatrix down() const { return {hidden, padded()}; }
-  MOEBIUS_INLINE int64_t bytes() const { return (gate_up_elements() + down().elements()) * 2; }
-  MOEBIUS_INLINE int64_t gate_index(int64_t neuron, int64_t ki) const {
+  MOEBIUS_INLINE constexpr int64_t padded() const { return round_up(neurons, kTile); }  // also the k of `down`: padding neurons are exactly 0
+  MOEBIUS_INLINE constexpr int64_t tiles() const { return padded() / kTile; }
+  MOEBIUS_INLINE constexpr int64_t gate_up_tile_elements() const { return div_up(hidden, 2) * 4 * kTile; }
+  MOEBIUS_INLINE constexpr int64_t gate_up_elements() const { return tiles() * gate_up_tile_elements(); }
+  MOEBIUS_INLINE constexpr PackedMatrix down() const { return {hidden, padded()}; }
+  MOEBIUS_INLINE constexpr int64_t bytes() const { return (gate_up_elements() + down().elements()) * 2; }
+  MOEBIUS_INLINE constexpr int64_t gate_index(int64_t neuron, int64_t ki) const {
     return (neuron / kTile) * gate_up_tile_elements() + (ki / 2) * 4 * kTile + (neuron % kTile) * 2 + ki % 2;
   }
-  MOEBIUS_INLINE int64_t up_index(int64_t neuron, int64_t ki) const { return gate_index(neuron, ki) + 2 * kTile; }
+  MOEBIUS_INLINE constexpr int64_t up_index(int64_t neuron, int64_t ki) const { return gate_index(neuron, ki) + 2 * kTile; }
 };
 
 struct AttentionGroup {
   int64_t heads = 0, head_dim = 0, hidden = 0;
 
-  MOEBIUS_INLINE PackedMatrix q() const { return {heads * head_dim, hidden}; }
-  MOEBIUS_INLINE PackedMatrix o() const { return {hidden, heads * head_dim}; }
-  MOEBIUS_INLINE int64_t bytes() const { return q().bytes() + o().bytes(); }
+  MOEBIUS_INLINE constexpr PackedMatrix q() const { return {heads * head_dim, hidden}; }
+  MOEBIUS_INLINE constexpr PackedMatrix o() const { return {hidden, heads * head_dim}; }
+  MOEBIUS_INLINE constexpr int64_t bytes() const { return q().bytes() + o().bytes(); }
 };
 
 struct KvProjection {
   int64_t head_dim = 0, hidden = 0;
 
-  MOEBIUS_INLINE PackedMatrix k() const { return {head_dim, hidden}; }
-  MOEBIUS_INLINE PackedMatrix v() const { return {head_dim, hidden}; }
-  MOEBIUS_INLINE int64_t bytes() const { return k().bytes() + v().bytes(); }
+  MOEBIUS_INLINE constexpr PackedMatrix k() const { return {head_dim, hidden}; }
+  MOEBIUS_INLINE constexpr PackedMatrix v() const { return {head_dim, hidden}; }
+  MOEBIUS_INLINE constexpr int64_t bytes() const { return k().bytes() + v().bytes(); }
 };
 
 struct KvSlice {
   int64_t page_tokens = 0, head_dim = 0;
 
-  MOEBIUS_INLINE int64_t k_elements() const { return page_tokens * round_up(head_dim, 2); }
-  MOEBIUS_INLINE int64_t bytes() const { return (k_elements() + page_tokens * head_dim) * 2; }
-  MOEBIUS_INLINE int64_t k_index(int64_t slot, int64_t d) const {
+  MOEBIUS_INLINE constexpr int64_t k_elements() const { return page_tokens * round_up(head_dim, 2); }
+  MOEBIUS_INLINE constexpr int64_t bytes() const { return (k_elements() + page_tokens * head_dim) * 2; }
+  MOEBIUS_INLINE constexpr int64_t k_index(int64_t slot, int64_t d) const {
     return (slot / kTile) * kTile * round_up(head_dim, 2) + (d / 2) * 2 * kTile + (slot % kTile) * 2 + d % 2;
   }
-  MOEBIUS_INLINE int64_t v_index(int64_t slot, int64_t d) const { return k_elements() + slot * head_dim + d; }
+  MOEBIUS_INLINE constexpr int64_t v_index(int64_t slot, int64_t d) const { return k_elements() + slot * head_dim + d; }
 };
 
 }  // namespace moebius

@@ -138,22 +138,22 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
       }
       const auto run = [&](Range range, int lanes, uint8_t* flags) {
         std::vector<int64_t> sum(static_cast<size_t>(rows * hidden), 0x5555);
-        std::vector<ExpertJob> jobs;
-        std::vector<int32_t> pair_rows;
+        std::vector<int32_t> begins{0}, pair_rows;
         std::vector<float> pair_weights;
         for (int e = 0; e < experts; ++e) {
-          ExpertJob job{static_cast<int32_t>(pair_rows.size()), 0, pointers.data() + e * cuts};
           for (const auto& [row, weight] : chosen[static_cast<size_t>(e)])
-            if (row >= range.begin && row < range.end) pair_rows.push_back(row), pair_weights.push_back(weight), ++job.num_pairs;
-          jobs.push_back(job);
+            if (row >= range.begin && row < range.end) pair_rows.push_back(row), pair_weights.push_back(weight);
+          begins.push_back(static_cast<int32_t>(pair_rows.size()));
         }
         std::vector<bf16> act(pair_rows.size() * static_cast<size_t>(cuts * cut.padded()) + 1, 0x7fc0);
         ExpertsArgs args;
         args.hidden = hidden;
         args.neurons_per_cut = neurons;
         args.num_cuts = cuts;
-        args.num_jobs = experts;
-        args.jobs = jobs.data();
+        args.num_experts = experts;
+        args.begins = begins.data();
+        args.cuts = pointers.data();
+        args.max_pairs = static_cast<int64_t>(pair_rows.size());
         args.pair_rows = pair_rows.data();
         args.pair_weights = pair_weights.data();
         args.x = x.data();

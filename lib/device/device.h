@@ -1,0 +1,78 @@
+// Where ranks keep their memory and do their work: host memory and the threads that call (the CPU), or devices and streams (CUDA).
+//
+// A Device serves one world. What a rank asks for is done in the order asked, on its queue; where host_memory(), when it is asked.
+// Memory of one rank can be read and written by what any rank queues; by the host only where host_memory().
+// Every function may be called by the threads of its rank; those of several ranks at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "lib/device/ops.h"
+
+namespace moebius {
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual const char* name() const = 0;
+  virtual bool host_memory() const = 0;
+  virtual const Ops& ops() const = 0;
+  virtual int64_t total_bytes(int rank) const = 0;  // of the rank's device
+  virtual int64_t free_bytes(int rank) const = 0;   // to be shared with the other ranks on it
+
+  // Zeroed, aligned to 4,096 bytes at least. Throws kOutOfMemory.
+  virtual std::byte* allocate(int rank, int64_t bytes) = 0;
+  virtual void release(int rank, std::byte* memory, int64_t bytes) noexcept = 0;
+
+  // What ops queue on (Lane::queue).
+  virtual void* queue(int rank) = 0;
+  // From the host's memory into the rank's; `from` may be used again on return.
+  virtual void write(int rank, void* to, const void* from, int64_t bytes) = 0;
+  // From the rank's memory into the host's: `height` rows of `width` bytes. What was read is there once the rank is idle().
+  virtual void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) = 0;
+  // From any rank's memory into this rank's.
+  virtual void copy(int rank, void* to, const void* from, int64_t bytes) = 0;
+  // The same of a block that is written once and read much later (a switch): bytes a multiple of 64, addresses aligned to it. They
+  // need not begin before finish_blocks(rank), and are in order with what is queued afterwards.
+  virtual void copy_block(int rank, void* to, const void* from, int64_t bytes) = 0;
+  virtual void finish_blocks(int rank) = 0;
+
+  // Orders ranks: what any rank queued before its mark comes before what this one queues after passing. Between mark and pass stands
+  // a barrier of all ranks' threads.
+  virtual void mark(int rank) = 0;
+  virtual void pass(int rank) = 0;
+  // Whether everything that the rank has queued is done. Throws what went wrong meanwhile.
+  virtual bool idle(int rank) = 0;
+};
+
+// Owns memory of a rank.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(Device& device, int rank, int64_t bytes)
+      : device_(&device), rank_(rank), bytes_(bytes), data_(bytes > 0 ? device.allocate(rank, bytes) : nullptr) {}
+  DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    std::swap(device_, other.device_);
+    std::swap(rank_, other.rank_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(data_, other.data_);
+    return *this;
+  }
+  ~DeviceBuffer() {
+    if (data_ != nullptr) device_->release(rank_, data_, bytes_);
+  }
+
+  std::byte* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  Device* device_ = nullptr;
+  int rank_ = 0;
+  int64_t bytes_ = 0;
+  std::byte* data_ = nullptr;
+};
+
+}  // namespace moebius

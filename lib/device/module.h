@@ -1,0 +1,50 @@
+// What crosses between the library and a backend's module, which it loads at run time: plain data and functions that never throw.
+// Both come from one build: the handshake compares versions exactly.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "lib/device/ops.h"
+
+namespace moebius {
+
+// Set by whoever returns a Code below 0; a text ends with NUL.
+struct ModuleStatus {
+  int32_t code = 0;  // 0 or a Code
+  char text[500] = {};
+};
+
+struct ModuleOptions {
+  int32_t ranks = 1;
+  const int32_t* devices = nullptr;  // [ranks] the device of each rank; null: rank r on device r mod number of devices
+};
+
+// One function for each of Device's, with the same meaning. `device` is what open() gave.
+struct DeviceModule {
+  const char* version;
+  size_t bytes;  // sizeof(DeviceModule)
+  const char* name;
+  void* (*open)(const ModuleOptions& options, ModuleStatus& status);
+  void (*close)(void* device);
+  const Ops* (*ops)(void* device);
+  int32_t (*memory)(void* device, int rank, int64_t* total_bytes, int64_t* free_bytes, ModuleStatus& status);
+  std::byte* (*allocate)(void* device, int rank, int64_t bytes, ModuleStatus& status);
+  void (*release)(void* device, int rank, std::byte* memory);
+  void* (*queue)(void* device, int rank);
+  int32_t (*write)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
+  int32_t (*read)(void* device, int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height,
+                  ModuleStatus& status);
+  int32_t (*copy)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
+  int32_t (*copy_block)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
+  int32_t (*finish_blocks)(void* device, int rank, ModuleStatus& status);
+  int32_t (*mark)(void* device, int rank, ModuleStatus& status);
+  int32_t (*pass)(void* device, int rank, ModuleStatus& status);
+  int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet
+};
+
+// The one symbol of a module.
+inline constexpr const char* kDeviceModuleSymbol = "moebius_device_module";
+using DeviceModuleFunction = const DeviceModule* (*)();
+
+}  // namespace moebius
