@@ -1,17 +1,21 @@
 #include "lib/comm/local.h"
 
-#include <cstring>
-
 namespace moebius {
 
-LocalCommunicator::LocalCommunicator(World& world, int rank, const std::vector<ExchangeBuffers>& buffers, int64_t hidden,
+LocalCommunicator::LocalCommunicator(World& world, Device& device, int rank, const std::vector<ExchangeBuffers>& buffers, int64_t hidden,
                                      int64_t top_k)
-    : world_(world), rank_(rank), buffers_(buffers), hidden_(hidden), top_k_(top_k) {
+    : world_(world), device_(device), rank_(rank), buffers_(buffers), hidden_(hidden), top_k_(top_k) {
   for (int which = 0; which < kNumAccumulators; ++which)
     for (const ExchangeBuffers& b : buffers) {
       sums_[which].push_back(b.sums[which]);
       flags_[which].push_back(b.flags[which]);
     }
+}
+
+void LocalCommunicator::meet() {
+  device_.mark(rank_);
+  world_.world_barrier();
+  device_.pass(rank_);
 }
 
 PartialSums LocalCommunicator::view(Accumulator which, int first, int num) const {
@@ -20,7 +24,7 @@ PartialSums LocalCommunicator::view(Accumulator which, int first, int num) const
 }
 
 PartialSums LocalCommunicator::all_reduce(Accumulator which) {
-  world_.world_barrier();
+  meet();
   return view(which, 0, size());
 }
 
@@ -29,28 +33,24 @@ PartialSums LocalCommunicator::local_sum(Accumulator which) {
   return view(which, rank_, 1);
 }
 
-namespace {
-
 // Copies this thread's share of rows [rows.begin, rows.end) of a [max_rows, width] buffer.
 template <class T>
-void copy_rows(T* to, const T* from, Range rows, int64_t width, const Lane& lane) {
+void LocalCommunicator::copy_rows(T* to, const T* from, Range rows, int64_t width, const Lane& lane) {
   const Range share = share_of(rows.size(), lane.thread, lane.num_threads);
   if (share.empty()) return;
   const int64_t begin = (rows.begin + share.begin) * width;
-  std::memcpy(to + begin, from + begin, static_cast<size_t>(share.size() * width) * sizeof(T));
+  device_.copy(rank_, to + begin, from + begin, share.size() * width * static_cast<int64_t>(sizeof(T)));
 }
 
-}  // namespace
-
 void LocalCommunicator::gather_rows(const Range* homes, const Lane& lane) {
-  world_.world_barrier();
+  meet();
   for (int r = 0; r < size(); ++r)
     if (r != rank_) copy_rows(buffers_[rank_].x, buffers_[r].x, homes[r], hidden_, lane);
   rank_barrier();
 }
 
 void LocalCommunicator::dispatch(const Range* homes, const Lane& lane) {
-  world_.world_barrier();
+  meet();
   const ExchangeBuffers& mine = buffers_[rank_];
   for (int r = 0; r < size(); ++r) {
     if (r == rank_) continue;

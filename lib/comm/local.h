@@ -1,10 +1,12 @@
-// The communicator of ranks that are threads of one process: exchanges read the peers' buffers.
+// The communicator of ranks in one process: exchanges read the peers' buffers. Ranks whose work is queued are ordered by marks of their
+// queues beside the barriers of their threads (Device::mark).
 #pragma once
 
 #include <vector>
 
 #include "lib/comm/communicator.h"
 #include "lib/comm/world.h"
+#include "lib/device/device.h"
 
 namespace moebius {
 
@@ -20,7 +22,7 @@ struct ExchangeBuffers {
 class LocalCommunicator final : public Communicator {
  public:
   // `buffers`: [world.ranks()], owned by the caller, filled before the first exchange.
-  LocalCommunicator(World& world, int rank, const std::vector<ExchangeBuffers>& buffers, int64_t hidden, int64_t top_k);
+  LocalCommunicator(World& world, Device& device, int rank, const std::vector<ExchangeBuffers>& buffers, int64_t hidden, int64_t top_k);
 
   int rank() const override { return rank_; }
   int size() const override { return world_.ranks(); }
@@ -32,9 +34,13 @@ class LocalCommunicator final : public Communicator {
   void gather_rows(const Range* homes, const Lane& lane) override;
 
  private:
+  void meet();  // what every rank did before comes before what any does afterwards
+  template <class T>
+  void copy_rows(T* to, const T* from, Range rows, int64_t width, const Lane& lane);
   PartialSums view(Accumulator which, int first, int num) const;
 
   World& world_;
+  Device& device_;
   int rank_;
   const std::vector<ExchangeBuffers>& buffers_;
   int64_t hidden_, top_k_;

@@ -280,6 +280,15 @@ void World::check_abort() const {
   if (state_->aborted.load(std::memory_order_acquire)) throw Error(Code::kCancelled, "region aborted");
 }
 
+void World::wait_for(bool (*done)(const void*), const void* what) {
+  Waited waited;
+  while (!done(what)) {
+    check_abort();
+    if (state_->limited && waited.exceeds(state_->deadline)) fail(Code::kTimeout, "a device did not finish within {:.0f} ms", state_->deadline_ms());
+    for (int i = 0; i < 16; ++i) _mm_pause();
+  }
+}
+
 void World::keep_alive(std::shared_ptr<void> memory) {
   const std::shared_ptr<State> state = state_;  // `memory` may hold this world
   {

@@ -62,6 +62,11 @@ class World {
   void rank_barrier(int rank);
   void world_barrier();
   void check_abort() const;
+  // Asks done() until it says yes: for a device's work. Throws as above, but in run_long has no deadline.
+  template <class F>
+  void wait_until(const F& done) {
+    wait_for([](const void* f) { return (*static_cast<const F*>(f))(); }, &done);
+  }
 
   // Memory that a dead world's stuck threads may still touch: it lives until the last of them has come back
   // (until now, when it has already).
@@ -73,6 +78,7 @@ class World {
   void start(int rank, int thread);
   void stop();
   void run_within(const RegionFunction& f, bool limited);
+  void wait_for(bool (*done)(const void*), const void* what);
 
   int ranks_, threads_;
   std::shared_ptr<State> state_;

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <utility>
 
 #include "lib/device/ops.h"
@@ -19,8 +20,9 @@ class Device {
   virtual const char* name() const = 0;
   virtual bool host_memory() const = 0;
   virtual const Ops& ops() const = 0;
-  virtual int64_t total_bytes(int rank) const = 0;  // of the rank's device
-  virtual int64_t free_bytes(int rank) const = 0;   // to be shared with the other ranks on it
+  virtual int place(int rank) const = 0;            // ranks of one place share its memory: a device's number
+  virtual int64_t total_bytes(int rank) const = 0;  // of the rank's place
+  virtual int64_t free_bytes(int rank) const = 0;   // the rank's share of what its place has to give now
 
   // Zeroed, aligned to 4,096 bytes at least. Throws kOutOfMemory.
   virtual std::byte* allocate(int rank, int64_t bytes) = 0;
@@ -45,6 +47,28 @@ class Device {
   virtual void pass(int rank) = 0;
   // Whether everything that the rank has queued is done. Throws what went wrong meanwhile.
   virtual bool idle(int rank) = 0;
+};
+
+// At the end of a scope that is left by an exception: waits until what the rank has queued is done, so that it writes nothing more
+// once its thread has stopped. (A device that never ends keeps its thread, which the world then takes for stuck.)
+class DrainOnError {
+ public:
+  DrainOnError(Device& device, int rank) : device_(device), rank_(rank), exceptions_(std::uncaught_exceptions()) {}
+  ~DrainOnError() {
+    if (std::uncaught_exceptions() == exceptions_) return;
+    try {
+      device_.finish_blocks(rank_);
+      while (!device_.idle(rank_)) {
+      }
+    } catch (...) {  // it has stopped by an error of its own
+    }
+  }
+  DrainOnError(const DrainOnError&) = delete;
+  DrainOnError& operator=(const DrainOnError&) = delete;
+
+ private:
+  Device& device_;
+  int rank_, exceptions_;
 };
 
 // Owns memory of a rank.

@@ -9,6 +9,9 @@
 
 namespace moebius {
 
+// Changed with every change to what follows or to ops.h that a size does not show.
+inline constexpr const char* kModuleVersion = "0.1.0";
+
 // Set by whoever returns a Code below 0; a text ends with NUL.
 struct ModuleStatus {
   int32_t code = 0;  // 0 or a Code
@@ -28,6 +31,7 @@ struct DeviceModule {
   void* (*open)(const ModuleOptions& options, ModuleStatus& status);
   void (*close)(void* device);
   const Ops* (*ops)(void* device);
+  int32_t (*place)(void* device, int rank);
   int32_t (*memory)(void* device, int rank, int64_t* total_bytes, int64_t* free_bytes, ModuleStatus& status);
   std::byte* (*allocate)(void* device, int rank, int64_t bytes, ModuleStatus& status);
   void (*release)(void* device, int rank, std::byte* memory);

@@ -134,6 +134,8 @@ struct SequenceChunk {
 struct AttentionArgs {
   int num_chunks = 0;
   const SequenceChunk* chunks = nullptr;
+  int64_t num_rows = 0;                    // of all chunks together, and
+  int64_t max_tokens = 0;                  // the largest first_position + num_rows: both at least that
   int32_t num_heads = 0;                   // local query heads
   const Range* heads_of_kv = nullptr;      // host [kv.num_kv_heads] the local query heads that read each local KV head
   float softmax_scale = 0;

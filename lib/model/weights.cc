@@ -424,42 +424,35 @@ int64_t router_elements(const ModelConfig& model, int layer) {
 
 }  // namespace
 
-int64_t SharedWeights::bytes(const ModelConfig& model) {
-  int64_t elements = PackedMatrix{model.vocab_size, model.shape.hidden}.elements();
-  if (!model.tie_word_embeddings) elements += int64_t{model.vocab_size} * model.shape.hidden;
-  for (int l = 0; l < model.shape.num_layers(); ++l) elements += router_elements(model, l);
-  const int64_t norms = model.shape.hidden + model.shape.num_layers() * (2 * int64_t{model.shape.hidden} + 2 * model.shape.head_dim);
-  return elements * 2 + norms * 4;
-}
-
 SharedWeights::SharedWeights(const ModelConfig& model) : model_(model) {
-  lm_head_ = HostBuffer(PackedMatrix{model.vocab_size, model.shape.hidden}.bytes());
-  if (!model.tie_word_embeddings) embedding_ = HostBuffer(int64_t{model.vocab_size} * model.shape.hidden * 2);
-  norms_ = HostBuffer((model.shape.hidden + model.shape.num_layers() * norm_stride()) * 4);
-  int64_t routers = 0;
+  const auto place = [&](int64_t bytes) { return std::exchange(bytes_, bytes_ + round_up(bytes, 64)); };  // cache lines
+  place(PackedMatrix{model.vocab_size, model.shape.hidden}.bytes());
+  if (!model.tie_word_embeddings) embedding_ = place(int64_t{model.vocab_size} * model.shape.hidden * 2);
+  norms_ = place((model.shape.hidden + model.shape.num_layers() * norm_stride()) * 4);
   for (int l = 0; l < model.shape.num_layers(); ++l) {
-    const int64_t n = router_elements(model, l);
-    router_offset_.push_back(n > 0 ? routers : -1);
-    routers += n;
+    const int64_t elements = router_elements(model, l);
+    routers_.push_back(elements > 0 ? place(elements * 2) : -1);
   }
-  routers_ = HostBuffer(routers * 2);
 }
 
-SharedLayer SharedWeights::layer(int l) const {
-  const float* base = norms_.as<float>() + model_.shape.hidden + l * norm_stride();
+const bf16* SharedWeights::embedding(const std::byte* base) const {
+  return embedding_ < 0 ? nullptr : reinterpret_cast<const bf16*>(base + embedding_);
+}
+
+SharedLayer SharedWeights::layer(const std::byte* base, int l) const {
+  const float* norms = final_norm(base) + model_.shape.hidden + l * norm_stride();
   SharedLayer out;
-  out.input_norm = base;
-  out.post_attention_norm = base + model_.shape.hidden;
+  out.input_norm = norms;
+  out.post_attention_norm = norms + model_.shape.hidden;
   if (model_.qk_norm) {
-    out.q_norm = base + 2 * model_.shape.hidden;
+    out.q_norm = norms + 2 * model_.shape.hidden;
     out.k_norm = out.q_norm + model_.shape.head_dim;
   }
-  const int64_t router = router_offset_[static_cast<size_t>(l)];
-  if (router >= 0) out.router = routers_.as<bf16>() + router;
+  if (const int64_t router = routers_[static_cast<size_t>(l)]; router >= 0) out.router = reinterpret_cast<const bf16*>(base + router);
   return out;
 }
 
-void SharedWeights::load(const WeightSource& source, int worker, int workers) {
+void SharedWeights::load(const WeightSource& source, int worker, int workers, std::byte* memory) const {
   const ModelShape& s = model_.shape;
   const PackedMatrix head{model_.vocab_size, s.hidden};
   const Range tiles = share_of(head.tiles(), worker, workers);
@@ -467,17 +460,18 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers) {
   if (!rows.empty()) {
     const auto embedding = source.matrix("model.embed_tokens.weight", model_.vocab_size, s.hidden);
     const std::unique_ptr<MatrixReader> lm = model_.tie_word_embeddings ? nullptr : source.matrix("lm_head.weight", model_.vocab_size, s.hidden);
-    pack_matrix(lm ? *lm : *embedding, rows, {0, s.hidden}, lm_head_.as<bf16>() + tiles.begin * head.tile_elements());
-    if (lm) embedding->read(rows, {0, s.hidden}, embedding_.as<bf16>() + rows.begin * s.hidden);
+    pack_matrix(lm ? *lm : *embedding, rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + tiles.begin * head.tile_elements());
+    if (lm) embedding->read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory + embedding_) + rows.begin * s.hidden);
   }
   const auto copy = [&](const std::string& name, int64_t size, float* out) {
     const std::vector<float> v = source.vector(name, size);
     std::copy(v.begin(), v.end(), out);
   };
-  if (worker == 0) copy("model.norm.weight", s.hidden, norms_.as<float>());
+  float* const norms = reinterpret_cast<float*>(memory + norms_);
+  if (worker == 0) copy("model.norm.weight", s.hidden, norms);
   for (int l = worker; l < s.num_layers(); l += workers) {
     const std::string prefix = name_of("model.layers.{l}.", l);
-    float* base = norms_.as<float>() + s.hidden + l * norm_stride();
+    float* base = norms + s.hidden + l * norm_stride();
     copy(prefix + "input_layernorm.weight", s.hidden, base);
     copy(prefix + "post_attention_layernorm.weight", s.hidden, base + s.hidden);
     if (model_.qk_norm) {
@@ -487,7 +481,7 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers) {
     const int experts = s.mlps[static_cast<size_t>(l)].num_experts;
     if (experts > 0)
       pack_matrix(*source.matrix(name_of(model_.names->router, l), experts, s.hidden), {0, experts}, {0, s.hidden},
-                  routers_.as<bf16>() + router_offset_[static_cast<size_t>(l)]);
+                  reinterpret_cast<bf16*>(memory + routers_[static_cast<size_t>(l)]));
   }
 }
 

@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "lib/device/buffer.h"
 #include "lib/layout/slices.h"
 #include "lib/model/config.h"
 #include "lib/model/safetensors.h"
@@ -66,26 +65,27 @@ struct SharedLayer {
   const bf16* router = nullptr;                // packed n = num_experts, k = hidden; null for a dense layer
 };
 
-// What every rank needs whole: embedding, LM head, norms, routers. Ranks of one process share one copy, read-only.
+// What every rank needs whole: embedding, LM head, norms, routers. One block of memory, read-only, of which ranks that share memory
+// share one copy; this says what lies where in it.
 class SharedWeights {
  public:
   explicit SharedWeights(const ModelConfig& model);
-  static int64_t bytes(const ModelConfig& model);
+  int64_t bytes() const { return bytes_; }
 
-  // Loads this worker's share of all of it; call with every worker 0 … workers − 1.
-  void load(const WeightSource& source, int worker, int workers);
+  // Loads this worker's share of all of it into the block at `base`; call with every worker 0 … workers − 1.
+  void load(const WeightSource& source, int worker, int workers, std::byte* base) const;
 
-  const bf16* embedding() const { return model_.tie_word_embeddings ? nullptr : embedding_.as<bf16>(); }  // [vocab, hidden]
-  const bf16* lm_head() const { return lm_head_.as<bf16>(); }                                            // packed n = vocab, k = hidden
-  const float* final_norm() const { return norms_.as<float>(); }
-  SharedLayer layer(int l) const;
+  const bf16* embedding(const std::byte* base) const;  // [vocab, hidden]; null when tied to the LM head
+  const bf16* lm_head(const std::byte* base) const { return reinterpret_cast<const bf16*>(base); }  // packed n = vocab, k = hidden
+  const float* final_norm(const std::byte* base) const { return reinterpret_cast<const float*>(base + norms_); }
+  SharedLayer layer(const std::byte* base, int l) const;
 
  private:
   int64_t norm_stride() const { return 2 * model_.shape.hidden + 2 * model_.shape.head_dim; }  // floats of one layer
 
-  ModelConfig model_;
-  HostBuffer embedding_, lm_head_, norms_, routers_;
-  std::vector<int64_t> router_offset_;  // [layers] in elements; −1: dense
+  const ModelConfig& model_;
+  int64_t embedding_ = -1, norms_ = 0, bytes_ = 0;  // offsets; −1: tied
+  std::vector<int64_t> routers_;                    // [layers] offsets; −1: dense
 };
 
 }  // namespace moebius

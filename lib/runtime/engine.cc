@@ -6,6 +6,7 @@
 #include "lib/base/error.h"
 #include "lib/base/time.h"
 #include "lib/cpu/cpu_ops.h"
+#include "lib/runtime/backend.h"
 #include "lib/runtime/engine_impl.h"
 #include "lib/runtime/probe.h"
 #include "lib/tensor/packed.h"
@@ -64,7 +65,8 @@ EngineConfig complete(EngineConfig config, const ModelConfig& model) {
   return config;
 }
 
-WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, const Ops& ops) {
+WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, const Device& device) {
+  const Ops& ops = device.ops();
   const SliceCounts counts = slice_counts(model.shape, config.slices_per_expert);
   WorkspaceShape s;
   s.max_rows = config.chunk_tokens + config.max_batch;
@@ -88,8 +90,12 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   s.threads = threads;
   s.scratch_bytes = ops.scratch_bytes(limits);
   s.plain_sums = config.plain_sums;
+  if (!device.host_memory()) s.logit_columns = div_up(div_up(model.vocab_size, kTile), config.ranks) * kTile;
   return s;
 }
+
+// The longest page table of a sequence.
+int64_t pages_of_context(const EngineConfig& config) { return div_up(config.max_context + 1, config.page_tokens) + 1; }
 
 // All ranks together have one buffer of logits: [logit rows, vocab].
 int64_t logits_bytes(const WorkspaceShape& shape, const ModelConfig& model) {
@@ -116,14 +122,15 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     : model_(read_config(model_dir)),
       config_(complete(config, model_)),
       threads_(threads_per_rank(config_, model_)),
-      ops_(cpu_ops(config_.isa)),
+      host_ops_(cpu_ops(config_.isa)),
+      device_(open_device(config_)),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),
-      shape_(workspace_shape(model_, config_, threads_, ops_)),
-      store_(model_dir, model_, config_, world_, workspace_bytes(shape_, model_, config_.ranks)),
+      shape_(workspace_shape(model_, config_, threads_, *device_)),
+      store_(model_dir, model_, config_, world_, *device_, workspace_bytes(shape_, model_, config_.ranks)),
       kv_(store_.arena().tp_pages(), ep_pages_of(store_.arena()), config_.page_tokens, config_.prefix_cache,
           config_.layout == Layout::kTp ? Phase::kTp : Phase::kEp),
       scheduler_(kv_, {config_.chunk_tokens, config_.max_batch, config_.max_queue, config_.prefix_cache}),
-      switcher_({world_, store_.arena(), store_.to_tp(), store_.to_ep(), store_.arenas(), kv_, scheduler_,
+      switcher_({world_, *device_, store_.arena(), store_.to_tp(), store_.to_ep(), store_.arenas(), kv_, scheduler_,
                  [this](Event&& e) { emit(std::move(e)); },
                  [this](Sequence& s) { emit_request(EventType::kPreempted, s); }},
                 config_.layout),
@@ -134,23 +141,25 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       stall_budget_ms_(config_.stall_budget_ms),
       label_seam_(switcher_.seam()) {
   for (int r = 0; r < config_.ranks; ++r) {
-    workspaces_.push_back(std::make_unique<Workspace>(shape_));
+    workspaces_.push_back(std::make_unique<Workspace>(*device_, r, shape_));
+    tables_.emplace_back(*device_, r, shape_.max_rows, config_.max_batch, pages_of_context(config_), config_.page_tokens);
     exchange_.push_back(workspaces_.back()->exchange());
   }
   for (int r = 0; r < config_.ranks; ++r) {
-    comms_.push_back(std::make_unique<LocalCommunicator>(world_, r, exchange_, shape_.hidden, shape_.top_k));
+    comms_.push_back(std::make_unique<LocalCommunicator>(world_, *device_, r, exchange_, shape_.hidden, shape_.top_k));
     RankContext context;
-    context.ops = &ops_;
+    context.ops = &device_->ops();
     context.comm = comms_.back().get();
     context.buffers = &workspaces_[r]->buffers;
-    context.batch = &workspaces_[r]->batch();
     context.dims = {shape_.hidden, static_cast<int32_t>(shape_.num_experts), model_.top_k, model_.norm_topk_prob};
-    executors_.push_back(std::make_unique<RankExecutor>(store_.forward(), store_.tables(r), context));
+    executors_.push_back(std::make_unique<RankExecutor>(store_.forward(r), store_.tables(r), context));
   }
   compare_ranks();
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, policy_limits(config_));
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
+  choices_.resize(static_cast<size_t>(shape_.max_rows * shape_.top_k));
+  experts_reached_.resize(static_cast<size_t>(config_.ranks));
   metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
                    config_.engine_id};
   for (int h = 0; h < kv_.num_homes(); ++h) metrics_info_.ep_pages += kv_.ep_capacity(h);
@@ -165,7 +174,7 @@ Engine::Impl::~Impl() { stop(); }
 void Engine::Impl::compare_ranks() {
   std::vector<uint64_t> digests(static_cast<size_t>(config_.ranks));
   world_.run_long([this, &digests](int rank, int thread) {
-    if (thread == 0) digests[static_cast<size_t>(rank)] = probe_digest(*executors_[rank]->context().ops);
+    if (thread == 0) digests[static_cast<size_t>(rank)] = probe_digest(*device_, rank);
   });
   compare_probes(digests);
 }
@@ -512,9 +521,8 @@ void Engine::Impl::run_plan(StepResult& result) {
       s.logits.resize(static_cast<size_t>(std::max<int64_t>(positions, s.logits_kept - s.logits_taken) * model_.vocab_size));
     }
   }
-  for (const auto& executor : executors_) executor->context().experts_reached = 0;
   world_.run([this](int rank, int thread) { compute(rank, thread); });
-  for (const auto& executor : executors_) result.experts_reached += executor->context().experts_reached;
+  for (int32_t reached : experts_reached_) result.experts_reached += reached;
   result.compute_seconds = seconds_between(begin, Clock::now());
   scheduler_.commit(plan_);
   count_prompt_tokens();
@@ -547,16 +555,20 @@ void Engine::Impl::measure_exchanges() {
   metrics_.on_exchange(all_reduce, all_to_all);
 }
 
-// After a step rank 0 still has the choices of all rows in its last MoE layer, in either layout.
-void Engine::Impl::measure_expert_load() {
+// The last MoE layer, whose choices of all rows rank 0 still has after a step, in either layout. −1: there is none.
+int Engine::Impl::last_moe_layer() const {
   int layer = model_.shape.num_layers() - 1;
   while (layer >= 0 && model_.shape.mlps[static_cast<size_t>(layer)].num_experts == 0) --layer;
+  return layer;
+}
+
+void Engine::Impl::measure_expert_load() {
+  const int layer = last_moe_layer();
   const int64_t choices = plan_.num_rows() * model_.top_k;
   if (layer < 0 || choices == 0) return;
   std::fill(expert_rows_.begin(), expert_rows_.end(), 0);
-  const int32_t* ids = workspaces_[0]->buffers.expert_ids;
   for (int64_t i = 0; i < choices; ++i)
-    if (static_cast<size_t>(ids[i]) < expert_rows_.size()) ++expert_rows_[static_cast<size_t>(ids[i])];  // a NaN row may have none
+    if (static_cast<size_t>(choices_[i]) < expert_rows_.size()) ++expert_rows_[static_cast<size_t>(choices_[i])];  // a NaN row may have none
   const int32_t most = *std::max_element(expert_rows_.begin(), expert_rows_.end());
   const double experts = model_.shape.mlps[static_cast<size_t>(layer)].num_experts;
   metrics_.on_expert_load(layer, most * experts / static_cast<double>(choices));
@@ -564,21 +576,54 @@ void Engine::Impl::measure_expert_load() {
 
 // One thread's part: the forward pass, then LM head and sampling for groups of rows.
 void Engine::Impl::compute(int rank, int thread) {
+  const DrainOnError drain(*device_, rank);
   if (step_hook) step_hook(rank, thread);
-  const Lane lane{thread, threads_, workspaces_[rank]->scratch(thread)};
+  const Lane lane{thread, threads_, workspaces_[rank]->scratch(thread), device_->queue(rank)};
   RankExecutor& executor = *executors_[rank];
-  executor.forward(plan_, lane);
-  float* const logits = logits_.as<float>();
+  if (thread == 0) tables_[rank].send(plan_);
+  world_.rank_barrier(rank);
+  const StepView& view = tables_[rank].view();
+  executor.forward(plan_, view, lane);
+  if (thread == 0) read_counts(rank);
   const int64_t total = static_cast<int64_t>(plan_.logit_rows.size());
   const int lane_of_world = rank * threads_ + thread, lanes = config_.ranks * threads_;
   for (int64_t first = 0; first < total; first += shape_.max_logit_rows) {
     const Range group{first, std::min(total, first + shape_.max_logit_rows)};
-    executor.logits(plan_, group, logits, lane);
+    share_logits(rank, group, lane);
     world_.world_barrier();  // every rank's share of the vocabulary before a row is read
     for (int64_t i = lane_of_world; i < group.size(); i += lanes)
-      sample_row(plan_.logit_rows[group.begin + i], logits + i * model_.vocab_size, lane_of_world);
+      sample_row(plan_.logit_rows[group.begin + i], logits_.as<float>() + i * model_.vocab_size, lane_of_world);
     if (group.end < total) world_.world_barrier();  // rows are read before the next group overwrites them
   }
+  world_.wait_until([this, rank] { return device_->idle(rank); });
+}
+
+// What a rank has counted and chosen in a step, for the metrics.
+void Engine::Impl::read_counts(int rank) {
+  const RankBuffers& b = workspaces_[rank]->buffers;
+  const auto read = [&](int32_t* to, const int32_t* from, int64_t n) {
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(int32_t));
+    device_->read(rank, to, bytes, from, bytes, bytes, 1);
+  };
+  read(&experts_reached_[static_cast<size_t>(rank)], b.experts_reached, 1);
+  if (rank == 0 && last_moe_layer() >= 0) read(choices_.data(), b.expert_ids, plan_.num_rows() * model_.top_k);
+}
+
+// This rank's share of the vocabulary into the rows of logits_: at once where it can write them, else by way of its own memory.
+void Engine::Impl::share_logits(int rank, Range group, const Lane& lane) {
+  RankExecutor& executor = *executors_[rank];
+  const StepView& view = tables_[rank].view();
+  const Range columns = executor.columns();
+  float* const out = logits_.as<float>() + columns.begin;
+  if (device_->host_memory()) {
+    executor.logits(view, group, out, model_.vocab_size, lane);
+    return;
+  }
+  float* const own = workspaces_[rank]->logits();
+  executor.logits(view, group, own, shape_.logit_columns, lane);
+  const auto bytes = [](int64_t n) { return n * static_cast<int64_t>(sizeof(float)); };
+  device_->read(rank, out, bytes(model_.vocab_size), own, bytes(shape_.logit_columns), bytes(columns.size()), group.size());
+  world_.wait_until([this, rank] { return device_->idle(rank); });
 }
 
 void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int lane) {
@@ -587,7 +632,7 @@ void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int lane
     std::memcpy(s.logits.data() + (row.position - s.logits_taken) * model_.vocab_size, logits,
                 static_cast<size_t>(model_.vocab_size) * sizeof(float));
   if (row.sample)
-    sampled_[row.chunk] = sample(logits, model_.vocab_size, s.request->spec.sampling, s.sampler, ops_, sampler_scratch_[lane],
+    sampled_[row.chunk] = sample(logits, model_.vocab_size, s.request->spec.sampling, s.sampler, host_ops_, sampler_scratch_[lane],
                                  model_.eos_token_ids);
 }
 

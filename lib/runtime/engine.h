@@ -27,6 +27,8 @@ struct EngineConfig {
   Layout layout = Layout::kTp;     // to start in
   int64_t memory_bytes = 0;        // per rank, weights + KV + workspace; 0: see default_memory_bytes in engine.cc
   int64_t kv_tokens = 0;           // KV tokens at most, over all ranks; 0: as many as the memory holds
+  std::string device = "cpu";      // or the name of a module, "cuda": libmoebius-<name>.so
+  std::vector<int32_t> device_ids; // [ranks] the device of each rank; empty: ranks take turns
   std::string isa;                 // empty: the best this machine has
   int slices_per_expert = 0;       // 0: the default rule
   int page_tokens = 16;

@@ -56,7 +56,8 @@ class Engine::Impl {
   const ModelStore& store() const { return store_; }
   KvManager& kv() { return kv_; }
   const Scheduler& scheduler() const { return scheduler_; }
-  const Ops& ops() const { return ops_; }
+  const Ops& ops() const { return device_->ops(); }
+  Device& device() { return *device_; }
   void use_ops(const Ops& ops) {  // for the forward pass; a benchmark's wrapped table of the same path
     for (const auto& executor : executors_) executor->context().ops = &ops;
   }
@@ -76,6 +77,9 @@ class Engine::Impl {
   void count_prompt_tokens();
   void measure_exchanges();
   void measure_expert_load();
+  int last_moe_layer() const;
+  void read_counts(int rank);
+  void share_logits(int rank, Range group, const Lane& lane);
   void sample_row(const LogitRow& row, const float* logits, int lane);
   void accept_tokens();
   void accept(Sequence& sequence, const SampleResult& result);
@@ -98,7 +102,8 @@ class Engine::Impl {
   const ModelConfig model_;
   const EngineConfig config_;
   const int threads_;
-  const Ops& ops_;
+  const Ops& host_ops_;  // for sampling
+  const std::unique_ptr<Device> device_;
   World world_;
   WorkspaceShape shape_;
   ModelStore store_;
@@ -108,6 +113,7 @@ class Engine::Impl {
   StepPlan plan_;
 
   std::vector<std::unique_ptr<Workspace>> workspaces_;  // [ranks]
+  std::vector<StepTables> tables_;                      // [ranks]
   std::vector<ExchangeBuffers> exchange_;               // [ranks]
   std::vector<std::unique_ptr<LocalCommunicator>> comms_;
   std::vector<std::unique_ptr<RankExecutor>> executors_;
@@ -118,7 +124,9 @@ class Engine::Impl {
   EventQueue events_;
   Metrics metrics_;
   MetricsInfo metrics_info_;
-  std::vector<int32_t> expert_rows_;  // [experts] of the last step's last MoE layer
+  std::vector<int32_t> experts_reached_;  // [ranks] in the last step
+  std::vector<int32_t> choices_;          // [rows, top_k] of the last step's last MoE layer
+  std::vector<int32_t> expert_rows_;      // [experts] of these
   std::unique_ptr<Policy> policy_;
   bool policy_asked_ = false;    // for the switch under way or the last one; else the host did
   double stall_budget_ms_;

@@ -1,23 +1,20 @@
 #include "lib/runtime/model_store.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
+#include <map>
 #include <mutex>
 
 #include "lib/base/error.h"
+#include "lib/device/buffer.h"
 #include "lib/model/scale.h"
 #include "lib/runtime/rank_executor.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius {
 namespace {
-
-int64_t memory_bytes_of(int kind) { return static_cast<int64_t>(sysconf(kind)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE)); }
-int64_t free_memory_bytes() { return memory_bytes_of(_SC_AVPHYS_PAGES); }  // without swapping
-int64_t machine_memory_bytes() { return memory_bytes_of(_SC_PHYS_PAGES); }
 
 // Tables hold some 100 bytes of a slice, and dummy weights have no file that a config could be compared with.
 constexpr int64_t kMaxSlices = 1 << 20;      // 128 layers of 1,024 experts in 8 cuts
@@ -61,19 +58,50 @@ int64_t served_positions(const EngineConfig& config, int64_t tp_pages, int64_t e
   return std::min(config.max_context, std::min(tp_pages, ep_pages) * config.page_tokens);
 }
 
-int64_t shared_bytes_of(const ModelConfig& model, const EngineConfig& config, int64_t tp_pages, int64_t ep_pages) {
-  return SharedWeights::bytes(model) + rope_bytes(model, served_positions(config, tp_pages, ep_pages));
+// cos and sin of position · theta^(−2i/d), the angle in float as Hugging Face computes it.
+void fill_rope(const ModelConfig& model, int64_t positions, float* out) {
+  const int64_t half = model.shape.head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const auto frequency = static_cast<float>(1.0 / std::pow(model.rope_theta, 2.0 * static_cast<double>(i) / model.shape.head_dim));
+    for (int64_t p = 0; p < positions; ++p) {
+      const float angle = static_cast<float>(p) * frequency;
+      out[p * 2 * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      out[(p * 2 + 1) * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  }
 }
+
+// Arrays that a rank's tables point to, collected on the host as offsets until their place in the rank's memory is known.
+class Lists {
+ public:
+  template <class T>
+  const T* add(const std::vector<T>& values) {
+    const size_t at = bytes_.size();
+    bytes_.resize(at + static_cast<size_t>(round_up(static_cast<int64_t>(values.size() * sizeof(T)), 16)));
+    std::memcpy(bytes_.data() + at, values.data(), values.size() * sizeof(T));
+    return reinterpret_cast<const T*>(at + 1);  // never null
+  }
+  template <class T>
+  static void move_to(const std::byte* base, const T*& list) {
+    if (list != nullptr) list = reinterpret_cast<const T*>(base + reinterpret_cast<uintptr_t>(list) - 1);
+  }
+  const std::vector<std::byte>& bytes() const { return bytes_; }
+
+ private:
+  std::vector<std::byte> bytes_;
+};
 
 }  // namespace
 
-ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world,
+ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
                        int64_t workspace_bytes)
-    : ModelStore(*open_weights(model_dir, model, config), model, config, world, workspace_bytes) {}
+    : ModelStore(*open_weights(model_dir, model, config), model, config, world, device, workspace_bytes) {}
 
-ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world,
+ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
                        int64_t workspace_bytes)
-    : counts_(bounded_slice_counts(model.shape, config.slices_per_expert)),
+    : device_(device),
+      shared_(model),
+      counts_(bounded_slice_counts(model.shape, config.slices_per_expert)),
       slices_(model.shape, counts_),
       tp_((check_ranks(model.shape, counts_, config.ranks), tp_owners(slices_, config.ranks))),
       ep_(ep_owners(slices_, config.ranks)),
@@ -82,26 +110,13 @@ ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, con
       to_ep_(plan_transfer(arena_, Layout::kTp)) {
   for (int r = 0; r < config.ranks; ++r) {
     ranks_.push_back(std::make_unique<Rank>());
-    ranks_.back()->arena = HostBuffer(arena_.arena_bytes(r));
+    ranks_.back()->arena = DeviceBuffer(device, r, arena_.arena_bytes(r));
   }
-  const int64_t most_ep_pages = *std::max_element(arena_.ep_pages().begin(), arena_.ep_pages().end());
-  shared_bytes_ = shared_bytes_of(model, config, arena_.tp_pages(), most_ep_pages);
-  load(source, model, config, world);
-  make_rope(model, served_positions(config, arena_.tp_pages(), most_ep_pages));
-  forward_.num_layers = model.shape.num_layers();
-  forward_.hidden = model.shape.hidden;
-  forward_.vocab = model.vocab_size;
-  forward_.num_heads = model.shape.num_heads;
-  forward_.num_kv_heads = model.shape.num_kv_heads;
-  forward_.head_dim = model.shape.head_dim;
-  forward_.eps = static_cast<float>(model.rms_norm_eps);
-  forward_.softmax_scale = 1.0f / std::sqrt(static_cast<float>(model.shape.head_dim));
-  forward_.embedding = shared_->embedding();
-  forward_.lm_head = shared_->lm_head();
-  forward_.final_norm = shared_->final_norm();
-  forward_.rope = rope_.as<float>();
-  for (int r = 0; r < config.ranks; ++r)
-    for (Layout layout : {Layout::kTp, Layout::kEp}) make_tables(model, config.page_tokens, r, layout);
+  const int64_t positions = served_positions(config, arena_.tp_pages(), *std::max_element(arena_.ep_pages().begin(), arena_.ep_pages().end()));
+  shared_bytes_ = shared_.bytes() + rope_bytes(model, positions);
+  load(source, model, config, world, positions);
+  for (int r = 0; r < config.ranks; ++r) make_tables(model, config.page_tokens, r);
+  for (int r = 0; r < config.ranks; ++r) world.wait_until([&] { return device.idle(r); });
 }
 
 std::vector<std::byte*> ModelStore::arenas() const {
@@ -110,16 +125,23 @@ std::vector<std::byte*> ModelStore::arenas() const {
   return out;
 }
 
-// The wish is kv_tokens, or else KV for max_batch requests of up to 4,096 tokens; the limit is memory_bytes, or else half of the
-// memory that is free. A wish that fits is granted as it is; otherwise (or with memory_bytes alone) the limit is filled.
+// The wish is kv_tokens, or else KV for max_batch requests of up to 4,096 tokens; the limit is memory_bytes, or else the rank's
+// share of the memory that is free. A wish that fits is granted as it is; otherwise (or with memory_bytes alone) the limit is filled.
 ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes) {
   const int64_t slice = KvSlice{config.page_tokens, model.shape.head_dim}.bytes();
-  memory_bytes_ = config.memory_bytes > 0 ? config.memory_bytes : free_memory_bytes() / 2 / config.ranks;
-  if (memory_bytes_ > machine_memory_bytes())
-    fail(Code::kDoesNotFit, "memory_bytes is {}, the machine has {}", memory_bytes_, machine_memory_bytes());
-  // Bytes of a rank beside its arena; ranks share one read-only copy of the replicated weights and of the rotary table.
+  memory_bytes_ = config.memory_bytes > 0 ? config.memory_bytes : device_.free_bytes(0);
+  std::map<int, int64_t> sharers;  // [place]
+  for (int r = 0; r < config.ranks; ++r) {
+    ++sharers[device_.place(r)];
+    if (config.memory_bytes == 0) memory_bytes_ = std::min(memory_bytes_, device_.free_bytes(r));
+    if (memory_bytes_ > device_.total_bytes(r))
+      fail(Code::kDoesNotFit, "memory_bytes is {}, rank {} works where there are {}", memory_bytes_, r, device_.total_bytes(r));
+  }
+  int64_t fewest = config.ranks;
+  for (const auto& [place, ranks] : sharers) fewest = std::min(fewest, ranks);
+  // Bytes of a rank beside its arena; ranks of one place share one read-only copy of the replicated weights and of the rotary table.
   const auto beside = [&](int64_t tp_pages, int64_t ep_pages) {
-    return workspace_bytes + shared_bytes_of(model, config, tp_pages, ep_pages) / config.ranks;
+    return workspace_bytes + (shared_.bytes() + rope_bytes(model, served_positions(config, tp_pages, ep_pages))) / fewest;
   };
   const auto capacity_beside = [&](int64_t bytes) {
     return plan_capacity(slices_, tp_, ep_, slice, std::vector<int64_t>(static_cast<size_t>(config.ranks), memory_bytes_ - bytes));
@@ -150,9 +172,14 @@ ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config,
   return plan_arena(slices_, tp_, ep_, slice, capacity.tp_pages, capacity.ep_pages);
 }
 
-// Every rank's threads pack its own slices of the start layout; the replicated weights are divided over all threads.
-void ModelStore::load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world) {
-  shared_ = std::make_unique<SharedWeights>(model);
+// Every rank's threads pack its own slices of the start layout; the replicated weights are divided over all threads. Where the host
+// cannot write a rank's memory, both are packed on the host first.
+void ModelStore::load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, int64_t positions) {
+  const bool direct = device_.host_memory();
+  HostBuffer staging;
+  if (direct) copies_.emplace_back(device_, 0, shared_bytes_);
+  else staging = HostBuffer(shared_bytes_);
+  std::byte* const shared = direct ? copies_[0].data() : staging.data();
   const Owners& owners = config.layout == Layout::kTp ? tp_ : ep_;
 
   std::mutex mutex;  // of everything below
@@ -169,114 +196,156 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
 
   const int threads = world.threads();
   world.run_long([&](int rank, int thread) {
-    shared_->load(source, rank * threads + thread, world.ranks() * threads);
+    shared_.load(source, rank * threads + thread, world.ranks() * threads, shared);
     int64_t mine = 0;
-    std::vector<std::byte*> outs;
+    std::vector<std::byte*> places, outs;
+    std::vector<std::byte> packed;  // where it cannot be done in place
     for (int l = 0; l < model.shape.num_layers(); ++l) {
       const std::span<const Slice> slices = slices_.layer(l);
       for (size_t i = 0, next; i < slices.size(); i = next) {  // runs of an MLP's cuts, anything else one by one
         const Slice& first = slices[i];
         const bool is_mlp = first.kind == SliceKind::kExpertCut || first.kind == SliceKind::kDenseCut;
-        outs.clear();
+        places.clear();
         for (next = i; next == i || (is_mlp && next < slices.size() && slices[next].kind == first.kind && slices[next].index == first.index); ++next) {
           if (!(owners.slices[l][next] >> rank & 1)) break;
-          outs.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(next)));
+          places.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(next)));
         }
         next = std::max(next, i + 1);
-        if (outs.empty() || mine++ % threads != thread) continue;
+        if (places.empty() || mine++ % threads != thread) continue;
         world.check_abort();
+        const int64_t bytes = first.bytes * static_cast<int64_t>(places.size());
+        outs = places;
+        if (!direct) {
+          packed.resize(static_cast<size_t>(bytes));
+          for (size_t n = 0; n < outs.size(); ++n) outs[n] = packed.data() + static_cast<int64_t>(n) * first.bytes;
+        }
         const SliceMaxima maxima = pack_slices(source, model, slices_, first, outs);
+        for (size_t n = 0; n < places.size() && !direct; ++n) device_.write(rank, places[n], outs[n], first.bytes);
         {
           std::lock_guard lock(mutex);
           (is_mlp ? mlp : attention)[l].include(maxima);
         }
-        advance(first.bytes * static_cast<int64_t>(outs.size()));
+        advance(bytes);
       }
     }
+    world.wait_until([&] { return device_.idle(rank); });
   });
+  fill_rope(model, positions, reinterpret_cast<float*>(shared + shared_.bytes()));
+  share(config.ranks, shared);
   advance(shared_bytes_);
   for (int l = 0; l < model.shape.num_layers(); ++l) {
     attention_scales_.push_back(std::ldexp(1.0f, attention_exponent(attention[l], model, l)));
     mlp_scales_.push_back(std::ldexp(1.0f, mlp_exponent(mlp[l], model, l)));
-    const float* norm = shared_->layer(l).input_norm;
+    const float* norm = shared_.layer(shared, l).input_norm;
     float largest_norm = 0;
     for (int64_t i = 0; i < model.shape.hidden; ++i) largest_norm = std::max(largest_norm, std::fabs(norm[i]));
     value_scales_.push_back(std::ldexp(1.0f, value_exponent(attention[l], model, largest_norm)));
   }
 }
 
-// cos and sin of position · theta^(−2i/d), the angle in float as Hugging Face computes it.
-void ModelStore::make_rope(const ModelConfig& model, int64_t positions) {
-  const int64_t half = model.shape.head_dim / 2;
-  rope_ = HostBuffer(rope_bytes(model, positions));
-  float* out = rope_.as<float>();
-  for (int64_t i = 0; i < half; ++i) {
-    const auto frequency = static_cast<float>(1.0 / std::pow(model.rope_theta, 2.0 * static_cast<double>(i) / model.shape.head_dim));
-    for (int64_t p = 0; p < positions; ++p) {
-      const float angle = static_cast<float>(p) * frequency;
-      out[p * 2 * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      out[(p * 2 + 1) * half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+// One copy of what is replicated for each place.
+void ModelStore::share(int ranks, const std::byte* shared) {
+  std::map<int, const std::byte*> copy_of;
+  if (!copies_.empty()) copy_of[device_.place(0)] = copies_[0].data();
+  for (int r = 0; r < ranks; ++r) {
+    const std::byte*& copy = copy_of[device_.place(r)];
+    if (copy == nullptr) {
+      copies_.emplace_back(device_, r, shared_bytes_);
+      device_.write(r, copies_.back().data(), shared, shared_bytes_);
+      copy = copies_.back().data();
     }
+    ranks_[r]->shared = copy;
   }
 }
 
-void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank, Layout layout) {
+void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank) {
+  Rank& mine = *ranks_[rank];
+  mine.forward = {model.shape.num_layers(),
+                  model.shape.hidden,
+                  model.vocab_size,
+                  model.shape.num_heads,
+                  model.shape.num_kv_heads,
+                  model.shape.head_dim,
+                  static_cast<float>(model.rms_norm_eps),
+                  1.0f / std::sqrt(static_cast<float>(model.shape.head_dim)),
+                  shared_.embedding(mine.shared),
+                  shared_.lm_head(mine.shared),
+                  shared_.final_norm(mine.shared),
+                  reinterpret_cast<const float*>(mine.shared + shared_.bytes())};
+  Lists lists;
+  for (Layout layout : {Layout::kTp, Layout::kEp})
+    for (int l = 0; l < model.shape.num_layers(); ++l) {
+      LayerWeights& w = mine.tables[static_cast<int>(layout)].emplace_back();
+      std::vector<const bf16*> cuts;
+      std::vector<int32_t> local_of_expert;
+      fill_table(model, page_tokens, rank, layout, l, w, cuts, local_of_expert);
+      w.cuts = lists.add(cuts);
+      if (!local_of_expert.empty()) w.local_of_expert = lists.add(local_of_expert);
+    }
+  mine.lists = DeviceBuffer(device_, rank, static_cast<int64_t>(lists.bytes().size()));
+  device_.write(rank, mine.lists.data(), lists.bytes().data(), mine.lists.bytes());
+  for (std::vector<LayerWeights>& table : mine.tables)
+    for (LayerWeights& w : table) {
+      Lists::move_to(mine.lists.data(), w.cuts);
+      Lists::move_to(mine.lists.data(), w.local_of_expert);
+    }
+}
+
+// A rank's table of one layer, but for the lists in its own memory: cuts and local_of_expert as they will stand there.
+void ModelStore::fill_table(const ModelConfig& model, int page_tokens, int rank, Layout layout, int l, LayerWeights& w,
+                            std::vector<const bf16*>& cuts, std::vector<int32_t>& local_of_expert) const {
   const Owners& owners = layout == Layout::kTp ? tp_ : ep_;
   const int heads_per_group = model.shape.num_heads / counts_.head_groups;
   const AttentionGroup group{heads_per_group, model.shape.head_dim, model.shape.hidden};
   const KvProjection projection{model.shape.head_dim, model.shape.hidden};
   const std::vector<int>& kv_heads = arena_.local_kv_heads(rank, layout);
-  for (int l = 0; l < model.shape.num_layers(); ++l) {
-    LayerWeights w;
-    const auto owns = [&](int slice) { return (owners.slices[l][static_cast<size_t>(slice)] >> rank & 1) != 0; };
-    const auto at = [&](int slice) {
-      return reinterpret_cast<const bf16*>(ranks_[rank]->arena.data() + arena_.slice_offset(rank, layout, l, slice));
-    };
-    w.heads_of_kv.assign(kv_heads.size(), Range{});
-    for (int a = 0; a < counts_.head_groups; ++a) {
-      if (!owns(slices_.attention(l, a))) continue;
-      const bf16* q = at(slices_.attention(l, a));
-      w.q.push_back(q);
-      w.o.push_back({q + group.q().elements(), w.num_heads * int64_t{model.shape.head_dim}});
-      const auto kv = std::find(kv_heads.begin(), kv_heads.end(), slices_.kv_head_of_group(a));
-      MOEBIUS_ASSERT(kv != kv_heads.end());
-      Range& heads = w.heads_of_kv[static_cast<size_t>(kv - kv_heads.begin())];
-      if (heads.empty()) heads.begin = w.num_heads;
-      w.num_heads += heads_per_group;
-      heads.end = w.num_heads;
-    }
-    for (int h : kv_heads) {
-      const bf16* k = at(slices_.kv_projection(l, h));
-      w.k.push_back(k);
-      w.v.push_back(k + projection.k().elements());
-    }
-    w.kv = {ranks_[rank]->arena.data() + arena_.kv_offset(rank, layout, l), static_cast<int32_t>(kv_heads.size()), page_tokens,
-            model.shape.head_dim};
-
-    const MlpShape& mlp = model.shape.mlps[static_cast<size_t>(l)];
-    w.neurons_per_cut = mlp.intermediate / counts_.cuts;
-    const auto slice_of = [&](int e, int s) { return mlp.num_experts > 0 ? slices_.expert_cut(l, e, s) : slices_.dense_cut(l, s); };
-    w.local_of_expert.assign(static_cast<size_t>(mlp.num_experts), -1);
-    for (int e = 0; e < std::max(1, mlp.num_experts); ++e) {
-      int32_t cuts = 0;
-      for (int s = 0; s < counts_.cuts; ++s)
-        if (owns(slice_of(e, s))) w.cuts.push_back(at(slice_of(e, s))), ++cuts;
-      if (cuts == 0) continue;
-      w.num_cuts = cuts;
-      if (mlp.num_experts > 0) w.local_of_expert[static_cast<size_t>(e)] = w.num_local_experts;
-      ++w.num_local_experts;
-    }
-    const SharedLayer shared = shared_->layer(l);
-    w.input_norm = shared.input_norm;
-    w.post_attention_norm = shared.post_attention_norm;
-    w.q_norm = shared.q_norm;
-    w.k_norm = shared.k_norm;
-    w.router = shared.router;
-    w.value_scale = value_scales_[static_cast<size_t>(l)];
-    w.attention_scale = attention_scales_[static_cast<size_t>(l)];
-    w.mlp_scale = mlp_scales_[static_cast<size_t>(l)];
-    ranks_[rank]->tables[static_cast<int>(layout)].push_back(std::move(w));
+  const auto owns = [&](int slice) { return (owners.slices[l][static_cast<size_t>(slice)] >> rank & 1) != 0; };
+  const auto at = [&](int slice) {
+    return reinterpret_cast<const bf16*>(ranks_[rank]->arena.data() + arena_.slice_offset(rank, layout, l, slice));
+  };
+  w.heads_of_kv.assign(kv_heads.size(), Range{});
+  for (int a = 0; a < counts_.head_groups; ++a) {
+    if (!owns(slices_.attention(l, a))) continue;
+    const bf16* q = at(slices_.attention(l, a));
+    w.q.push_back(q);
+    w.o.push_back({q + group.q().elements(), w.num_heads * int64_t{model.shape.head_dim}});
+    const auto kv = std::find(kv_heads.begin(), kv_heads.end(), slices_.kv_head_of_group(a));
+    MOEBIUS_ASSERT(kv != kv_heads.end());
+    Range& heads = w.heads_of_kv[static_cast<size_t>(kv - kv_heads.begin())];
+    if (heads.empty()) heads.begin = w.num_heads;
+    w.num_heads += heads_per_group;
+    heads.end = w.num_heads;
   }
+  for (int h : kv_heads) {
+    const bf16* k = at(slices_.kv_projection(l, h));
+    w.k.push_back(k);
+    w.v.push_back(k + projection.k().elements());
+  }
+  w.kv = {ranks_[rank]->arena.data() + arena_.kv_offset(rank, layout, l), static_cast<int32_t>(kv_heads.size()), page_tokens,
+          model.shape.head_dim};
+
+  const MlpShape& mlp = model.shape.mlps[static_cast<size_t>(l)];
+  w.neurons_per_cut = mlp.intermediate / counts_.cuts;
+  const auto slice_of = [&](int e, int s) { return mlp.num_experts > 0 ? slices_.expert_cut(l, e, s) : slices_.dense_cut(l, s); };
+  local_of_expert.assign(static_cast<size_t>(mlp.num_experts), -1);
+  for (int e = 0; e < std::max(1, mlp.num_experts); ++e) {
+    int32_t num_cuts = 0;
+    for (int s = 0; s < counts_.cuts; ++s)
+      if (owns(slice_of(e, s))) cuts.push_back(at(slice_of(e, s))), ++num_cuts;
+    if (num_cuts == 0) continue;
+    w.num_cuts = num_cuts;
+    if (mlp.num_experts > 0) local_of_expert[static_cast<size_t>(e)] = w.num_local_experts;
+    ++w.num_local_experts;
+  }
+  const SharedLayer shared = shared_.layer(ranks_[rank]->shared, l);
+  w.input_norm = shared.input_norm;
+  w.post_attention_norm = shared.post_attention_norm;
+  w.q_norm = shared.q_norm;
+  w.k_norm = shared.k_norm;
+  w.router = shared.router;
+  w.value_scale = value_scales_[static_cast<size_t>(l)];
+  w.attention_scale = attention_scales_[static_cast<size_t>(l)];
+  w.mlp_scale = mlp_scales_[static_cast<size_t>(l)];
 }
 
 }  // namespace moebius

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "lib/comm/world.h"
-#include "lib/device/buffer.h"
+#include "lib/device/device.h"
 #include "lib/layout/arena.h"
 #include "lib/layout/transfer.h"
 #include "lib/model/config.h"
@@ -21,17 +21,18 @@ class ModelStore {
  public:
   // Compares the checkpoint with config.json before any table is built from its numbers, plans the arenas within
   // config.memory_bytes, reserves them and loads each rank's slices of the start layout. workspace_bytes: what a rank needs
-  // beside its arena.
-  ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world,
+  // beside its arena. model, world and device outlive it.
+  ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
              int64_t workspace_bytes);
   // The same from weights that have been compared already.
-  ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, int64_t workspace_bytes);
+  ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
+             int64_t workspace_bytes);
 
   const ArenaPlan& arena() const { return arena_; }
   const TransferPlan& to_tp() const { return to_tp_; }
   const TransferPlan& to_ep() const { return to_ep_; }
   const SliceTable& slices() const { return slices_; }
-  const ForwardModel& forward() const { return forward_; }
+  const ForwardModel& forward(int rank) const { return ranks_[rank]->forward; }
   // [Layout][layer] tables of a rank.
   const std::vector<LayerWeights> (&tables(int rank) const)[2] { return ranks_[rank]->tables; }
   std::vector<std::byte*> arenas() const;
@@ -40,14 +41,21 @@ class ModelStore {
 
  private:
   struct Rank {
-    HostBuffer arena;
+    DeviceBuffer arena;
+    DeviceBuffer lists;  // that `tables` point to
     std::vector<LayerWeights> tables[2];
+    const std::byte* shared = nullptr;  // its place's copy
+    ForwardModel forward;
   };
   ArenaPlan plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes);
-  void load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world);
-  void make_tables(const ModelConfig& model, int page_tokens, int rank, Layout layout);
-  void make_rope(const ModelConfig& model, int64_t positions);
+  void load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, int64_t positions);
+  void share(int ranks, const std::byte* shared);
+  void make_tables(const ModelConfig& model, int page_tokens, int rank);
+  void fill_table(const ModelConfig& model, int page_tokens, int rank, Layout layout, int layer, LayerWeights& w,
+                  std::vector<const bf16*>& cuts, std::vector<int32_t>& local_of_expert) const;
 
+  Device& device_;
+  SharedWeights shared_;
   SliceCounts counts_;
   SliceTable slices_;
   Owners tp_, ep_;
@@ -55,11 +63,9 @@ class ModelStore {
   ArenaPlan arena_;
   TransferPlan to_tp_, to_ep_;
   std::vector<std::unique_ptr<Rank>> ranks_;
-  std::unique_ptr<SharedWeights> shared_;
+  std::vector<DeviceBuffer> copies_;  // of the replicated weights and the rotary table behind them, one a place
   int64_t shared_bytes_ = 0;
-  HostBuffer rope_;
   std::vector<float> attention_scales_, value_scales_, mlp_scales_;  // [layers]
-  ForwardModel forward_;
 };
 
 }  // namespace moebius

@@ -6,7 +6,6 @@
 #include <xxhash.h>
 
 #include "lib/base/error.h"
-#include "lib/device/buffer.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius {
@@ -28,22 +27,33 @@ std::vector<bf16> numbers(int64_t n, uint32_t seed) {
 
 }  // namespace
 
-uint64_t probe_digest(const Ops& ops) {
+uint64_t probe_digest(Device& device, int rank) {
+  const Ops& ops = device.ops();
   const std::vector<bf16> x = numbers(kRows * kInputs, 1), w = numbers(PackedMatrix{kOutputs, kInputs}.elements(), 2);
   std::vector<float> y(kRows * kOutputs), weights(y.size());
-  HostBuffer scratch(static_cast<int64_t>(ops.scratch_bytes({kRows, kInputs, 16, 1, 1})));
-  const LinearPart part{w.data(), kOutputs, y.data(), kOutputs};
+  const auto bytes_of = [](const auto& v) { return static_cast<int64_t>(v.size() * sizeof(v[0])); };
+  const DeviceBuffer scratch(device, rank, static_cast<int64_t>(ops.scratch_bytes({kRows, kInputs, 16, 1, 1})));
+  const DeviceBuffer x_there(device, rank, bytes_of(x)), w_there(device, rank, bytes_of(w)), y_there(device, rank, bytes_of(y));
+  device.write(rank, x_there.data(), x.data(), x_there.bytes());
+  device.write(rank, w_there.data(), w.data(), w_there.bytes());
+  const LinearPart part{reinterpret_cast<const bf16*>(w_there.data()), kOutputs, reinterpret_cast<float*>(y_there.data()), kOutputs};
   LinearArgs args;
   args.rows = {0, kRows};
-  args.x = x.data();
+  args.x = reinterpret_cast<const bf16*>(x_there.data());
   args.ldx = args.k = kInputs;
   args.num_parts = 1;
   args.parts = &part;
-  ops.linear(args, {0, 1, scratch.data()});
-  const float sum = ops.exp_sum(y.data(), static_cast<int64_t>(y.size()), 1.0f, 0.01f, weights.data());
+  ops.linear(args, {0, 1, scratch.data(), device.queue(rank)});
+  device.read(rank, y.data(), bytes_of(y), y_there.data(), bytes_of(y), bytes_of(y), 1);
+  while (!device.idle(rank)) {
+  }
   uint64_t digest = XXH3_64bits(y.data(), y.size() * sizeof(float));
-  digest = XXH3_64bits_withSeed(weights.data(), weights.size() * sizeof(float), digest);
-  return XXH3_64bits_withSeed(&sum, sizeof sum, digest);
+  if (ops.exp_sum != nullptr) {
+    const float sum = ops.exp_sum(y.data(), static_cast<int64_t>(y.size()), 1.0f, 0.01f, weights.data());
+    digest = XXH3_64bits_withSeed(weights.data(), weights.size() * sizeof(float), digest);
+    digest = XXH3_64bits_withSeed(&sum, sizeof sum, digest);
+  }
+  return digest;
 }
 
 void compare_probes(std::span<const uint64_t> digests) {

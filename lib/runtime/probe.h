@@ -5,11 +5,11 @@
 #include <cstdint>
 #include <span>
 
-#include "lib/device/ops.h"
+#include "lib/device/device.h"
 
 namespace moebius {
 
-uint64_t probe_digest(const Ops& ops);
+uint64_t probe_digest(Device& device, int rank);
 // digests: [ranks]. Throws kUnsupported naming the first rank that differs from rank 0.
 void compare_probes(std::span<const uint64_t> digests);
 

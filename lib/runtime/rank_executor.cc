@@ -1,7 +1,6 @@
 #include "lib/runtime/rank_executor.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "lib/base/error.h"
 #include "lib/tensor/packed.h"
@@ -30,7 +29,7 @@ void RankExecutor::add_norm(Range rows, const Sums& sums, const float* weight, b
 }
 
 // Projections, rotary embedding, KV write, attention and O projection: fills the attention sum of `rows`.
-void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane) {
+void RankExecutor::attend(const StepPlan& plan, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane) {
   const RankBuffers& b = *context_.buffers;
   const Ops& ops = *context_.ops;
   const int64_t q_width = layer.num_heads * model_.head_dim, kv_width = layer.kv.num_kv_heads * model_.head_dim;
@@ -60,7 +59,7 @@ void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layou
   const int which = static_cast<int>(layout);
   RopeStoreArgs rope;
   rope.rows = rows;
-  rope.places = plan.places[which].data();
+  rope.places = view.places[which];
   rope.num_heads = layer.num_heads;
   rope.q = q;
   rope.k = k;
@@ -79,7 +78,12 @@ void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layou
                                              : plan.chunks_of_home[context_.comm->rank()];
   AttentionArgs attention;
   attention.num_chunks = static_cast<int>(chunks.size());
-  attention.chunks = plan.attention[which].data() + chunks.begin;
+  attention.chunks = view.chunks[which] + chunks.begin;
+  attention.num_rows = rows.size();
+  for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+    const SequenceChunk& chunk = plan.attention[which][static_cast<size_t>(c)];
+    attention.max_tokens = std::max<int64_t>(attention.max_tokens, chunk.first_position + chunk.num_rows);
+  }
   attention.num_heads = layer.num_heads;
   attention.heads_of_kv = layer.heads_of_kv.data();
   attention.softmax_scale = model_.softmax_scale;
@@ -103,7 +107,7 @@ void RankExecutor::attend(const StepPlan& plan, const LayerWeights& layer, Layou
   ops.exact_linear(out, lane);
 }
 
-void RankExecutor::forward(const StepPlan& plan, const Lane& lane) {
+void RankExecutor::forward(const StepPlan& plan, const StepView& view, const Lane& lane) {
   const RankBuffers& b = *context_.buffers;
   const int64_t num_rows = plan.num_rows();
   const auto backend_of = [&](int32_t layer) -> const LayerBackend& {
@@ -111,13 +115,12 @@ void RankExecutor::forward(const StepPlan& plan, const Lane& lane) {
   };
 
   // Flags are sticky within a step: a row that has become NaN stays NaN.
-  if (lane.thread == 0)
-    for (const ExactSum& sum : b.sums) std::memset(sum.flags, 0, static_cast<size_t>(num_rows));
+  context_.ops->clear(b.step_state, static_cast<size_t>(b.step_state_bytes), lane);
 
   Range rows = backend_of(0).rows(context_, plan.homes.data(), num_rows);
   EmbedArgs embed;
   embed.rows = rows;
-  embed.tokens = plan.tokens.data();
+  embed.tokens = view.tokens;
   embed.hidden = model_.hidden;
   embed.table = model_.embedding;
   embed.packed = model_.lm_head;
@@ -134,7 +137,7 @@ void RankExecutor::forward(const StepPlan& plan, const Lane& lane) {
 
     add_norm(rows, pending, layer.input_norm, false, lane);
     context_.comm->rank_barrier();
-    attend(plan, layer, layout, rows, lane);
+    attend(plan, view, layer, layout, rows, lane);
     const PartialSums attention = backend.finish_attention(context_);
 
     add_norm(rows, {attention, layer.attention_scale}, layer.post_attention_norm, !layer.dense(), lane);
@@ -147,20 +150,20 @@ void RankExecutor::forward(const StepPlan& plan, const Lane& lane) {
   else context_.comm->rank_barrier();
 }
 
-void RankExecutor::logits(const StepPlan& plan, Range group, float* logits, const Lane& lane) {
+Range RankExecutor::columns() const {
+  const Range tiles = share_of(div_up(model_.vocab, kTile), context_.comm->rank(), context_.comm->size());
+  return {tiles.begin * kTile, std::min(model_.vocab, tiles.end * kTile)};
+}
+
+void RankExecutor::logits(const StepView& view, Range group, float* logits, int64_t stride, const Lane& lane) {
   const RankBuffers& b = *context_.buffers;
-  const Range mine = share_of(group.size(), lane.thread, lane.num_threads);
-  for (int64_t i = mine.begin; i < mine.end; ++i)
-    std::memcpy(b.head_x + i * model_.hidden, b.x + plan.logit_rows[group.begin + i].row * model_.hidden,
-                static_cast<size_t>(model_.hidden) * sizeof(bf16));
+  context_.ops->pick_rows({group.size(), view.logit_rows + group.begin, model_.hidden, b.x, b.head_x}, lane);
   context_.comm->rank_barrier();
 
   const PackedMatrix head{model_.vocab, model_.hidden};
-  const Range tiles = share_of(head.tiles(), context_.comm->rank(), context_.comm->size());
-  if (tiles.empty()) return;
-  const int64_t first = tiles.begin * kTile;
-  const LinearPart part{model_.lm_head + tiles.begin * head.tile_elements(), std::min(model_.vocab, tiles.end * kTile) - first,
-                        logits + first, model_.vocab};
+  const Range mine = columns();
+  if (mine.empty()) return;
+  const LinearPart part{model_.lm_head + mine.begin / kTile * head.tile_elements(), mine.size(), logits, stride};
   LinearArgs args;
   args.rows = {0, group.size()};
   args.x = b.head_x;

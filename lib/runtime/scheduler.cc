@@ -263,7 +263,8 @@ void Scheduler::order_by_home(StepPlan& out) {
       if (s.state != SequenceState::kRunning || (by_home ? s.home : 0) != h) continue;
       const int32_t row = static_cast<int32_t>(out.num_rows());
       const int32_t first = static_cast<int32_t>(s.computed);
-      const int32_t* pages[2] = {s.tp_pages.data(), s.ep_pages.data()};
+      const auto table = [](const std::vector<int32_t>& pages) { return pages.empty() ? nullptr : pages.data(); };
+      const int32_t* pages[2] = {table(s.tp_pages), table(s.ep_pages)};
       const bool samples = p.num_rows == s.remaining_rows();
       for (int layout : {0, 1}) {
         out.attention[layout].push_back({row, p.num_rows, first, pages[layout]});

@@ -4,7 +4,6 @@
 #include <numeric>
 
 #include "lib/base/error.h"
-#include "lib/cpu/stream_copy.h"
 
 namespace moebius {
 namespace {
@@ -358,6 +357,7 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
   const CopyPoint region{next_item(), direction(), undoing_};
   copied_.assign(copied_.size(), {});
   parts_.world.run([=, this](int rank, int thread) {
+    const DrainOnError drain(parts_.device, rank);
     CopyPoint point = region;
     point.rank = rank;
     point.thread = thread;
@@ -365,10 +365,10 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
     Copied done;
     const auto begin = Clock::now();
     if (!pieces.empty()) copy_weights(point, pieces, num_pieces, done.weights);
-    stream_fence();
+    settle(rank);
     done.weights.seconds = seconds_since(begin);
     copy_blocks(point, done.kv);
-    stream_fence();  // orders the copies before the region's end
+    settle(rank);
     done.kv.seconds = seconds_since(begin) - done.weights.seconds;
     reach(point, CopyPoint::kAfter);
     copied_[rank * parts_.world.threads() + thread] = done;
@@ -394,6 +394,12 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
   if (bytes > (4 << 20)) copy_rate_ = 0.5 * copy_rate_ + 0.5 * static_cast<double>(bytes) / seconds;
 }
 
+// The rank's copies are done and can be seen by all.
+void Switcher::settle(int rank) const {
+  parts_.device.finish_blocks(rank);
+  parts_.world.wait_until([this, rank] { return parts_.device.idle(rank); });
+}
+
 // A rank that slept, or that others have given up, writes nothing more.
 void Switcher::reach(CopyPoint point, CopyPoint::When when) const {
   point.when = when;
@@ -416,7 +422,7 @@ void Switcher::copy_weights(const CopyPoint& point, Range pieces, int64_t num_pi
     const int64_t into = at - (ends[i] - c.bytes);
     const int64_t bytes = std::min(c.bytes - into, begin + share.end - at);
     reach(point, CopyPoint::kBetween);
-    stream_copy(parts_.arenas[point.rank] + c.dst_offset + into, parts_.arenas[c.src_rank] + c.src_offset + into, bytes);
+    parts_.device.copy_block(point.rank, parts_.arenas[point.rank] + c.dst_offset + into, parts_.arenas[c.src_rank] + c.src_offset + into, bytes);
     at += bytes;
   }
   done.bytes += share.size();
@@ -428,7 +434,7 @@ void Switcher::copy_blocks(const CopyPoint& point, Part& done) const {
   for (size_t i = static_cast<size_t>(point.thread); i < list_.size(); i += threads)
     for_each_kv_block(parts_.arena, point.to, point.item, point.rank, pair_of(list_[i]), [&](const BlockCopy& c, bool local) {
       reach(point, CopyPoint::kBetween);
-      stream_copy(parts_.arenas[point.rank] + c.dst_offset, parts_.arenas[c.src_rank] + c.src_offset, c.bytes);
+      parts_.device.copy_block(point.rank, parts_.arenas[point.rank] + c.dst_offset, parts_.arenas[c.src_rank] + c.src_offset, c.bytes);
       done.bytes += c.bytes;
       if (!local) done.bytes_changed += c.bytes;
     });

@@ -25,6 +25,7 @@
 
 #include "lib/base/error.h"
 #include "lib/comm/world.h"
+#include "lib/device/device.h"
 #include "lib/kv/kv_manager.h"
 #include "lib/layout/arena.h"
 #include "lib/layout/transfer.h"
@@ -51,6 +52,7 @@ class Switcher {
  public:
   struct Parts {
     World& world;
+    Device& device;
     const ArenaPlan& arena;
     const TransferPlan& to_tp;
     const TransferPlan& to_ep;
@@ -123,6 +125,7 @@ class Switcher {
   PagePair pair_of(int32_t block) const;
   void list_blocks(int64_t most, bool only_full);
   void run_copies(Range pieces, int64_t num_pieces);
+  void settle(int rank) const;
   void reach(CopyPoint point, CopyPoint::When when) const;
   void copy_weights(const CopyPoint& point, Range pieces, int64_t num_pieces, Part& done) const;
   void copy_blocks(const CopyPoint& point, Part& done) const;

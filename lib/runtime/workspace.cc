@@ -21,17 +21,25 @@ int64_t Workspace::lay_out(const WorkspaceShape& s, std::byte* base) {
   take(b.attention, s.max_rows * q_width);
   take(b.expert_ids, s.max_rows * s.top_k);
   take(b.expert_weights, s.max_rows * s.top_k);
+  take(b.begins, s.num_experts + 2);  // a dense MLP counts as one
+  take(b.pair_rows, s.max_pairs);
+  take(b.pair_weights, s.max_pairs);
   take(b.act, s.max_act_elements);
   take(b.head_x, s.max_logit_rows * s.hidden);
   for (int i = 0; i < kNumAccumulators; ++i) {
     ExactSum& sum = b.sums[i];
     take(sum.sum, s.max_rows * s.hidden);
-    take(sum.flags, s.max_rows);
     // |c·scale| < 2^62 ÷ addends: no sum of that many can pass 2^62.
     const int64_t addends = i == static_cast<int>(Accumulator::kAttention) ? s.attention_addends : s.mlp_addends;
     sum.limit = 0x1p62f / static_cast<float>(std::bit_ceil(static_cast<uint64_t>(addends)));
     sum.plain = s.plain_sums;
   }
+  take(b.step_state, 0);
+  const int64_t state_begin = at;
+  for (ExactSum& sum : b.sums) take(sum.flags, s.max_rows);
+  take(b.experts_reached, 1);
+  b.step_state_bytes = at - state_begin;
+  take(logits_, s.max_logit_rows * s.logit_columns);
   scratch_stride_ = static_cast<size_t>(round_up(static_cast<int64_t>(s.scratch_bytes), 4096));
   take(scratch_, static_cast<int64_t>(scratch_stride_) * s.threads);
   return at;

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "lib/comm/local.h"
-#include "lib/device/buffer.h"
+#include "lib/device/device.h"
 #include "lib/moe/layer_backend.h"
 
 namespace moebius {
@@ -12,6 +12,7 @@ struct WorkspaceShape {
   int64_t hidden = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, top_k = 0;
   int64_t max_act_elements = 0;   // rows·choices × padded neurons that a rank may have, over layers and layouts
   int64_t max_pairs = 0, num_experts = 0;
+  int64_t logit_columns = 0;      // of its share of the vocabulary, where it keeps logits itself (not in the host's memory)
   int64_t mlp_addends = 0, attention_addends = 0;
   int threads = 1;
   size_t scratch_bytes = 0;       // per thread
@@ -21,7 +22,7 @@ struct WorkspaceShape {
 // Walks the buffers in a fixed order: once without memory to learn the size, once to place them.
 class Workspace {
  public:
-  explicit Workspace(const WorkspaceShape& shape) : memory_(lay_out(shape, nullptr)), batch_(shape.max_pairs, shape.num_experts) {
+  Workspace(Device& device, int rank, const WorkspaceShape& shape) : memory_(device, rank, lay_out(shape, nullptr)) {
     lay_out(shape, memory_.data());
   }
   static int64_t bytes(const WorkspaceShape& shape) {
@@ -30,7 +31,7 @@ class Workspace {
   }
 
   RankBuffers buffers;
-  ExpertBatch& batch() { return batch_; }
+  float* logits() const { return logits_; }  // [max_logit_rows, logit_columns]
   std::byte* scratch(int thread) const { return scratch_ + static_cast<size_t>(thread) * scratch_stride_; }
   ExchangeBuffers exchange() const {
     ExchangeBuffers e{buffers.x, buffers.expert_ids, buffers.expert_weights, {}, {}};
@@ -39,11 +40,11 @@ class Workspace {
   }
 
  private:
-  Workspace() : batch_(0, 0) {}
+  Workspace() = default;
   int64_t lay_out(const WorkspaceShape& s, std::byte* base);
 
-  HostBuffer memory_;
-  ExpertBatch batch_;
+  DeviceBuffer memory_;
+  float* logits_ = nullptr;
   std::byte* scratch_ = nullptr;
   size_t scratch_stride_ = 0;
 };

@@ -15,6 +15,8 @@
 
 #include "lib/base/error.h"
 #include "lib/comm/local.h"
+#include "lib/cpu/cpu_device.h"
+#include "lib/cpu/cpu_ops.h"
 #include "tests/catch.h"
 
 namespace moebius {
@@ -230,6 +232,7 @@ TEST_CASE("dispatch brings every home's rows and choices, gather its rows") {
   std::vector<std::vector<bf16>> x(3, std::vector<bf16>(rows * hidden));
   std::vector<std::vector<int32_t>> ids(3, std::vector<int32_t>(rows * top_k));
   std::vector<std::vector<float>> weights(3, std::vector<float>(rows * top_k));
+  CpuDevice device(3, cpu_ops(best_isa()));
   std::vector<ExchangeBuffers> buffers(3);
   for (int r = 0; r < 3; ++r) buffers[r] = {x[r].data(), ids[r].data(), weights[r].data(), {}, {}};
   const Range homes[3] = {{0, 4}, {4, 4}, {4, 7}};  // rank 1 has no rows and takes part all the same
@@ -239,7 +242,7 @@ TEST_CASE("dispatch brings every home's rows and choices, gather its rows") {
       for (int64_t i = 0; i < top_k; ++i) ids[r][row * top_k + i] = static_cast<int32_t>(row), weights[r][row * top_k + i] = row * 0.5f;
     }
   std::vector<std::unique_ptr<LocalCommunicator>> comms;
-  for (int r = 0; r < 3; ++r) comms.push_back(std::make_unique<LocalCommunicator>(world, r, buffers, hidden, top_k));
+  for (int r = 0; r < 3; ++r) comms.push_back(std::make_unique<LocalCommunicator>(world, device, r, buffers, hidden, top_k));
   world.run([&](int r, int t) { comms[r]->dispatch(homes, Lane{t, 2, nullptr}); });
   for (int r = 0; r < 3; ++r)
     for (int64_t row = 0; row < rows; ++row) {

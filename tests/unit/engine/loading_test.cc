@@ -2,6 +2,8 @@
 #include <mutex>
 #include <thread>
 
+#include "lib/cpu/cpu_device.h"
+#include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/model_store.h"
 #include "tests/unit/engine/harness.h"
 
@@ -79,9 +81,10 @@ TEST_CASE("each rank reads its slices of the start layout once and nothing else"
         EngineConfig config = small_config(ranks, 1, layout);
         config.max_context = 1024;
         Counts counts;
+        CpuDevice device(ranks, cpu_ops(best_isa()));
         World world(ranks, 1, 30000);
         const auto source = open_checkpoint(path, model, nullptr);
-        const ModelStore store(CountingSource(*source, counts), model, config, world, 0);
+        const ModelStore store(CountingSource(*source, counts), model, config, world, device, 0);
         REQUIRE(counts.elements.size() == static_cast<size_t>(ranks));
 
         int64_t all = 0, owned = 0;

@@ -29,7 +29,7 @@ std::map<int32_t, std::vector<std::byte>> kv_bytes(Engine& engine, Layout layout
   std::map<int32_t, std::vector<std::byte>> out;
   for (int32_t b : kv.live_blocks())
     for (int l = 0; l < engine.model().num_layers; ++l)
-      for (int h = 0; h < store.forward().num_kv_heads; ++h) {
+      for (int h = 0; h < store.forward(0).num_kv_heads; ++h) {
         const std::byte* first = nullptr;
         for (int r = 0; r < kv.num_homes(); ++r) {
           const auto& heads = store.arena().local_kv_heads(r, layout);

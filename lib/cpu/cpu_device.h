@@ -1,0 +1,48 @@
+// The host as a device: a rank's threads compute when they are asked to, and all ranks share one memory.
+#pragma once
+
+#include <unistd.h>
+
+#include <cstring>
+
+#include "lib/cpu/stream_copy.h"
+#include "lib/device/buffer.h"
+#include "lib/device/device.h"
+
+namespace moebius {
+
+class CpuDevice final : public Device {
+ public:
+  CpuDevice(int ranks, const Ops& ops) : ranks_(ranks), ops_(ops) {}
+  const char* name() const override { return "cpu"; }
+  bool host_memory() const override { return true; }
+  const Ops& ops() const override { return ops_; }
+  int place(int) const override { return 0; }
+  int64_t total_bytes(int) const override { return memory_bytes(_SC_PHYS_PAGES); }
+  int64_t free_bytes(int) const override { return memory_bytes(_SC_AVPHYS_PAGES) / 2 / ranks_; }  // the host has other work, and caches files
+
+  std::byte* allocate(int, int64_t bytes) override { return map_memory(bytes); }
+  void release(int, std::byte* memory, int64_t bytes) noexcept override { unmap_memory(memory, bytes); }
+
+  void* queue(int) override { return nullptr; }
+  void write(int, void* to, const void* from, int64_t bytes) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  void read(int, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) override {
+    for (int64_t i = 0; i < height; ++i)
+      std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch, static_cast<size_t>(width));
+  }
+  void copy(int, void* to, const void* from, int64_t bytes) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  void copy_block(int, void* to, const void* from, int64_t bytes) override { stream_copy(to, from, bytes); }
+  void finish_blocks(int) override { stream_fence(); }
+
+  void mark(int) override {}
+  void pass(int) override {}
+  bool idle(int) override { return true; }
+
+ private:
+  static int64_t memory_bytes(int kind) { return static_cast<int64_t>(sysconf(kind)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE)); }
+
+  int ranks_;
+  const Ops& ops_;
+};
+
+}  // namespace moebius

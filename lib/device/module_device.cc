@@ -1,0 +1,131 @@
+#include "lib/device/module_device.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <string_view>
+
+#include "lib/base/error.h"
+#include "lib/device/module.h"
+
+namespace moebius {
+namespace {
+
+void check(const ModuleStatus& status) {
+  if (status.code < 0) throw Error(static_cast<Code>(status.code), status.text);
+}
+
+std::vector<std::filesystem::path> module_folders() {
+  std::vector<std::filesystem::path> out;
+  if (const char* path = std::getenv("MOEBIUS_MODULE_PATH"); path != nullptr && *path != '\0') {
+    for (std::string_view rest = path; !rest.empty();) {
+      const size_t end = std::min(rest.find(':'), rest.size());
+      if (end > 0) out.emplace_back(rest.substr(0, end));
+      rest.remove_prefix(std::min(end + 1, rest.size()));
+    }
+    return out;
+  }
+  Dl_info info;
+  if (dladdr(reinterpret_cast<const void*>(&module_folders), &info) == 0 || info.dli_fname == nullptr) return out;
+  const std::filesystem::path here = std::filesystem::absolute(info.dli_fname).parent_path();
+  return {here, here / "moebius", here / "../lib", here / "../lib/moebius"};
+}
+
+const DeviceModule& load_module(const std::string& name) {
+  const bool plain = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-'; });
+  if (!plain) fail(Code::kInvalidArgument, "device is '{}', must be cpu or the name of a module, such as cuda", name);
+  const std::string file = "libmoebius-" + name + ".so";
+  std::string tried;
+  for (const std::filesystem::path& folder : module_folders()) {
+    const std::filesystem::path path = folder / file;
+    std::error_code error;
+    if (!std::filesystem::exists(path, error)) {
+      tried += (tried.empty() ? "" : ", ") + folder.string();
+      continue;
+    }
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+    if (handle == nullptr) fail(Code::kUnsupported, "device '{}': {}", name, dlerror());
+    const auto get = reinterpret_cast<DeviceModuleFunction>(dlsym(handle, kDeviceModuleSymbol));
+    if (get == nullptr) fail(Code::kUnsupported, "device '{}': {} is no module of this library ({} is missing)", name, path.string(), kDeviceModuleSymbol);
+    const DeviceModule* module = get();
+    if (std::strcmp(module->version, kModuleVersion) != 0 || module->bytes != sizeof(DeviceModule))
+      fail(Code::kUnsupported, "device '{}': {} is of version {}, this library of {}: they must come from one build", name, path.string(),
+           module->version, kModuleVersion);
+    return *module;
+  }
+  fail(Code::kUnsupported, "device '{}': {} was not found in {} (MOEBIUS_MODULE_PATH names other folders)", name, file,
+       tried.empty() ? "any folder" : tried);
+}
+
+class ModuleDevice final : public Device {
+ public:
+  ModuleDevice(const DeviceModule& module, const ModuleOptions& options) : module_(module) {
+    ModuleStatus status;
+    device_ = module.open(options, status);
+    check(status);
+  }
+  ~ModuleDevice() override { module_.close(device_); }
+
+  const char* name() const override { return module_.name; }
+  bool host_memory() const override { return false; }
+  const Ops& ops() const override { return *module_.ops(device_); }
+  int place(int rank) const override { return module_.place(device_, rank); }
+  int64_t total_bytes(int rank) const override { return memory(rank).total; }
+  int64_t free_bytes(int rank) const override { return memory(rank).free; }
+
+  std::byte* allocate(int rank, int64_t bytes) override {
+    ModuleStatus status;
+    std::byte* memory = module_.allocate(device_, rank, bytes, status);
+    check(status);
+    return memory;
+  }
+  void release(int rank, std::byte* memory, int64_t) noexcept override { module_.release(device_, rank, memory); }
+
+  void* queue(int rank) override { return module_.queue(device_, rank); }
+  void write(int rank, void* to, const void* from, int64_t bytes) override { call(module_.write, rank, to, from, bytes); }
+  void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) override {
+    call(module_.read, rank, to, to_pitch, from, from_pitch, width, height);
+  }
+  void copy(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy, rank, to, from, bytes); }
+  void copy_block(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy_block, rank, to, from, bytes); }
+  void finish_blocks(int rank) override { call(module_.finish_blocks, rank); }
+  void mark(int rank) override { call(module_.mark, rank); }
+  void pass(int rank) override { call(module_.pass, rank); }
+  bool idle(int rank) override { return call(module_.idle, rank) != 0; }
+
+ private:
+  struct Memory {
+    int64_t total = 0, free = 0;
+  };
+  Memory memory(int rank) const {
+    Memory m;
+    ModuleStatus status;
+    module_.memory(device_, rank, &m.total, &m.free, status);
+    check(status);
+    return m;
+  }
+  template <class F, class... Args>
+  int32_t call(F* function, int rank, Args... args) {
+    ModuleStatus status;
+    const int32_t result = function(device_, rank, args..., status);
+    check(status);
+    return result;
+  }
+
+  const DeviceModule& module_;
+  void* device_ = nullptr;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> open_module_device(const std::string& name, int ranks, const std::vector<int32_t>& device_ids) {
+  ModuleOptions options;
+  options.ranks = ranks;
+  if (!device_ids.empty()) options.devices = device_ids.data();
+  return std::make_unique<ModuleDevice>(load_module(name), options);
+}
+
+}  // namespace moebius
