@@ -1,5 +1,6 @@
 #include "capi/config.h"
 
+#include <charconv>
 #include <limits>
 #include <variant>
 
@@ -41,6 +42,21 @@ T one_of(const char* key, const std::string& value, std::initializer_list<std::p
   fail(Code::kInvalidArgument, "{} is '{}', must be one of {}", key, value, known);
 }
 
+std::vector<int32_t> device_list(const std::string& text) {
+  std::vector<int32_t> out;
+  const char* at = text.data();
+  const char* const end = at + text.size();
+  while (at != end) {
+    int32_t value = -1;
+    const auto [stop, error] = std::from_chars(at, end, value);
+    if (error != std::errc() || value < 0 || (stop != end && (*stop != ',' || stop + 1 == end)))
+      fail(Code::kInvalidArgument, "device_ids is '{}', must be numbers from 0 on with commas between them", text);
+    out.push_back(value);
+    at = stop == end ? stop : stop + 1;
+  }
+  return out;
+}
+
 #define INT_KEY(field, name, fallback, doc) \
   Key { name, fallback, doc, SetI64([](EngineConfig& c, int64_t v) { c.field = narrow(name, v); }) }
 #define WIDE_KEY(field, name, fallback, doc) \
@@ -57,8 +73,12 @@ const Key kKeys[] = {
           c.layout = one_of<Layout>("layout", v, {{"tp", Layout::kTp}, {"ep", Layout::kEp}});
         })},
     WIDE_KEY(memory_bytes, "memory_bytes", "0",
-             "per rank, weights, KV and workspace; 0: for max_batch requests of min(context, 4096) tokens, at most half of the free memory"),
+             "per rank, weights, KV and workspace; 0: for max_batch requests of min(context, 4096) tokens, at most half of the free memory (cpu)"),
     WIDE_KEY(kv_tokens, "kv_tokens", "0", "KV tokens at most, over all ranks; 0: as many as the memory holds"),
+    Key{"device", "cpu", "where ranks work: cpu, or the name of a module (cuda)",
+        SetStr([](EngineConfig& c, const std::string& v) { c.device = v; })},
+    Key{"device_ids", "", "devices of the ranks, such as 0,1 or 0,0; empty: ranks take turns on all there are",
+        SetStr([](EngineConfig& c, const std::string& v) { c.device_ids = device_list(v); })},
     Key{"isa", "", "kernel path: avx512bf16, avx512, avx2, portable; empty: the best there is",
         SetStr([](EngineConfig& c, const std::string& v) { c.isa = v; })},
     INT_KEY(slices_per_expert, "slices_per_expert", "0", "cuts of each MLP; fixes the bits; 0: 8 where cuts keep 96 neurons, else 4"),

@@ -28,7 +28,7 @@ namespace {
 using nlohmann::json;
 
 struct Options {
-  std::string shape = "m", model, layout = "tp", format = "table", isa, compare;
+  std::string shape = "m", model, layout = "tp", format = "table", device = "cpu", isa, compare;
   bool dummy = false, plain_sums = false, profile = false;
   int ranks = 1, threads = 0, slices = 0, steps = 32, requests = 64, rounds = 5;
   std::vector<int> batches = {1, 8, 32};
@@ -82,6 +82,7 @@ class Bench {
     c.ranks = o_.ranks;
     c.threads = o_.threads;
     c.layout = o_.layout == "tp" ? Layout::kTp : Layout::kEp;
+    c.device = o_.device;
     c.isa = o_.isa;
     c.slices_per_expert = o_.slices;
     c.memory_bytes = o_.memory_bytes;
@@ -538,6 +539,7 @@ int run(int argc, char** argv) {
     sub->add_option("--layout", o.layout, "layout: tp or ep")->check(CLI::IsMember({"tp", "ep"}))->capture_default_str();
     sub->add_option("--ranks", o.ranks, "ranks")->check(CLI::Range(1, 64))->capture_default_str();
     sub->add_option("--threads", o.threads, "threads per rank (0: cores ÷ ranks)")->check(CLI::Range(0, 1024))->capture_default_str();
+    sub->add_option("--device", o.device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();
     sub->add_option("--isa", o.isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
     sub->add_option("--slices-per-expert", o.slices, "cuts of each MLP (0: the default rule)")->capture_default_str();
     sub->add_option("--memory-bytes", o.memory_bytes, "per rank (0: what the run needs)")->capture_default_str();

@@ -29,6 +29,7 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
          "per rank, weights + KV (0: weights + KV for max-batch requests of min(context, 4096) tokens, at most half of the free memory)")
       ->check(at_least(0))
       ->capture_default_str();
+  app.add_option("--device", device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();
   app.add_option("--isa", isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
   app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
       ->check(at_least(0))
@@ -56,6 +57,7 @@ moebius_cpp::Config EngineOptions::config() const {
   c.set("page_tokens", page_tokens).set("seed", seed).set("prefix_cache", prefix_cache).set("preempt_to_fit", preempt_to_fit);
   c.set("max_queue", max_queue).set("kv_tokens", kv_tokens);
   c.set_real("stall_budget_ms", stall_budget_ms);
+  c.set("device", device);
   if (!isa.empty()) c.set("isa", isa);
   return c;
 }

@@ -26,6 +26,10 @@ double seconds_between(Clock::time_point a, Clock::time_point b) { return std::c
 int threads_per_rank(const EngineConfig& config, const ModelConfig& model) {
   constexpr int64_t kMaxThreads = 4096;  // of all ranks
   check_ranks(model.shape, slice_counts(model.shape, config.slices_per_expert), config.ranks);
+  if (config.device != "cpu") {  // one thread queues a rank's work
+    if (config.threads > 1) fail(Code::kInvalidArgument, "threads is {}, a rank on device '{}' has one", config.threads, config.device);
+    return 1;
+  }
   if (config.threads == 0) return std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / config.ranks);
   if (int64_t{config.ranks} * config.threads > kMaxThreads)
     fail(Code::kInvalidArgument, "{} ranks of {} threads are {} threads, at most {} are started", config.ranks, config.threads,
@@ -94,17 +98,21 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   return s;
 }
 
-// The longest page table of a sequence.
-int64_t pages_of_context(const EngineConfig& config) { return div_up(config.max_context + 1, config.page_tokens) + 1; }
+StepLimits step_limits(const WorkspaceShape& shape, const EngineConfig& config) {
+  return {shape.max_rows, std::min<int64_t>(shape.max_rows, config.max_batch), div_up(config.max_context, config.page_tokens), config.page_tokens};
+}
 
 // All ranks together have one buffer of logits: [logit rows, vocab].
 int64_t logits_bytes(const WorkspaceShape& shape, const ModelConfig& model) {
   return shape.max_logit_rows * model.vocab_size * static_cast<int64_t>(sizeof(float));
 }
 
-// A rank's: its buffers, its threads' sampling scratch, its share of the logits.
-int64_t workspace_bytes(const WorkspaceShape& shape, const ModelConfig& model, int ranks) {
-  return Workspace::bytes(shape) + shape.threads * SamplerScratch::bytes(model.vocab_size) + div_up(logits_bytes(shape, model), ranks);
+// A rank's: its buffers and step tables, and what lies in the host's memory where that is its own: its threads' sampling scratch, its
+// share of the logits.
+int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config) {
+  const int64_t own = Workspace::bytes(shape) + StepTables::bytes(device, step_limits(shape, config));
+  if (!device.host_memory()) return own;
+  return own + shape.threads * SamplerScratch::bytes(model.vocab_size) + div_up(logits_bytes(shape, model), config.ranks);
 }
 
 std::string folder_name(const std::filesystem::path& dir) {
@@ -126,7 +134,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       device_(open_device(config_)),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),
       shape_(workspace_shape(model_, config_, threads_, *device_)),
-      store_(model_dir, model_, config_, world_, *device_, workspace_bytes(shape_, model_, config_.ranks)),
+      store_(model_dir, model_, config_, world_, *device_, workspace_bytes(*device_, shape_, model_, config_)),
       kv_(store_.arena().tp_pages(), ep_pages_of(store_.arena()), config_.page_tokens, config_.prefix_cache,
           config_.layout == Layout::kTp ? Phase::kTp : Phase::kEp),
       scheduler_(kv_, {config_.chunk_tokens, config_.max_batch, config_.max_queue, config_.prefix_cache}),
@@ -142,7 +150,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       label_seam_(switcher_.seam()) {
   for (int r = 0; r < config_.ranks; ++r) {
     workspaces_.push_back(std::make_unique<Workspace>(*device_, r, shape_));
-    tables_.emplace_back(*device_, r, shape_.max_rows, config_.max_batch, pages_of_context(config_), config_.page_tokens);
+    tables_.emplace_back(*device_, r, step_limits(shape_, config_));
     exchange_.push_back(workspaces_.back()->exchange());
   }
   for (int r = 0; r < config_.ranks; ++r) {
@@ -805,7 +813,7 @@ MemoryReport Engine::Impl::memory() const {
         m.layer_bytes = std::max(m.layer_bytes, arena.item_range(r, layout, l).size());
     m.ep_tokens.push_back(kv_.ep_capacity(r) * config_.page_tokens);
   }
-  m.workspace_bytes = workspace_bytes(shape_, model_, config_.ranks);
+  m.workspace_bytes = workspace_bytes(*device_, shape_, model_, config_);
   m.shared_bytes = store_.shared_bytes();
   m.tp_tokens = kv_.tp_capacity() * config_.page_tokens;
   return m;

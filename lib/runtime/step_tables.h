@@ -18,31 +18,45 @@ struct StepView {
   const SequenceChunk* chunks[2] = {};         // [Layout][chunks]
 };
 
-// Where things lie in the block that is sent to a rank; all offsets are multiples of 16.
-struct StepBlock {
-  int64_t tokens = 0, logit_rows = 0, places[2] = {}, chunks[2] = {}, pages[2] = {}, bytes = 0;
+struct StepLimits {
+  int64_t rows = 0, chunks = 0;
+  int64_t pages_per_sequence = 0;  // of the longest page table
+  int page_tokens = 0;
 };
 
+// The block that is sent to a rank: arrays at the same offsets in every step, then the page tables, one after the other.
+class StepBlock {
+ public:
+  explicit StepBlock(const StepLimits& limits);
+  int64_t bytes() const { return bytes_; }
+  StepView view(const std::byte* base) const;
+  // Writes the plan to `out` with pointers as they are once the block lies at `base`; returns how many bytes are in use.
+  int64_t write(const StepPlan& plan, const std::byte* base, std::byte* out) const;
+
+ private:
+  StepLimits limits_;
+  int64_t tokens_ = 0, logit_rows_ = 0, places_[2] = {}, chunks_[2] = {}, pages_ = 0, bytes_ = 0;  // offsets
+};
+
+// Of one rank.
 class StepTables {
  public:
-  // pages_per_sequence: the longest page table. Nothing is allocated after construction.
-  StepTables(Device& device, int rank, int64_t max_rows, int64_t max_chunks, int64_t pages_per_sequence, int page_tokens);
-  // Of a rank, beside the host's staging.
-  static int64_t bytes(int64_t max_rows, int64_t max_chunks, int64_t pages_per_sequence);
+  StepTables(Device& device, int rank, const StepLimits& limits);
+  // In the rank's memory.
+  static int64_t bytes(const Device& device, const StepLimits& limits) { return device.host_memory() ? 0 : StepBlock(limits).bytes(); }
 
-  // By the rank's first thread; the plan stays as it is until the rank is idle.
-  const StepView& send(const StepPlan& plan);
+  // By the rank's first thread; the plan stays as it is until the rank is idle. Allocates nothing.
+  void send(const StepPlan& plan);
   const StepView& view() const { return view_; }
 
  private:
   Device& device_;
-  int rank_, page_tokens_;
-  StepView view_;
+  int rank_;
+  StepBlock block_;
   DeviceBuffer memory_;
   std::vector<std::byte> staging_;
+  std::vector<int32_t> logit_rows_;  // host: the plan has them among other things
+  StepView view_;
 };
-
-// Writes the block of `plan` to `out`, with pointers as they are once it lies at `base`. out null: only where things lie.
-StepBlock lay_out_step(const StepPlan& plan, int page_tokens, const std::byte* base, std::byte* out);
 
 }  // namespace moebius
