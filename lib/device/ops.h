@@ -32,6 +32,7 @@ struct OpLimits {
   int64_t head_dim = 0;
   int64_t num_heads = 0;       // query heads
   int64_t num_experts = 0;
+  int64_t top_k = 1;
 };
 
 // The one accumulator of sums that cross slices (design: exact sums). A contribution c (float) is added as the integer

@@ -80,7 +80,7 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   s.num_kv_heads = model.shape.num_kv_heads;
   s.head_dim = model.shape.head_dim;
   s.top_k = std::max(1, model.top_k);
-  OpLimits limits{s.max_rows, s.hidden, s.head_dim, s.num_heads, 1};
+  OpLimits limits{s.max_rows, s.hidden, s.head_dim, s.num_heads, 1, s.top_k};
   for (const MlpShape& mlp : model.shape.mlps) {
     const int64_t width = MlpCut{mlp.intermediate / counts.cuts, s.hidden}.padded() * counts.cuts;
     const int64_t pairs = s.max_rows * (mlp.num_experts > 0 ? s.top_k : 1);

@@ -1,0 +1,171 @@
+#include "cuda/device.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <set>
+
+#include "lib/base/code.h"
+
+namespace moebius::cuda {
+namespace {
+
+int32_t refuse(ModuleStatus& status, Code code, const char* format, ...) {
+  status.code = static_cast<int32_t>(code);
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(status.text, sizeof status.text, format, args);
+  va_end(args);
+  return status.code;
+}
+
+// 0, or what CUDA says of `what`.
+int32_t checked(cudaError_t error, const char* what, int rank, ModuleStatus& status) {
+  if (error == cudaSuccess) return 0;
+  (void)cudaGetLastError();
+  const Code code = error == cudaErrorMemoryAllocation ? Code::kOutOfMemory : Code::kRankFailed;
+  return refuse(status, code, "CUDA, rank %d: %s: %s (%s)", rank, what, cudaGetErrorString(error), cudaGetErrorName(error));
+}
+
+}  // namespace
+
+CudaDevice::Rank& CudaDevice::on(int rank) {
+  Rank& r = *ranks_[static_cast<size_t>(rank)];
+  (void)cudaSetDevice(r.device);
+  return r;
+}
+
+std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, ModuleStatus& status) {
+  int count = 0;
+  if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess || count == 0) {
+    (void)cudaGetLastError();
+    refuse(status, Code::kUnsupported, "CUDA finds no device: %s", error != cudaSuccess ? cudaGetErrorString(error) : "there is none");
+    return nullptr;
+  }
+  auto device = std::make_unique<CudaDevice>();
+  std::set<int> used;
+  for (int r = 0; r < options.ranks; ++r) {
+    const int number = options.devices != nullptr ? options.devices[r] : r % count;
+    if (number < 0 || number >= count) {
+      refuse(status, Code::kInvalidArgument, "device %d of rank %d: there are %d", number, r, count);
+      return nullptr;
+    }
+    used.insert(number);
+    device->ranks_.push_back(std::make_unique<Rank>());
+    device->ranks_.back()->device = number;
+    Rank& rank = device->on(r);
+    if (checked(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "a stream", r, status) < 0) return nullptr;
+    for (cudaEvent_t& mark : rank.marks)
+      if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "an event", r, status) < 0) return nullptr;
+  }
+  for (int one : used)
+    for (int peer : used) {
+      if (one == peer) continue;
+      int can = 0;
+      (void)cudaSetDevice(one);
+      if (checked(cudaDeviceCanAccessPeer(&can, one, peer), "peer access", 0, status) < 0) return nullptr;
+      if (can == 0) {
+        refuse(status, Code::kUnsupported, "device %d cannot read the memory of device %d: ranks of one process need peer access", one, peer);
+        return nullptr;
+      }
+      const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
+      if (error == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
+      else if (checked(error, "peer access", 0, status) < 0) return nullptr;
+    }
+  return device;
+}
+
+CudaDevice::~CudaDevice() {
+  for (size_t r = 0; r < ranks_.size(); ++r) {
+    Rank& rank = on(static_cast<int>(r));
+    if (rank.stream != nullptr) {
+      (void)cudaStreamSynchronize(rank.stream);
+      (void)cudaStreamDestroy(rank.stream);
+    }
+    for (cudaEvent_t mark : rank.marks)
+      if (mark != nullptr) (void)cudaEventDestroy(mark);
+  }
+}
+
+int32_t CudaDevice::memory(int rank, int64_t* total_bytes, int64_t* free_bytes, ModuleStatus& status) {
+  const Rank& r = on(rank);
+  size_t free = 0, total = 0;
+  if (checked(cudaMemGetInfo(&free, &total), "asking for free memory", rank, status) < 0) return status.code;
+  const auto sharers = std::count_if(ranks_.begin(), ranks_.end(), [&](const auto& other) { return other->device == r.device; });
+  *total_bytes = static_cast<int64_t>(total);
+  *free_bytes = static_cast<int64_t>(free) / 10 * 9 / sharers;  // a tenth for the driver, kernels' local memory and graphs
+  return 0;
+}
+
+std::byte* CudaDevice::allocate(int rank, int64_t bytes, ModuleStatus& status) {
+  const Rank& r = on(rank);
+  void* memory = nullptr;
+  if (const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes)); error != cudaSuccess) {
+    size_t free = 0, total = 0;
+    (void)cudaGetLastError();
+    (void)cudaMemGetInfo(&free, &total);
+    refuse(status, error == cudaErrorMemoryAllocation ? Code::kOutOfMemory : Code::kRankFailed,
+           "CUDA, rank %d: %lld bytes of device %d, which has %lld free: %s", rank, static_cast<long long>(bytes), r.device,
+           static_cast<long long>(free), cudaGetErrorString(error));
+    return nullptr;
+  }
+  if (checked(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), r.stream), "clearing memory", rank, status) < 0) {
+    (void)cudaFree(memory);
+    return nullptr;
+  }
+  return static_cast<std::byte*>(memory);
+}
+
+void CudaDevice::release(int rank, std::byte* memory) {
+  on(rank);
+  (void)cudaFree(memory);  // waits for what the device still does
+}
+
+// From pageable memory, which the runtime has copied when the call returns.
+int32_t CudaDevice::write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
+  return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, on(rank).stream), "writing", rank, status);
+}
+
+int32_t CudaDevice::read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height, ModuleStatus& status) {
+  if (width == 0 || height == 0) return 0;
+  return checked(cudaMemcpy2DAsync(to, static_cast<size_t>(to_pitch), from, static_cast<size_t>(from_pitch), static_cast<size_t>(width),
+                                   static_cast<size_t>(height), cudaMemcpyDeviceToHost, on(rank).stream),
+                 "reading", rank, status);
+}
+
+int32_t CudaDevice::copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
+  return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault, on(rank).stream), "copying", rank, status);
+}
+
+int32_t CudaDevice::copy_block(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
+  return checked(on(rank).blocks.add(to, from, bytes), "a block to copy", rank, status);
+}
+
+int32_t CudaDevice::finish_blocks(int rank, ModuleStatus& status) {
+  Rank& r = on(rank);
+  return checked(r.blocks.flush(r.stream), "copying blocks", rank, status);
+}
+
+int32_t CudaDevice::mark(int rank, ModuleStatus& status) {
+  Rank& r = on(rank);
+  return checked(cudaEventRecord(r.marks[r.num_marks++ % 2], r.stream), "a mark", rank, status);
+}
+
+// All ranks have set as many marks: the barrier between says so.
+int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
+  const Rank& r = on(rank);
+  for (const auto& other : ranks_)
+    if (other.get() != &r && checked(cudaStreamWaitEvent(r.stream, other->marks[(r.num_marks - 1) % 2], 0), "passing a mark", rank, status) < 0)
+      return status.code;
+  return 0;
+}
+
+int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
+  const Rank& r = on(rank);
+  if (checked(cudaGetLastError(), "starting a kernel", rank, status) < 0) return status.code;
+  const cudaError_t error = cudaStreamQuery(r.stream);
+  if (error == cudaErrorNotReady) return 0;
+  return checked(error, "the rank's work", rank, status) < 0 ? status.code : 1;
+}
+
+}  // namespace moebius::cuda

@@ -1,0 +1,49 @@
+// Starting kernels. (tests/cuda/emulation stands in for CUDA's header where kernels are tested on the host.)
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace moebius::cuda {
+
+// Queues a kernel on a stream (Lane::queue); nothing when the grid is empty. An error stays with the host's thread (cudaGetLastError),
+// which Device::idle asks.
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* queue, const A&... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#ifdef MOEBIUS_EMULATED
+  (void)queue;
+  emulation::launch(grid, block, shared_bytes, [&] { kernel(args...); });
+#else
+  constexpr size_t kShared = 48 << 10;  // what a kernel may use unasked
+  if (shared_bytes > kShared && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess)
+    return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(queue);
+  (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
+#endif
+}
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+template <class T>
+__device__ T* dynamic_shared() {
+#ifdef MOEBIUS_EMULATED
+  return reinterpret_cast<T*>(emulation::dynamic_shared());
+#else
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  return reinterpret_cast<T*>(shared_bytes);
+#endif
+}
+
+// Blocks that fill the calling thread's device `per_multiprocessor` times over: for kernels that walk their work.
+inline unsigned resident_blocks(int per_multiprocessor) {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return static_cast<unsigned>(count * per_multiprocessor);
+}
+
+}  // namespace moebius::cuda

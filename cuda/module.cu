@@ -1,0 +1,54 @@
+// The one symbol of libmoebius-cuda.so.
+#include <new>
+
+#include "cuda/device.h"
+#include "cuda/ops.h"
+#include "lib/base/code.h"
+
+namespace moebius::cuda {
+namespace {
+
+CudaDevice& of(void* device) { return *static_cast<CudaDevice*>(device); }
+
+// Only memory can run out in here; it must not leave as an exception.
+template <class R, class F>
+R guarded(ModuleStatus& status, R failed, F&& f) noexcept {
+  try {
+    return f();
+  } catch (...) {
+    status.code = static_cast<int32_t>(Code::kOutOfMemory);
+    constexpr char kText[] = "CUDA: the host's memory is used up";
+    for (size_t i = 0; i < sizeof kText; ++i) status.text[i] = kText[i];
+    return failed;
+  }
+}
+
+constexpr DeviceModule kModule{
+    .version = kModuleVersion,
+    .bytes = sizeof(DeviceModule),
+    .name = "cuda",
+    .open = [](const ModuleOptions& options, ModuleStatus& s) -> void* {
+      return guarded(s, static_cast<void*>(nullptr), [&]() -> void* { return CudaDevice::open(options, s).release(); });
+    },
+    .close = [](void* d) { delete static_cast<CudaDevice*>(d); },
+    .ops = [](void*) { return &ops(); },
+    .place = [](void* d, int rank) -> int32_t { return of(d).place(rank); },
+    .memory = [](void* d, int rank, int64_t* total, int64_t* free, ModuleStatus& s) { return of(d).memory(rank, total, free, s); },
+    .allocate = [](void* d, int rank, int64_t bytes, ModuleStatus& s) { return of(d).allocate(rank, bytes, s); },
+    .release = [](void* d, int rank, std::byte* memory) { of(d).release(rank, memory); },
+    .queue = [](void* d, int rank) { return of(d).queue(rank); },
+    .write = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).write(rank, to, from, n, s); },
+    .read = [](void* d, int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height,
+               ModuleStatus& s) { return of(d).read(rank, to, to_pitch, from, from_pitch, width, height, s); },
+    .copy = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy(rank, to, from, n, s); },
+    .copy_block = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy_block(rank, to, from, n, s); },
+    .finish_blocks = [](void* d, int rank, ModuleStatus& s) { return of(d).finish_blocks(rank, s); },
+    .mark = [](void* d, int rank, ModuleStatus& s) { return of(d).mark(rank, s); },
+    .pass = [](void* d, int rank, ModuleStatus& s) { return of(d).pass(rank, s); },
+    .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
+};
+
+}  // namespace
+}  // namespace moebius::cuda
+
+extern "C" [[gnu::visibility("default")]] const moebius::DeviceModule* moebius_device_module() { return &moebius::cuda::kModule; }

@@ -1,0 +1,151 @@
+// Floors: bytes ÷ memory bandwidth, in all of them. A decode step's rows are few, so what counts is one launch each.
+#include "cuda/rows.h"
+
+#include "cuda/launch.h"
+#include "cuda/math.h"
+#include "lib/tensor/packed.h"
+
+namespace moebius::cuda {
+namespace {
+
+constexpr int kRowThreads = 256;  // of a row's block: fixed, since it sets the order of the row's sum of squares
+constexpr int kMaxPartials = 64;  // ranks: sets of ranks are 64 bits wide
+
+__global__ void __launch_bounds__(kRowThreads) embed_kernel(EmbedArgs args) {
+  const int64_t row = args.rows.begin + blockIdx.x, token = args.tokens[row];
+  const int64_t tile_elements = PackedMatrix{kTile, args.hidden}.tile_elements();
+  float* h = args.h + row * args.hidden;
+  for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads)
+    h[i] = to_float(args.table != nullptr ? args.table[token * args.hidden + i]
+                                          : args.packed[token / kTile * tile_elements + token % kTile * 2 + i / 2 * 2 * kTile + i % 2]);
+}
+
+struct Partials {
+  int num;
+  const int64_t* sums[kMaxPartials];
+  const uint8_t* flags[kMaxPartials];
+};
+
+// The block's sum by a fixed tree: over lanes, then over warps.
+__device__ float block_sum(float v) {
+  __shared__ float of_warp[kRowThreads / 32];
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+  __syncthreads();
+  float sum = 0;
+#pragma unroll
+  for (int w = 0; w < kRowThreads / 32; ++w) sum += of_warp[w];
+  return sum;
+}
+
+__global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args, const __grid_constant__ Partials partials) {
+  const int64_t row = args.rows.begin + blockIdx.x, at = row * args.hidden;
+  float* h = args.h + at;
+  bool bad = false;
+  for (int p = 0; p < partials.num; ++p) bad = bad || partials.flags[p][row] != 0;
+  const double inv_scale = args.inv_scale;
+  float squares = 0;
+  for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads) {
+    float v = h[i];
+    if (partials.num > 0) {
+      uint64_t sum = 0;  // wraps freely: only whole contributions were tested
+      for (int p = 0; p < partials.num; ++p) sum += static_cast<uint64_t>(partials.sums[p][at + i]);
+      v = bad ? __uint_as_float(0x7fc00000u) : v + static_cast<float>(static_cast<double>(static_cast<int64_t>(sum)) * inv_scale);
+      h[i] = v;
+    }
+    squares = __fmaf_rn(v, v, squares);
+  }
+  if (args.weight == nullptr) return;
+  const float mean = __fdiv_rn(block_sum(squares), static_cast<float>(args.hidden));
+  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + args.eps));
+  for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads) {  // each thread's own elements again
+    const float v = h[i] * factor * args.weight[i];
+    args.x[at + i] = to_bf16(v);
+    if (args.x_float != nullptr) args.x_float[at + i] = v;
+  }
+}
+
+constexpr int kRopeWarps = 4;
+constexpr int kMaxHalf = 4;  // pairs of a lane: head_dim up to 256
+
+// A warp a (row, head): lane l has the pairs (i, i + half) with i = l, l + 32, ….
+__global__ void __launch_bounds__(kRopeWarps * 32) rope_store_kernel(RopeStoreArgs args) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t heads = args.num_heads + args.kv.num_kv_heads;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kRopeWarps + threadIdx.x / 32;
+  if (unit >= args.rows.size() * heads) return;
+  const int64_t row = args.rows.begin + unit / heads, head = unit % heads;
+  const int64_t kv_heads = args.kv.num_kv_heads, j = head - args.num_heads;
+  const int dim = args.kv.head_dim, half = dim / 2;
+  const bool is_key = j >= 0;
+  const RowPlace place = args.places[row];
+  if (is_key && place.pages == nullptr) return;  // a row that only fills a step up
+  const float* in = is_key ? args.k + (row * kv_heads + j) * dim : args.q + (row * args.num_heads + head) * dim;
+  const float* norm = is_key ? args.k_norm : args.q_norm;
+  const float* rope = args.rope + static_cast<int64_t>(place.position) * dim;
+
+  float a[kMaxHalf], b[kMaxHalf], squares = 0;
+#pragma unroll
+  for (int n = 0; n < kMaxHalf; ++n) {
+    const int i = n * 32 + lane;
+    a[n] = i < half ? in[i] : 0;
+    b[n] = i < half ? in[i + half] : 0;
+    squares = __fmaf_rn(b[n], b[n], __fmaf_rn(a[n], a[n], squares));
+  }
+  float factor = 1;
+  if (norm != nullptr) factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(warp_sum(squares), static_cast<float>(dim)) + args.eps));
+
+  const KvSlice slice{args.kv.page_tokens, dim};
+  const int64_t slot = place.position % args.kv.page_tokens;
+  bf16* kv = nullptr;
+  if (is_key) kv = reinterpret_cast<bf16*>(args.kv.base + (place.pages[place.position / args.kv.page_tokens] * kv_heads + j) * slice.bytes());
+  bf16* q = args.q_out + (row * args.num_heads + head) * dim;
+#pragma unroll
+  for (int n = 0; n < kMaxHalf; ++n) {
+    const int i = n * 32 + lane;
+    if (i >= half) continue;
+    if (norm != nullptr) a[n] = a[n] * factor * norm[i], b[n] = b[n] * factor * norm[i + half];
+    const float c = rope[i], s = rope[half + i];
+    const bf16 first = to_bf16(a[n] * c - b[n] * s), second = to_bf16(b[n] * c + a[n] * s);
+    if (is_key) {
+      kv[slice.k_index(slot, i)] = first;
+      kv[slice.k_index(slot, i + half)] = second;
+      const float* v = args.v + (row * kv_heads + j) * dim;
+      kv[slice.v_index(slot, i)] = to_half(v[i] * args.value_scale);
+      kv[slice.v_index(slot, i + half)] = to_half(v[i + half] * args.value_scale);
+    } else {
+      q[i] = first;
+      q[i + half] = second;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kRowThreads) pick_rows_kernel(PickArgs args) {
+  const int64_t from = args.rows[blockIdx.x] * args.hidden, to = static_cast<int64_t>(blockIdx.x) * args.hidden;
+  for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads) args.out[to + i] = args.x[from + i];
+}
+
+}  // namespace
+
+void embed(const EmbedArgs& args, const Lane& lane) {
+  launch(embed_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args);
+}
+
+void add_norm(const AddNormArgs& args, const Lane& lane) {
+  Partials partials{args.num_partials, {}, {}};
+  for (int p = 0; p < args.num_partials; ++p) partials.sums[p] = args.partials[p], partials.flags[p] = args.flags[p];
+  launch(add_norm_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, partials);
+}
+
+void rope_store(const RopeStoreArgs& args, const Lane& lane) {
+  const int64_t units = args.rows.size() * (args.num_heads + args.kv.num_kv_heads);
+  launch(rope_store_kernel, static_cast<unsigned>(div_up(units, kRopeWarps)), kRopeWarps * 32, 0, lane.queue, args);
+}
+
+void pick_rows(const PickArgs& args, const Lane& lane) {
+  launch(pick_rows_kernel, static_cast<unsigned>(args.num_rows), kRowThreads, 0, lane.queue, args);
+}
+
+void clear(void* to, size_t bytes, const Lane& lane) { (void)cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(lane.queue)); }
+
+}  // namespace moebius::cuda

@@ -1,0 +1,255 @@
+// CUDA's runtime and device functions on the host, as far as cuda/ uses them: lets kernels run, and be tested, where there is no GPU.
+//
+// The threads of a block are fibers. They run one at a time, in random order from one synchronisation point to the next, so that a
+// missing barrier shows as a wrong result sooner or later. A barrier that some thread never reaches, and a warp function that the
+// lanes of its mask do not all call, end the program with a report. What this cannot show: speed, memory ordering between threads
+// that do not synchronise, the rounding of tensor cores, and anything of streams and graphs (work is done when it is queued).
+// One launch at a time: `__shared__` variables are static ones.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <utility>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __constant__ static const
+#define __forceinline__ [[gnu::always_inline]] inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) longlong2 { long long x, y; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline longlong2 make_longlong2(long long x, long long y) { return {x, y}; }
+
+namespace moebius::emulation {
+
+constexpr int kWarp = 32;
+
+struct Place {
+  dim3 thread_idx, block_idx, block_dim, grid_dim;
+};
+const Place& here();  // of the thread that runs
+std::byte* dynamic_shared();
+
+void block_barrier();
+// Each lane of `mask` gives `bytes` (at most 64) and is handed those of all its lanes, at result + lane·64, until release_warp.
+const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes);
+void release_warp(const std::byte* result);
+int lane();
+
+// Runs f for every thread of the grid; false when a device would refuse the numbers.
+bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& f);
+
+// As a launch: a refusal stays as the thread's last error.
+template <class F>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const F& f);
+
+template <class T, class Read>
+auto exchange(unsigned mask, const T& mine, Read&& read) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 64);
+  const std::byte* all = meet_warp(mask, &mine, sizeof(T));
+  auto result = read([&](int of_lane) {
+    T value;
+    std::memcpy(&value, all + of_lane * 64, sizeof(T));
+    return value;
+  });
+  release_warp(all);
+  return result;
+}
+
+}  // namespace moebius::emulation
+
+#define threadIdx (::moebius::emulation::here().thread_idx)
+#define blockIdx (::moebius::emulation::here().block_idx)
+#define blockDim (::moebius::emulation::here().block_dim)
+#define gridDim (::moebius::emulation::here().grid_dim)
+
+// ---- device functions
+
+inline void __syncthreads() { moebius::emulation::block_barrier(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  moebius::emulation::exchange(mask, 0, [](auto&&) { return 0; });
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+inline void __threadfence_system() {}
+inline void __nanosleep(unsigned) {}
+
+template <class T>
+T __shfl_sync(unsigned mask, T v, int from, int width = 32) {
+  const int lane = moebius::emulation::lane(), base = lane / width * width;
+  return moebius::emulation::exchange(mask, v, [&](auto&& of) { return of(base + (from & (width - 1))); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32) {
+  const int lane = moebius::emulation::lane(), to = lane ^ bits;
+  return moebius::emulation::exchange(mask, v, [&](auto&& of) { return to / width == lane / width ? of(to) : v; });
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32) {
+  const int lane = moebius::emulation::lane(), to = lane + static_cast<int>(by);
+  return moebius::emulation::exchange(mask, v, [&](auto&& of) { return to / width == lane / width ? of(to) : v; });
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32) {
+  const int lane = moebius::emulation::lane(), to = lane - static_cast<int>(by);
+  return moebius::emulation::exchange(mask, v, [&](auto&& of) { return to >= lane / width * width ? of(to) : v; });
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return moebius::emulation::exchange(mask, predicate != 0, [&](auto&& of) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1) bits |= static_cast<unsigned>(of(i)) << i;
+    return bits;
+  });
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+template <class T>
+unsigned __match_any_sync(unsigned mask, T v) {
+  return moebius::emulation::exchange(mask, v, [&](auto&& of) {
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1) bits |= static_cast<unsigned>(of(i) == v) << i;
+    return bits;
+  });
+}
+
+template <class T, class V>
+T atomicAdd(T* p, V v) { return std::exchange(*p, static_cast<T>(*p + static_cast<T>(v))); }
+template <class T, class V>
+T atomicOr(T* p, V v) { return std::exchange(*p, static_cast<T>(*p | static_cast<T>(v))); }
+template <class T, class V>
+T atomicMax(T* p, V v) { return std::exchange(*p, *p > static_cast<T>(v) ? *p : static_cast<T>(v)); }
+template <class T, class V>
+T atomicExch(T* p, V v) { return std::exchange(*p, static_cast<T>(v)); }
+template <class T>
+T __ldg(const T* p) { return *p; }
+
+inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __double2float_rn(double x) { return static_cast<float>(x); }
+inline double __ll2double_rn(long long x) { return static_cast<double>(x); }
+inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline long long __float2ll_rn(float x) { return std::llrint(x); }
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= static_cast<unsigned>(bytes >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+  return out;
+}
+template <class T>
+constexpr T min(T a, T b) { return b < a ? b : a; }
+template <class T>
+constexpr T max(T a, T b) { return a < b ? b : a; }
+inline float fminf(float a, float b) { return std::fmin(a, b); }
+inline float fmaxf(float a, float b) { return std::fmax(a, b); }
+
+// ---- runtime
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorNotReady = 600,
+  cudaErrorPeerAccessAlreadyEnabled = 704,
+  cudaErrorNotSupported = 801
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocDefault = 0, cudaHostAllocPortable = 1;
+
+struct CUstream_st;
+struct CUevent_st;
+using cudaStream_t = CUstream_st*;
+using cudaEvent_t = CUevent_st*;
+
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+cudaError_t cudaGetDeviceCount(int* count);  // MOEBIUS_EMULATED_DEVICES, else 2
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
+cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer);
+cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags);
+cudaError_t cudaMalloc(void** out, size_t bytes);  // filled with 0xff
+template <class T>
+cudaError_t cudaMalloc(T** out, size_t bytes) { return cudaMalloc(reinterpret_cast<void**>(out), bytes); }
+cudaError_t cudaFree(void* memory);
+cudaError_t cudaHostAlloc(void** out, size_t bytes, unsigned flags);
+template <class T>
+cudaError_t cudaHostAlloc(T** out, size_t bytes, unsigned flags) { return cudaHostAlloc(reinterpret_cast<void**>(out), bytes, flags); }
+template <class T>
+cudaError_t cudaMallocHost(T** out, size_t bytes) { return cudaHostAlloc(out, bytes, 0); }
+cudaError_t cudaFreeHost(void* memory);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind kind,
+                              cudaStream_t stream = nullptr);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
+cudaError_t cudaEventQuery(cudaEvent_t event);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+template <class F>
+cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+namespace moebius::emulation {
+
+void keep_error(cudaError_t error);
+
+template <class F>
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const F& f) {
+  if (!run_grid(grid, block, shared_bytes, f)) keep_error(cudaErrorInvalidConfiguration);
+}
+
+}  // namespace moebius::emulation

@@ -1,0 +1,329 @@
+#include <boost/context/fiber.hpp>
+#include <boost/context/fixedsize_stack.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "tests/cuda/emulation/cuda_runtime.h"
+
+namespace moebius::emulation {
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kMaxShared = 227 << 10;  // of Hopper
+constexpr unsigned kMaxThreads = 1024;
+
+[[noreturn]] void report(const char* what) {
+  std::fprintf(stderr, "emulated kernel: %s\n", what);
+  std::abort();
+}
+
+enum class State { kReady, kAtBlock, kAtWarp, kDone };
+
+struct Exchange {
+  std::byte values[kWarp * 64];
+  int readers = 0;
+};
+
+struct Thread {
+  boost::context::fiber fiber, scheduler;
+  Place place;
+  int number = 0;  // in its block
+  State state = State::kDone;
+  // At a warp function:
+  unsigned mask = 0;
+  std::byte mine[64];
+  Exchange* result = nullptr;
+};
+
+// One launch at a time.
+std::mutex launch_mutex;
+std::vector<std::unique_ptr<Thread>> threads;  // reused by every block
+std::vector<std::unique_ptr<Exchange>> exchanges;
+std::vector<Exchange*> free_exchanges;
+Thread* current = nullptr;
+const std::function<void()>* job = nullptr;
+alignas(256) std::byte shared_memory[kMaxShared];
+uint64_t random_state = [] {
+  const char* seed = std::getenv("MOEBIUS_SEED");
+  const uint64_t value = seed != nullptr ? std::strtoull(seed, nullptr, 10) : 20261125;
+  std::fprintf(stderr, "emulated kernels: order of threads from MOEBIUS_SEED=%llu\n", static_cast<unsigned long long>(value));
+  return value * 2 + 1;
+}();
+
+uint32_t random_below(uint32_t n) {
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<uint32_t>((random_state >> 33) % n);
+}
+
+void yield() { current->scheduler = std::move(current->scheduler).resume(); }
+
+void make_threads(size_t n) {
+  while (threads.size() < n) {
+    threads.push_back(std::make_unique<Thread>());
+    Thread* t = threads.back().get();
+    t->number = static_cast<int>(threads.size()) - 1;
+    t->fiber = boost::context::fiber(std::allocator_arg, boost::context::fixedsize_stack(kStackBytes), [t](boost::context::fiber&& scheduler) {
+      t->scheduler = std::move(scheduler);
+      for (;;) {
+        (*job)();
+        t->state = State::kDone;
+        t->scheduler = std::move(t->scheduler).resume();
+      }
+      return boost::context::fiber();
+    });
+  }
+}
+
+// Lets go the lanes that wait in one warp for the same mask, once all of the mask's do. True: it let some go.
+bool release_lanes(size_t first, size_t last) {
+  for (size_t i = first; i < last; ++i) {
+    const Thread& one = *threads[i];
+    if (one.state != State::kAtWarp) continue;
+    if ((one.mask >> (i - first) & 1) == 0) report("a lane calls a warp function with a mask that leaves it out");
+    bool all = true;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if ((one.mask >> lane & 1) == 0) continue;
+      const size_t at = first + static_cast<size_t>(lane);
+      if (at >= last || threads[at]->state == State::kDone) report("a lane of a warp function's mask has ended or does not exist");
+      all = all && threads[at]->state == State::kAtWarp && threads[at]->mask == one.mask;
+    }
+    if (!all) continue;
+    if (free_exchanges.empty()) {
+      exchanges.push_back(std::make_unique<Exchange>());
+      free_exchanges.push_back(exchanges.back().get());
+    }
+    Exchange* result = free_exchanges.back();
+    free_exchanges.pop_back();
+    result->readers = 0;
+    const unsigned mask = one.mask;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      if ((mask >> lane & 1) == 0) continue;
+      Thread& t = *threads[first + static_cast<size_t>(lane)];
+      std::memcpy(result->values + lane * 64, t.mine, 64);
+      t.result = result;
+      t.state = State::kReady;
+      ++result->readers;
+    }
+    return true;
+  }
+  return false;
+}
+
+void run_block(size_t n) {
+  std::vector<size_t> ready(n);
+  for (size_t i = 0; i < n; ++i) ready[i] = i, threads[i]->state = State::kReady;
+  for (;;) {
+    while (!ready.empty()) {
+      const size_t pick = random_below(static_cast<uint32_t>(ready.size()));
+      const size_t i = ready[pick];
+      ready[pick] = ready.back();
+      ready.pop_back();
+      current = threads[i].get();
+      current->fiber = std::move(current->fiber).resume();
+      if (current->state == State::kAtWarp) {
+        const size_t first = i / kWarp * kWarp, last = std::min(n, first + kWarp);
+        if (release_lanes(first, last))
+          for (size_t j = first; j < last; ++j)
+            if (threads[j]->state == State::kReady && std::find(ready.begin(), ready.end(), j) == ready.end()) ready.push_back(j);
+      }
+    }
+    size_t done = 0, at_block = 0;
+    for (size_t i = 0; i < n; ++i) done += threads[i]->state == State::kDone, at_block += threads[i]->state == State::kAtBlock;
+    if (done == n) return;
+    if (done + at_block < n) report("threads wait in a warp function that others of its mask never call");
+    for (size_t i = 0; i < n; ++i)
+      if (threads[i]->state == State::kAtBlock) threads[i]->state = State::kReady, ready.push_back(i);
+  }
+}
+
+}  // namespace
+
+const Place& here() { return current->place; }
+std::byte* dynamic_shared() { return shared_memory; }
+int lane() { return current->number % kWarp; }
+
+void block_barrier() {
+  current->state = State::kAtBlock;
+  yield();
+}
+
+const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes) {
+  Thread* t = current;
+  std::memcpy(t->mine, mine, bytes);
+  t->mask = mask;
+  t->state = State::kAtWarp;
+  yield();
+  return t->result->values;
+}
+
+void release_warp(const std::byte*) {
+  Exchange* result = current->result;
+  if (--result->readers == 0) free_exchanges.push_back(result);
+}
+
+bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& f) {
+  const uint64_t in_block = uint64_t{block.x} * block.y * block.z;
+  if (in_block == 0 || in_block > kMaxThreads || shared_bytes > kMaxShared || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+      grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return false;
+  std::lock_guard lock(launch_mutex);
+  const size_t n = size_t{block.x} * block.y * block.z;
+  make_threads(n);
+  job = &f;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        std::memset(shared_memory, 0xff, shared_bytes);
+        for (size_t i = 0; i < n; ++i) {
+          const auto t = static_cast<unsigned>(i);
+          threads[i]->place = {dim3(t % block.x, t / block.x % block.y, t / block.x / block.y), dim3(x, y, z), block, grid};
+        }
+        run_block(n);
+      }
+  return true;
+}
+
+}  // namespace moebius::emulation
+
+// ---- runtime
+
+namespace {
+
+constexpr size_t kDeviceBytes = size_t{8} << 30;
+std::mutex memory_mutex;
+std::unordered_map<void*, std::pair<int, size_t>> allocations;
+size_t used[16] = {};
+thread_local int device_of_thread = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+
+int device_count() {
+  const char* text = std::getenv("MOEBIUS_EMULATED_DEVICES");
+  return text != nullptr ? std::atoi(text) : 2;
+}
+
+cudaError_t give(cudaError_t error) {
+  if (error != cudaSuccess && error != cudaErrorNotReady) last_error = error;
+  return error;
+}
+
+}  // namespace
+
+void moebius::emulation::keep_error(cudaError_t error) { give(error); }
+
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidConfiguration: return "cudaErrorInvalidConfiguration";
+    case cudaErrorNoDevice: return "cudaErrorNoDevice";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorNotReady: return "cudaErrorNotReady";
+    case cudaErrorPeerAccessAlreadyEnabled: return "cudaErrorPeerAccessAlreadyEnabled";
+    default: return "cudaErrorNotSupported";
+  }
+}
+const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = device_count();
+  return *count > 0 ? cudaSuccess : give(cudaErrorNoDevice);
+}
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= device_count()) return give(cudaErrorInvalidDevice);
+  device_of_thread = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = device_of_thread;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 4 : 227 << 10;
+  return cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  std::lock_guard lock(memory_mutex);
+  *total = kDeviceBytes;
+  *free = kDeviceBytes - used[device_of_thread];
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) {
+  *can = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
+
+cudaError_t cudaMalloc(void** out, size_t bytes) {
+  std::lock_guard lock(memory_mutex);
+  if (bytes > kDeviceBytes - used[device_of_thread]) return give(cudaErrorMemoryAllocation);
+  const size_t size = (bytes + 511) / 512 * 512;
+  *out = std::aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+  if (*out == nullptr) return give(cudaErrorMemoryAllocation);
+  std::memset(*out, 0xff, size);
+  allocations[*out] = {device_of_thread, size};
+  used[device_of_thread] += size;
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+  if (memory == nullptr) return cudaSuccess;
+  std::lock_guard lock(memory_mutex);
+  const auto it = allocations.find(memory);
+  if (it == allocations.end()) return give(cudaErrorInvalidValue);
+  used[it->second.first] -= it->second.second;
+  allocations.erase(it);
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** out, size_t bytes, unsigned) {
+  *out = std::malloc(bytes > 0 ? bytes : 1);
+  return *out != nullptr ? cudaSuccess : give(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFreeHost(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind,
+                              cudaStream_t) {
+  if (width > to_pitch || width > from_pitch) return give(cudaErrorInvalidValue);
+  for (size_t i = 0; i < height; ++i) std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch, width);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  if (bytes > 0) std::memset(to, value, bytes);
+  return cudaSuccess;
+}
+
+// Streams and events are names: what is queued has been done.
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned) {
+  *out = reinterpret_cast<cudaStream_t>(new int(0));
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete reinterpret_cast<int*>(stream);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned) {
+  *out = reinterpret_cast<cudaEvent_t>(new int(0));
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete reinterpret_cast<int*>(event);
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }

@@ -1,0 +1,72 @@
+// The emulator itself: what the other tests rest on.
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/ptx.h"
+#include "tests/catch.h"
+
+namespace moebius::cuda {
+namespace {
+
+__global__ void reverse_kernel(int* data, int n) {
+  __shared__ int copy[256];
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < n) copy[i] = data[static_cast<int>(blockIdx.x) * n + i];
+  __syncthreads();
+  if (i < n) data[static_cast<int>(blockIdx.x) * n + i] = copy[n - 1 - i];
+}
+
+__global__ void sum_kernel(const float* x, float* sums) {
+  float v = x[blockIdx.x * blockDim.x + threadIdx.x];
+  for (int bits = 16; bits > 0; bits /= 2) v += __shfl_xor_sync(0xffffffffu, v, bits);
+  const unsigned odd = __ballot_sync(0xffffffffu, threadIdx.x % 2);
+  if (threadIdx.x % 32 == 0) sums[blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32] = v + static_cast<float>(__popc(odd));
+}
+
+__global__ void mma_kernel(const bf16* a, const bf16* b, float* d) {
+  const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
+  const auto pair = [](const bf16* p) { return static_cast<uint32_t>(p[0]) | static_cast<uint32_t>(p[1]) << 16; };
+  const uint32_t fa[4] = {pair(a + g * 16 + 2 * t), pair(a + (g + 8) * 16 + 2 * t), pair(a + g * 16 + 2 * t + 8), pair(a + (g + 8) * 16 + 2 * t + 8)};
+  const uint32_t fb[2] = {pair(b + g * 16 + 2 * t), pair(b + g * 16 + 2 * t + 8)};
+  float out[4] = {1, 1, 1, 1};
+  mma_bf16(out, fa, fb);
+  for (int e = 0; e < 4; ++e) d[(g + e / 2 * 8) * 8 + 2 * t + e % 2] = out[e];
+}
+
+}  // namespace
+
+TEST_CASE("barriers order the threads of a block") {
+  std::vector<int> data(3 * 200);
+  for (int i = 0; i < 600; ++i) data[static_cast<size_t>(i)] = i;
+  launch(reverse_kernel, 3, 224, 0, nullptr, data.data(), 200);
+  for (int i = 0; i < 600; ++i) REQUIRE(data[static_cast<size_t>(i)] == i / 200 * 200 + 199 - i % 200);
+}
+
+TEST_CASE("warp functions see every lane") {
+  std::vector<float> x(4 * 64), sums(8);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+  launch(sum_kernel, 4, 64, 0, nullptr, x.data(), sums.data());
+  for (size_t w = 0; w < 8; ++w) CHECK(sums[w] == static_cast<float>(32 * (32 * w) + 31 * 16 + 16));
+}
+
+TEST_CASE("a tensor product is the plain one") {
+  std::vector<bf16> a(16 * 16), b(8 * 16);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = to_bf16(static_cast<float>(static_cast<int>(i * 7 % 31) - 15));
+  for (size_t i = 0; i < b.size(); ++i) b[i] = to_bf16(static_cast<float>(static_cast<int>(i * 5 % 23) - 11));
+  std::vector<float> d(16 * 8);
+  launch(mma_kernel, 1, 32, 0, nullptr, a.data(), b.data(), d.data());
+  for (size_t r = 0; r < 16; ++r)
+    for (size_t c = 0; c < 8; ++c) {
+      float sum = 1;
+      for (size_t k = 0; k < 16; ++k) sum += to_float(a[r * 16 + k]) * to_float(b[c * 16 + k]);
+      CHECK(d[r * 8 + c] == sum);
+    }
+}
+
+TEST_CASE("a launch that no device takes is an error of the thread that asked") {
+  launch(reverse_kernel, 1, 2048, 0, nullptr, static_cast<int*>(nullptr), 0);
+  CHECK(cudaGetLastError() == cudaErrorInvalidConfiguration);
+  CHECK(cudaGetLastError() == cudaSuccess);
+}
+
+}  // namespace moebius::cuda
