@@ -264,7 +264,7 @@ void experts_down(const ExpertsArgs& args, const Lane& lane) {
   const PackedMatrix down = cut.down();
   const Range tiles = share_of(down.tiles(), lane.thread, lane.num_threads);
   if (tiles.empty()) return;
-  clear_sums(args.out, args.zero_rows, args.hidden, columns_of(tiles, args.hidden));
+  clear_sums(args.out, args.rows, args.hidden, columns_of(tiles, args.hidden));
   const float scale = args.out.plain ? 1.0f : args.out.scale;
   const int64_t pairs = down.k_pairs(), act_pairs = args.num_cuts * pairs;
   for_experts(args, [&](const ExpertJob& job, const bf16* const* next_cuts) MOEBIUS_INLINE_LAMBDA {

@@ -203,7 +203,7 @@ struct ExpertsArgs {
   const float* pair_weights = nullptr;    // [pairs] router weights
   const bf16* x = nullptr;                // row r at x + r·hidden
   bf16* act = nullptr;                    // [pairs, num_cuts·padded neurons]; the order inside an expert is the path's own
-  Range zero_rows;                        // experts_down: rows of the sum cleared before adding
+  Range rows;                             // of the step, which an expert has once at most; experts_down clears the sums of all before adding
   ExactSum out;
 };
 

@@ -44,7 +44,7 @@ void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accum
   args.pair_weights = b.pair_weights;
   args.x = b.x;
   args.act = b.act;
-  args.zero_rows = rows;
+  args.rows = rows;
   args.out = b.sums[static_cast<int>(sum)];
   args.out.scale = layer.mlp_scale;
   rank.ops->experts_gate_up(args, lane);

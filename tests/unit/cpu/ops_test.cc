@@ -158,7 +158,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
         args.pair_weights = pair_weights.data();
         args.x = x.data();
         args.act = act.data();
-        args.zero_rows = range;
+        args.rows = range;
         args.out = {sum.data(), flags, 0x1p28f, 0x1p50f, false};
         on_lanes(ops.experts_gate_up, args, lanes, scratch);
         on_lanes(ops.experts_down, args, lanes, scratch);

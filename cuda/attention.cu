@@ -1,0 +1,403 @@
+// A warp works on 16 query rows of one KV head: rows of one chunk times the query heads that share the head. It walks splits of
+// kAttentionSplit tokens at absolute positions. Each split has its own (maximum, sum, output); they are merged in order. So a row's bits
+// depend on its position alone, whether one warp walks all splits (prompts, large batches) or each split has a warp of its own and a
+// second kernel merges (few rows, long contexts).
+//
+// Floors. Decode: K and V of each KV head once, 4 · tokens · head_dim bytes. Prompts: 4 · rows · tokens / 2 · heads · head_dim operations.
+//
+// Fragments, for lane 4·g + t. Scores of 32 tokens, two tiles of keys, are Q · Kᵀ in four products of 8 tokens: a load of 16 bytes of a key
+// tile is 4 tokens at one pair of dimensions, and product b takes token b of the four, so that its column n is token 4·(n mod 4) + b of
+// tile n / 4. Pairs of dimensions are taken as cuda/fragments.h takes those of k. A lane's scores are then of the 8 tokens 16·(t / 2) +
+// 8·(t mod 2) … + 7 in rows g and g + 8, and stand where P · V wants its left operand. For V a lane loads 8 dimensions, 8g … 8g + 7 of each
+// 64, of its 8 tokens: product j takes dimension j of these, and leaves row g, dimensions 16t + j and 16t + 8 + j with the lane.
+//
+// P is rounded to f16 (it is in [0, 1], so by at most 2^-11 of itself or 2^-25), as V is stored; sums are float.
+#include "cuda/attention.h"
+
+#include <algorithm>
+
+#include "cuda/fragments.h"
+#include "cuda/launch.h"
+#include "cuda/math.h"
+
+namespace moebius::cuda {
+namespace {
+
+constexpr int kWarps = 4;         // of a block; they share the cache
+constexpr int kRows = 16;         // query rows of a warp
+constexpr int kStep = 64;         // tokens between two looks at the maximum
+constexpr int kGroupTokens = 32;  // two tiles of keys
+constexpr int kMaxKvHeads = 256;
+constexpr int64_t kMaxPartials = 4096;  // splits that may wait to be merged: some 4 for each warp that a device runs
+
+struct Heads {
+  int first[kMaxKvHeads], count[kMaxKvHeads];  // of each local KV head, its local query heads
+};
+
+// A row's running softmax: of rows g and g + 8, of this lane's part of the tokens (sum) and of the dimensions (output).
+template <int kGroups>
+struct State {
+  float most[2], sum[2], output[kGroups][8][4];
+
+  __device__ void clear() {
+    for (int r = 0; r < 2; ++r) most[r] = -__uint_as_float(0x7f800000u), sum[r] = 0;
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) output[q][j][e] = 0;
+  }
+  // As kWords words of 32 lanes each.
+  static constexpr int kWords = kGroups * 32 + 4;
+  template <class F>
+  __device__ __forceinline__ void for_words(F&& f) {
+    int at = 0;
+#pragma unroll
+    for (int q = 0; q < kGroups; ++q)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(at++, output[q][j][e], e / 2);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) f(at++, sum[r], r);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) f(at++, most[r], r);
+  }
+};
+
+__device__ __forceinline__ float scale_from(float from, float to) { return from == to ? 1.0f : exp_of(from - to); }
+
+// `words` holds a state as for_words goes; adds `part` to it, for the rows that have tokens in the part.
+template <int kGroups>
+__device__ __forceinline__ void merge(float* words, State<kGroups>& part, const bool (&has)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float old_scale[2], new_scale[2], most[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float before = words[(State<kGroups>::kWords - 2 + r) * 32 + lane];
+    most[r] = larger(before, part.most[r]);
+    old_scale[r] = scale_from(before, most[r]);
+    new_scale[r] = scale_from(part.most[r], most[r]);
+  }
+  part.for_words([&](int at, float& v, int r) {
+    float& total = words[at * 32 + lane];
+    if (!has[r]) return;
+    total = at < State<kGroups>::kWords - 2 ? __fmaf_rn(total, old_scale[r], v * new_scale[r]) : most[r];
+  });
+}
+
+// What a warp works on.
+struct Unit {
+  bool exists = false;
+  int kv_head = 0, heads = 0;         // the query heads of a row: first … first + heads − 1
+  int first_row = 0, first_head = 0;  // of the step; of the rank
+  int m0 = 0, num_m = 0;              // its query rows are m0 … of the chunk's rows × heads
+  int first_position = 0;
+  const int32_t* pages = nullptr;
+
+  __device__ int row_of(int m) const { return (m0 + min(m, num_m - 1)) / heads; }   // of the chunk; past the last it repeats
+  __device__ int head_of(int m) const { return first_head + (m0 + min(m, num_m - 1)) % heads; }
+  __device__ int position_of(int m) const { return first_position + row_of(m); }
+  __device__ int end() const { return position_of(num_m - 1) + 1; }                 // tokens that any of its rows sees
+};
+
+// The number-th unit of a KV head: chunks in order, 16 of their rows × heads a unit. By the whole warp.
+__device__ Unit warp_find_unit(const AttentionArgs& args, const Heads& heads, int kv_head, int number) {
+  Unit u;
+  u.kv_head = kv_head;
+  u.heads = heads.count[kv_head];
+  u.first_head = heads.first[kv_head];
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int before = 0;
+  for (int first = 0; first < args.num_chunks && u.heads > 0; first += 32) {
+    const int mine = first + lane < args.num_chunks ? (args.chunks[first + lane].num_rows * u.heads + kRows - 1) / kRows : 0;
+    int sum = mine;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
+      if (lane >= by) sum += other;
+    }
+    const unsigned beyond = __ballot_sync(kAllLanes, before + sum > number);
+    if (beyond != 0) {
+      const int at = __ffs(static_cast<int>(beyond)) - 1;
+      const SequenceChunk chunk = args.chunks[first + at];
+      const int chunk_begin = before + __shfl_sync(kAllLanes, sum - mine, at);
+      u.exists = true;
+      u.first_row = chunk.row_begin;
+      u.m0 = (number - chunk_begin) * kRows;
+      u.num_m = min(chunk.num_rows * u.heads - u.m0, kRows);
+      u.first_position = chunk.first_position;
+      u.pages = chunk.pages;
+      return u;
+    }
+    before += __shfl_sync(kAllLanes, sum, 31);
+  }
+  return u;
+}
+
+// K and V of one local head of one layer.
+struct KvWalk {
+  const char* base;
+  int64_t page_bytes, value_bytes;
+  int page_tokens, head_dim;
+  const int32_t* pages;
+
+  __device__ KvWalk(const KvView& kv, int kv_head, const int32_t* page_table) : page_tokens(kv.page_tokens), head_dim(kv.head_dim), pages(page_table) {
+    const KvSlice slice{kv.page_tokens, kv.head_dim};
+    base = reinterpret_cast<const char*>(kv.base) + kv_head * slice.bytes();
+    page_bytes = kv.num_kv_heads * slice.bytes();
+    value_bytes = slice.k_elements() * 2;
+  }
+  // The tile that begins at `token`: its keys; its values are value_bytes behind.
+  __device__ const char* tile(int token) const {
+    return base + pages[token / page_tokens] * page_bytes + static_cast<int64_t>(token % page_tokens) * head_dim * 2;
+  }
+};
+
+__device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Tokens [begin, end) of one split. q: the lane's pairs of dimensions of rows g and g + 8, by blocks of 32 dimensions.
+template <int kGroups>
+__device__ __forceinline__ void walk_split(const KvWalk& kv, int begin, int end, const int (&position)[2], float softmax_scale,
+                                           const uint4 (&q)[2 * kGroups][2], State<kGroups>& state) {
+  const int g = WeightStream::lane_g(), t = WeightStream::lane_t();
+  for (int step = begin; step < end; step += kStep) {
+    float scores[2][4][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) scores[half][b][e] = 0;
+      const int tile = step + half * kGroupTokens + g / 4 * kTile;
+      const bool there = tile < end;
+      const char* keys = there ? kv.tile(tile) : nullptr;
+#pragma unroll
+      for (int d = 0; d < 2 * kGroups; ++d) {
+        uint4 k[kLanePairs];
+#pragma unroll
+        for (int i = 0; i < kLanePairs; ++i) {
+          const int pair = d * kBlockPairs + t * kLanePairs + i;
+          k[i] = there && pair < kv.head_dim / 2 ? load_once(reinterpret_cast<const uint4*>(keys) + pair * 4 + g % 4) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const uint32_t first[4] = {q[d][0].x, q[d][1].x, q[d][0].y, q[d][1].y}, second[4] = {q[d][0].z, q[d][1].z, q[d][0].w, q[d][1].w};
+          const uint32_t k_first[2] = {word_of(k[0], b), word_of(k[1], b)}, k_second[2] = {word_of(k[2], b), word_of(k[3], b)};
+          mma_bf16(scores[half][b], first, k_first);
+          mma_bf16(scores[half][b], second, k_second);
+        }
+      }
+    }
+
+    // Score e of product b is of token 4·(e mod 2) + b of the lane's eight, in row e / 2.
+    const auto token_of = [&](int half, int i) { return step + half * kGroupTokens + 16 * (t / 2) + 8 * (t % 2) + i; };
+    float most[2] = {state.most[0], state.most[1]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          scores[half][b][e] *= softmax_scale;
+          if (token_of(half, 4 * (e % 2) + b) <= position[e / 2]) most[e / 2] = larger(scores[half][b][e], most[e / 2]);
+        }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 1));
+      most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 2));
+      const float scale = scale_from(state.most[r], most[r]);
+      state.most[r] = most[r];
+      state.sum[r] *= scale;
+#pragma unroll
+      for (int v = 0; v < kGroups; ++v)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) state.output[v][j][2 * r] *= scale, state.output[v][j][2 * r + 1] *= scale;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const bool seen = token_of(half, 4 * (e % 2) + b) <= position[e / 2];
+          scores[half][b][e] = seen ? exp_of(scores[half][b][e] - most[e / 2]) : 0;
+          state.sum[e / 2] += scores[half][b][e];
+        }
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int tile = step + half * kGroupTokens + t / 2 * kTile;
+      const char* values = tile < end ? kv.tile(tile) + kv.value_bytes : nullptr;
+#pragma unroll
+      for (int two = 0; two < 4; two += 2) {  // products b = two and two + 1 are one of P · V
+        const uint32_t p[4] = {pack_f16(scores[half][two][0], scores[half][two][1]), pack_f16(scores[half][two][2], scores[half][two][3]),
+                               pack_f16(scores[half][two + 1][0], scores[half][two + 1][1]), pack_f16(scores[half][two + 1][2], scores[half][two + 1][3])};
+#pragma unroll
+        for (int v = 0; v < kGroups; ++v) {
+          const int dim = v * 64 + 8 * g;
+          uint4 x[4];  // of tokens two, two + 4, two + 1, two + 5 of the lane's eight
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int token = 4 * (i % 2) + two + i / 2;
+            const bool there = token_of(half, token) < end && dim < kv.head_dim;  // slots behind the end may hold anything
+            x[i] = there ? load_once(reinterpret_cast<const uint4*>(values + ((8 * (t % 2) + token) * kv.head_dim + dim) * 2)) : make_uint4(0, 0, 0, 0);
+          }
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const unsigned halves = j % 2 == 0 ? 0x5410u : 0x7632u;
+            const uint32_t b[2] = {__byte_perm(word_of(x[0], j / 2), word_of(x[1], j / 2), halves),
+                                   __byte_perm(word_of(x[2], j / 2), word_of(x[3], j / 2), halves)};
+            mma_f16(state.output[v][j], p, b);
+          }
+        }
+      }
+    }
+  }
+  // The four lanes of a row join their parts of the sum.
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    state.sum[r] += __shfl_xor_sync(kAllLanes, state.sum[r], 1);
+    state.sum[r] += __shfl_xor_sync(kAllLanes, state.sum[r], 2);
+  }
+}
+
+template <int kGroups>
+__device__ __forceinline__ void load_queries(const AttentionArgs& args, const Unit& u, uint4 (&q)[2 * kGroups][2]) {
+  const int g = WeightStream::lane_g(), t = WeightStream::lane_t(), dim = args.kv.head_dim;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int m = g + 8 * r;
+    const bf16* row = args.q + ((static_cast<int64_t>(u.first_row) + u.row_of(m)) * args.num_heads + u.head_of(m)) * dim;
+#pragma unroll
+    for (int d = 0; d < 2 * kGroups; ++d) {
+      const int at = d * 32 + t * 8;
+      q[d][r] = at < dim ? *reinterpret_cast<const uint4*>(row + at) : make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+// output / sum, as bf16.
+template <int kGroups>
+__device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit& u, const State<kGroups>& state) {
+  const int g = WeightStream::lane_g(), t = WeightStream::lane_t(), dim = args.kv.head_dim;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int m = g + 8 * r;
+    if (m >= u.num_m) continue;
+    bf16* row = args.out + ((static_cast<int64_t>(u.first_row) + u.row_of(m)) * args.num_heads + u.head_of(m)) * dim;
+    const float divisor = state.sum[r] * args.value_scale;
+#pragma unroll
+    for (int v = 0; v < kGroups; ++v)
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        const int at = v * 64 + 16 * t + 8 * high;
+        if (at >= dim) continue;
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          words[i] = pack_bf16(__fdiv_rn(state.output[v][2 * i][2 * r + high], divisor), __fdiv_rn(state.output[v][2 * i + 1][2 * r + high], divisor));
+        *reinterpret_cast<uint4*>(row + at) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+  }
+}
+
+__device__ __forceinline__ int splits_of(const Unit& u) { return (u.end() + kAttentionSplit - 1) / kAttentionSplit; }
+
+// blockIdx: x units, y KV heads, z a split (kSpread) or nothing. partials: [unit][KV head][split][word][lane].
+template <int kGroups, bool kSpread>
+__global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, float* partials) {
+  const int number = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32, kv_head = static_cast<int>(blockIdx.y);
+  const Unit u = warp_find_unit(args, heads, kv_head, number);
+  if (!u.exists) return;
+  const KvWalk kv(args.kv, kv_head, u.pages);
+  uint4 q[2 * kGroups][2];
+  load_queries<kGroups>(args, u, q);
+  const int g = WeightStream::lane_g(), lane = static_cast<int>(threadIdx.x) % 32;
+  const int position[2] = {u.position_of(g), u.position_of(g + 8)};
+  const int splits = splits_of(u), end = u.end();
+  State<kGroups> state;
+  if constexpr (kSpread) {
+    const int split = static_cast<int>(blockIdx.z);
+    if (split >= splits) return;
+    state.clear();
+    walk_split(kv, split * kAttentionSplit, min(end, (split + 1) * kAttentionSplit), position, args.softmax_scale, q, state);
+    float* out = partials + ((static_cast<int64_t>(number) * gridDim.y + kv_head) * gridDim.z + split) * State<kGroups>::kWords * 32;
+    state.for_words([&](int at, float& v, int) { out[at * 32 + lane] = v; });
+  } else {
+    float* total = dynamic_shared<float>() + threadIdx.x / 32 * (State<kGroups>::kWords * 32);
+    for (int split = 0; split < splits; ++split) {
+      const int begin = split * kAttentionSplit;
+      state.clear();
+      walk_split(kv, begin, min(end, begin + kAttentionSplit), position, args.softmax_scale, q, state);
+      if (splits == 1) break;
+      if (split == 0) state.for_words([&](int at, float& v, int) { total[at * 32 + lane] = v; });
+      else merge(total, state, {position[0] >= begin, position[1] >= begin});
+    }
+    if (splits > 1) state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
+    store_rows(args, u, state);
+  }
+}
+
+// Merges the splits of each unit. num_splits: how many a unit has room for in `partials`.
+template <int kGroups>
+__global__ void __launch_bounds__(kWarps * 32) merge_kernel(AttentionArgs args, const __grid_constant__ Heads heads, float* partials, int num_splits) {
+  const int number = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32, kv_head = static_cast<int>(blockIdx.y);
+  const Unit u = warp_find_unit(args, heads, kv_head, number);
+  if (!u.exists) return;
+  const int g = WeightStream::lane_g(), lane = static_cast<int>(threadIdx.x) % 32;
+  const int position[2] = {u.position_of(g), u.position_of(g + 8)};
+  float* const total = partials + (static_cast<int64_t>(number) * gridDim.y + kv_head) * num_splits * State<kGroups>::kWords * 32;
+  State<kGroups> state;
+  const int splits = splits_of(u);
+  for (int split = 1; split < splits; ++split) {
+    const float* part = total + static_cast<int64_t>(split) * State<kGroups>::kWords * 32;
+    state.for_words([&](int at, float& v, int) { v = part[at * 32 + lane]; });
+    const int begin = split * kAttentionSplit;
+    merge(total, state, {position[0] >= begin, position[1] >= begin});
+  }
+  state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
+  store_rows(args, u, state);
+}
+
+template <int kGroups>
+void launch_attention(const AttentionArgs& args, const Heads& heads, int64_t units, const Lane& lane) {
+  constexpr size_t kTotals = kWarps * State<kGroups>::kWords * 32 * sizeof(float);
+  const int64_t splits = std::max<int64_t>(1, div_up(args.max_tokens, kAttentionSplit));
+  const dim3 grid(static_cast<unsigned>(div_up(units, kWarps)), static_cast<unsigned>(args.kv.num_kv_heads));
+  float* const partials = reinterpret_cast<float*>(lane.scratch);
+  if (splits > 1 && int64_t{grid.x} * kWarps * grid.y * splits <= kMaxPartials) {
+    launch(attention_kernel<kGroups, true>, dim3(grid.x, grid.y, static_cast<unsigned>(splits)), kWarps * 32, 0, lane.queue, args, heads, partials);
+    launch(merge_kernel<kGroups>, grid, kWarps * 32, 0, lane.queue, args, heads, partials, static_cast<int>(splits));
+  } else {
+    launch(attention_kernel<kGroups, false>, grid, kWarps * 32, kTotals, lane.queue, args, heads, partials);
+  }
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args, const Lane& lane) {
+  if (args.num_chunks == 0 || args.num_rows == 0) return;
+  Heads heads{};
+  int64_t most = 0;
+  for (int j = 0; j < args.kv.num_kv_heads; ++j) {
+    heads.first[j] = static_cast<int>(args.heads_of_kv[j].begin);
+    heads.count[j] = static_cast<int>(args.heads_of_kv[j].size());
+    most = std::max<int64_t>(most, heads.count[j]);
+  }
+  const int64_t units = args.num_rows * most / kRows + args.num_chunks;  // each chunk's last may be short
+  switch ((args.kv.head_dim + 63) / 64) {
+    case 1: return launch_attention<1>(args, heads, units, lane);
+    case 2: return launch_attention<2>(args, heads, units, lane);
+    case 3: return launch_attention<3>(args, heads, units, lane);
+    default: return launch_attention<4>(args, heads, units, lane);
+  }
+}
+
+size_t scratch_bytes_attention(const OpLimits& limits) {
+  const int64_t words = div_up(limits.head_dim, 64) * 32 + 4;
+  return static_cast<size_t>(kMaxPartials * words * 32) * sizeof(float);
+}
+
+}  // namespace moebius::cuda

@@ -1,0 +1,426 @@
+// A warp works on 32 outputs and up to kBlocks · 8 rows at a time: weights go from memory into registers, inputs come through the first-level
+// cache; nothing is staged in shared memory.
+//
+// Floors. Few rows: the weights that are reached, once (bytes ÷ bandwidth). Many rows: 2 · rows · n · k operations. There a block of k32 costs a
+// warp 2 KiB of weights and 512 bytes of inputs for each 8 rows, and gives 16 Ki operations for each 8 rows: with 64 rows 6 KiB for 128 Ki
+// operations, with 32 rows 4 KiB for 64 Ki; at 128 bytes a clock from the first-level cache that is 2,730 and 2,048 operations a clock and
+// multiprocessor, of 4,096 that the tensor cores have and some 2,600 that mma.sync reaches.
+#include "cuda/products.h"
+
+#include <algorithm>
+
+#include "cuda/fragments.h"
+#include "cuda/launch.h"
+#include "cuda/math.h"
+
+namespace moebius::cuda {
+namespace {
+
+constexpr int kWarps = 4;  // of a block; they share nothing but the cache
+
+// Blocks of k32 that are in registers at once, the one at work included: what is in flight hides the memory's latency.
+constexpr int depth_of(int blocks) { return blocks == 1 ? 4 : blocks == 2 ? 3 : 2; }
+
+// The rows of a warp's unit: row j·8 + g of lane 4·g + t, as 4-byte pairs of k.
+template <int kBlocks>
+struct InputRows {
+  const uint32_t* row[kBlocks];
+
+  // Pairs 4t … 4t + 3 of block b; from `pairs` on they are zeros.
+  __device__ __forceinline__ uint4 load(int j, int b, int pairs, bool aligned) const {
+    const int first = b * kBlockPairs + WeightStream::lane_t() * kLanePairs;
+    const uint32_t* p = row[j] + first;
+    if (aligned && first + kLanePairs <= pairs) return *reinterpret_cast<const uint4*>(p);
+    return make_uint4(first < pairs ? p[0] : 0, first + 1 < pairs ? p[1] : 0, first + 2 < pairs ? p[2] : 0, first + 3 < pairs ? p[3] : 0);
+  }
+};
+
+// acc += weights · rows over `pairs` pairs of k.
+template <int kBlocks>
+__device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned) {
+  constexpr int kDepth = depth_of(kBlocks);
+  WeightBlock w[kDepth];
+  uint4 x[kDepth][kBlocks];
+  const int blocks = (pairs + kBlockPairs - 1) / kBlockPairs;
+  const auto load = [&](int slot, int b) {
+    w[slot] = weights.load(b, pairs);
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) x[slot][j] = rows.load(j, b, pairs, aligned);
+  };
+#pragma unroll
+  for (int i = 0; i < kDepth - 1; ++i)
+    if (i < blocks) load(i, i);
+  for (int first = 0; first < blocks; first += kDepth)
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      const int b = first + i;
+      if (b >= blocks) break;
+      if (b + kDepth - 1 < blocks) load((i + kDepth - 1) % kDepth, b + kDepth - 1);
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) multiply_block(acc[j], w[i], x[i][j]);
+    }
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void clear(float (&acc)[kBlocks][2][4]) {
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[j][p][e] = 0;
+}
+
+// The integer sums of a warp's unit, as its accumulators lie.
+template <int kBlocks>
+struct FixedSums {
+  int64_t sum[kBlocks][2][4] = {};
+  unsigned bad = 0;  // bit 2·j + e mod 2: a contribution of that row was none
+
+  // Adds the products as contributions of their rows. factors: of rows 2t and 2t + 1 of each block.
+  __device__ __forceinline__ void add(const float (&acc)[kBlocks][2][4], const float (&factors)[kBlocks][2], float limit) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+      for (int p = 0; p < 2; ++p)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float c = acc[j][p][e] * factors[j][e % 2];
+          const bool good = fabsf(c) < limit;  // no infinity, no NaN
+          if (!good) bad |= 1u << (2 * j + e % 2);
+          sum[j][p][e] += good ? __float2ll_rn(c) : 0;
+        }
+  }
+};
+
+// Calls store(row of the unit, first output, the row's 4 outputs in the lane) for both rows of each block.
+template <int kBlocks, class T, class F>
+__device__ __forceinline__ void for_outputs(const T (&v)[kBlocks][2][4], F&& store) {
+  const int g = WeightStream::lane_g(), t = WeightStream::lane_t();
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const T four[4] = {v[j][0][odd], v[j][0][2 + odd], v[j][1][odd], v[j][1][2 + odd]};
+      store(j, odd, j * 8 + 2 * t + odd, output_of(g, 0, 0), four);
+    }
+}
+
+// ---- linear
+
+template <int kParts>
+struct LinearTable {
+  LinearPart parts[kParts];
+  int units[kParts + 1];  // running number of pairs of tiles
+};
+
+template <int kParts, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, const __grid_constant__ LinearTable<kParts> table, int row_units) {
+  const int unit = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+  // Units of the same outputs follow one another: warps side by side read the same weights.
+  const int tiles_unit = unit / row_units, row_unit = unit % row_units;
+  if (tiles_unit >= table.units[args.num_parts]) return;
+  int low = 0;
+  for (int high = args.num_parts; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    if (table.units[middle] <= tiles_unit) low = middle;
+    else high = middle;
+  }
+  const LinearPart& part = table.parts[low];
+  const PackedMatrix matrix{part.n, args.k};
+  const int64_t tile = 2 * static_cast<int64_t>(tiles_unit - table.units[low]);
+  const bf16* first = part.w + tile * matrix.tile_elements();
+  const WeightStream weights(first, tile + 1 < matrix.tiles() ? first + matrix.tile_elements() : first, kTile);
+
+  const int64_t row0 = static_cast<int64_t>(row_unit) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
+  InputRows<kBlocks> rows;
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    const int64_t r = min(int64_t{j * 8 + WeightStream::lane_g()}, num - 1);
+    rows.row[j] = reinterpret_cast<const uint32_t*>(args.x + (args.rows.begin + row0 + r) * args.ldx);
+  }
+  float acc[kBlocks][2][4];
+  clear(acc);
+  multiply(acc, weights, rows, static_cast<int>(matrix.k_pairs()), args.ldx % 8 == 0);
+  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
+  for_outputs(acc, [&](int, int, int r, int output, const float (&v)[4]) {
+    if (r >= num) return;
+    float* y = part.y + (args.rows.begin + row0 + r) * part.ldy + n0 + output;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n0 + output + i < part.n) y[i] = v[i];
+  });
+}
+
+template <int kParts, int kBlocks>
+void launch_linear(const LinearArgs& args, void* queue) {
+  LinearTable<kParts> table;
+  table.units[0] = 0;
+  for (int p = 0; p < args.num_parts; ++p) {
+    table.parts[p] = args.parts[p];
+    table.units[p + 1] = table.units[p] + static_cast<int>(div_up(args.parts[p].n, kWarpOutputs));
+  }
+  const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
+  const int64_t units = int64_t{table.units[args.num_parts]} * row_units;
+  launch(linear_kernel<kParts, kBlocks>, static_cast<unsigned>(div_up(units, kWarps)), kWarps * 32, 0, queue, args, table, row_units);
+}
+
+template <int kParts>
+void launch_linear(const LinearArgs& args, void* queue) {
+  if (args.rows.size() <= 8) launch_linear<kParts, 1>(args, queue);
+  else if (args.rows.size() <= 16) launch_linear<kParts, 2>(args, queue);
+  else if (args.rows.size() <= 32) launch_linear<kParts, 4>(args, queue);
+  else launch_linear<kParts, 8>(args, queue);
+}
+
+// ---- O projection
+
+constexpr int kMaxGroups = 512;
+
+template <int kParts>
+struct ExactTable {
+  ExactLinearPart parts[kParts];
+};
+
+template <int kParts, int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32) exact_linear_kernel(ExactLinearArgs args, const __grid_constant__ ExactTable<kParts> table, int row_units) {
+  const int unit = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+  const int64_t tile = 2 * static_cast<int64_t>(unit / row_units);
+  const PackedMatrix matrix{args.hidden, args.k};
+  if (tile >= matrix.tiles()) return;
+  const int64_t row0 = static_cast<int64_t>(unit % row_units) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
+  FixedSums<kBlocks> sums;
+  float factors[kBlocks][2];
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) factors[j][0] = factors[j][1] = args.out.scale;
+  for (int g = 0; g < args.num_parts; ++g) {
+    const bf16* first = table.parts[g].w + tile * matrix.tile_elements();
+    const WeightStream weights(first, tile + 1 < matrix.tiles() ? first + matrix.tile_elements() : first, kTile);
+    InputRows<kBlocks> rows;
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      const int64_t r = min(int64_t{j * 8 + WeightStream::lane_g()}, num - 1);
+      rows.row[j] = reinterpret_cast<const uint32_t*>(args.x + (args.rows.begin + row0 + r) * args.ldx + table.parts[g].column);
+    }
+    float acc[kBlocks][2][4];
+    clear(acc);
+    multiply(acc, weights, rows, static_cast<int>(matrix.k_pairs()), args.ldx % 8 == 0 && table.parts[g].column % 8 == 0);
+    sums.add(acc, factors, args.out.limit);
+  }
+  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
+  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const int64_t (&v)[4]) {
+    if (r >= num) return;
+    const int64_t row = args.rows.begin + row0 + r;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n0 + output + i < args.hidden) args.out.sum[row * args.hidden + n0 + output + i] = v[i];
+    if (sums.bad >> (2 * j + odd) & 1) args.out.flags[row] = 1;
+  });
+}
+
+template <int kParts, int kBlocks>
+void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
+  ExactTable<kParts> table;
+  std::copy_n(args.parts, args.num_parts, table.parts);
+  const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
+  const int64_t units = div_up(args.hidden, kWarpOutputs) * row_units;
+  launch(exact_linear_kernel<kParts, kBlocks>, static_cast<unsigned>(div_up(units, kWarps)), kWarps * 32, 0, queue, args, table, row_units);
+}
+
+template <int kParts>
+void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
+  if (args.rows.size() <= 8) launch_exact_linear<kParts, 1>(args, queue);
+  else if (args.rows.size() <= 16) launch_exact_linear<kParts, 2>(args, queue);
+  else launch_exact_linear<kParts, 4>(args, queue);
+}
+
+// ---- experts
+
+constexpr int kMaxLocalExperts = 1024;
+
+// Experts are worked on in four classes by their number of rows, each by a kernel of its own: with up to 8, 16 and 32 rows a unit has all
+// of an expert's rows, so its weights are read once; beyond, units of as many rows as the last argument says times 8.
+struct RowClass {
+  int above, upto;  // rows
+
+  __device__ bool has(int rows) const { return rows > above && rows <= upto; }
+};
+constexpr RowClass kClasses[] = {{0, 8}, {8, 16}, {16, 32}, {32, 0x7fffffff}};
+
+// Which unit is whose: begin[e] is the first of expert e's. A unit is a group of outputs and some rows of an expert; those of the same
+// outputs follow one another. Made by every block for itself from begins[], which only the device knows.
+struct ExpertUnits {
+  int begin[kMaxLocalExperts + 1];
+};
+
+__device__ void block_count_units(ExpertUnits& units, const ExpertsArgs& args, RowClass rows_of_class, int output_groups, int rows_of_unit) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (threadIdx.x < 32) {
+    int before = 0;
+    for (int first = 0; first < args.num_experts; first += 32) {
+      const int e = first + lane, rows = e < args.num_experts ? args.begins[e + 1] - args.begins[e] : 0;
+      const int mine = rows_of_class.has(rows) ? output_groups * ((rows + rows_of_unit - 1) / rows_of_unit) : 0;
+      int sum = mine;
+#pragma unroll
+      for (int by = 1; by < 32; by *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
+        if (lane >= by) sum += other;
+      }
+      if (e < args.num_experts) units.begin[e] = before + sum - mine;
+      before += __shfl_sync(kAllLanes, sum, 31);
+    }
+    if (lane == 0) units.begin[args.num_experts] = before;
+  }
+  __syncthreads();
+}
+
+struct ExpertUnit {
+  int expert, group, row0, num;
+  int64_t pair0;
+};
+
+__device__ ExpertUnit unit_at(const ExpertUnits& units, const ExpertsArgs& args, int unit, int rows_of_unit) {
+  int low = 0;
+  for (int high = args.num_experts; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    if (units.begin[middle] <= unit) low = middle;
+    else high = middle;
+  }
+  const int rows = args.begins[low + 1] - args.begins[low], row_units = (rows + rows_of_unit - 1) / rows_of_unit;
+  ExpertUnit u;
+  u.expert = low;
+  u.group = (unit - units.begin[low]) / row_units;
+  u.row0 = (unit - units.begin[low]) % row_units * rows_of_unit;
+  u.num = min(rows - u.row0, rows_of_unit);
+  u.pair0 = args.begins[low] + u.row0;
+  return u;
+}
+
+// One tile of 16 neurons of one cut: silu(gate)·up for the unit's rows.
+template <int kBlocks>
+__device__ __forceinline__ void warp_gate_up(const ExpertsArgs& args, const ExpertUnit& u) {
+  const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const int tiles = static_cast<int>(cut.tiles()), c = u.group / tiles, tile = u.group % tiles;
+  const bf16* gate = args.cuts[static_cast<int64_t>(u.expert) * args.num_cuts + c] + tile * cut.gate_up_tile_elements();
+  const WeightStream weights(gate, gate + 2 * kTile, 2 * kTile);
+  InputRows<kBlocks> rows;
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    const int r = min(j * 8 + WeightStream::lane_g(), u.num - 1);
+    rows.row[j] = reinterpret_cast<const uint32_t*>(args.x + args.pair_rows[u.pair0 + r] * args.hidden);
+  }
+  float acc[kBlocks][2][4];
+  clear(acc);
+  multiply(acc, weights, rows, static_cast<int>(div_up(args.hidden, 2)), args.hidden % 8 == 0);
+  // Lanes of g < 4 hold the gates, those of g + 4 the ups of the same neurons and rows.
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[j][p][e] = silu(acc[j][p][e]) * __shfl_xor_sync(kAllLanes, acc[j][p][e], 16);
+  if (WeightStream::lane_g() >= 4) return;
+  const int64_t width = args.num_cuts * cut.padded(), n0 = c * cut.padded() + tile * kTile;
+  for_outputs(acc, [&](int, int, int r, int output, const float (&v)[4]) {
+    if (r >= u.num) return;
+    *reinterpret_cast<uint2*>(args.act + (u.pair0 + r) * width + n0 + output) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+  });
+}
+
+template <int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32) gate_up_kernel(ExpertsArgs args, RowClass rows) {
+  __shared__ ExpertUnits units;
+  block_count_units(units, args, rows, static_cast<int>(args.num_cuts * MlpCut{args.neurons_per_cut, args.hidden}.tiles()), kBlocks * 8);
+  const int warps = static_cast<int>(gridDim.x) * kWarps;
+  for (int i = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32; i < units.begin[args.num_experts]; i += warps)
+    warp_gate_up<kBlocks>(args, unit_at(units, args, i, kBlocks * 8));
+}
+
+// 32 outputs of the hidden size: the sum over the rank's cuts for the unit's rows.
+template <int kBlocks>
+__device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertUnit& u) {
+  const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const PackedMatrix down = cut.down();
+  const int64_t tile = 2 * static_cast<int64_t>(u.group), width = args.num_cuts * cut.padded();
+  const int t = WeightStream::lane_t();
+  float factors[kBlocks][2];
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) factors[j][odd] = args.pair_weights[u.pair0 + min(j * 8 + 2 * t + odd, u.num - 1)] * args.out.scale;
+  FixedSums<kBlocks> sums;
+  for (int c = 0; c < args.num_cuts; ++c) {
+    const bf16* first = args.cuts[static_cast<int64_t>(u.expert) * args.num_cuts + c] + cut.gate_up_elements() + tile * down.tile_elements();
+    const WeightStream weights(first, tile + 1 < down.tiles() ? first + down.tile_elements() : first, kTile);
+    InputRows<kBlocks> rows;
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j) {
+      const int r = min(j * 8 + WeightStream::lane_g(), u.num - 1);
+      rows.row[j] = reinterpret_cast<const uint32_t*>(args.act + (u.pair0 + r) * width + c * cut.padded());
+    }
+    float acc[kBlocks][2][4];
+    clear(acc);
+    multiply(acc, weights, rows, static_cast<int>(down.k_pairs()), true);  // widths are multiples of 16
+    sums.add(acc, factors, args.out.limit);
+  }
+  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
+  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const int64_t (&v)[4]) {
+    if (r >= u.num) return;
+    const int64_t row = args.pair_rows[u.pair0 + r];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n0 + output + i < args.hidden) add_relaxed(args.out.sum + row * args.hidden + n0 + output + i, v[i]);
+    if (sums.bad >> (2 * j + odd) & 1) args.out.flags[row] = 1;
+  });
+}
+
+template <int kBlocks>
+__global__ void __launch_bounds__(kWarps * 32) down_kernel(ExpertsArgs args, RowClass rows) {
+  __shared__ ExpertUnits units;
+  block_count_units(units, args, rows, static_cast<int>(div_up(args.hidden, kWarpOutputs)), kBlocks * 8);
+  const int warps = static_cast<int>(gridDim.x) * kWarps;
+  for (int i = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32; i < units.begin[args.num_experts]; i += warps)
+    warp_down<kBlocks>(args, unit_at(units, args, i, kBlocks * 8));
+}
+
+// Starts the kernels of the classes that an expert may be in; the host knows no more than how many rows there are.
+using ExpertsKernel = void (*)(ExpertsArgs, RowClass);
+void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], const int (&blocks)[4], int64_t output_groups, void* queue) {
+  for (int c = 0; c < 4; ++c) {
+    if (args.rows.size() <= kClasses[c].above) return;
+    const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (kClasses[c].above + 1));
+    const int64_t units = output_groups * (experts + args.max_pairs / (blocks[c] * 8));
+    const auto grid = static_cast<unsigned>(std::min<int64_t>(div_up(units, kWarps), resident_blocks(4)));
+    launch(kernels[c], grid, kWarps * 32, 0, queue, args, kClasses[c]);
+  }
+}
+
+}  // namespace
+
+void linear(const LinearArgs& args, const Lane& lane) {
+  if (args.rows.empty()) return;
+  if (args.num_parts <= 16) launch_linear<16>(args, lane.queue);
+  else if (args.num_parts <= 128) launch_linear<128>(args, lane.queue);
+  else launch_linear<kMaxGroups>(args, lane.queue);
+}
+
+void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
+  if (args.rows.empty() || args.num_parts == 0) return;
+  if (args.num_parts <= 16) launch_exact_linear<16>(args, lane.queue);
+  else if (args.num_parts <= 128) launch_exact_linear<128>(args, lane.queue);
+  else launch_exact_linear<kMaxGroups>(args, lane.queue);
+}
+
+void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
+  launch_classes(args, {gate_up_kernel<1>, gate_up_kernel<2>, gate_up_kernel<4>, gate_up_kernel<8>}, {1, 2, 4, 8},
+                 args.num_cuts * MlpCut{args.neurons_per_cut, args.hidden}.tiles(), lane.queue);
+}
+
+void experts_down(const ExpertsArgs& args, const Lane& lane) {
+  if (args.rows.empty()) return;
+  (void)cudaMemsetAsync(args.out.sum + args.rows.begin * args.hidden, 0, static_cast<size_t>(args.rows.size() * args.hidden) * sizeof(int64_t),
+                        static_cast<cudaStream_t>(lane.queue));
+  launch_classes(args, {down_kernel<1>, down_kernel<2>, down_kernel<4>, down_kernel<4>}, {1, 2, 4, 4}, div_up(args.hidden, kWarpOutputs), lane.queue);
+}
+
+}  // namespace moebius::cuda

@@ -1,0 +1,16 @@
+// Matrix products on tensor cores, straight from the packed weights.
+//
+// Every product adds along k in one order, whatever the number of rows (fragments.h), so a result's bits depend on its row alone. Sums over
+// slices are integers (ExactSum); ordinary float sums (ExactSum::plain) are of the CPU.
+#pragma once
+
+#include "lib/device/ops.h"
+
+namespace moebius::cuda {
+
+void linear(const LinearArgs& args, const Lane& lane);
+void exact_linear(const ExactLinearArgs& args, const Lane& lane);
+void experts_gate_up(const ExpertsArgs& args, const Lane& lane);
+void experts_down(const ExpertsArgs& args, const Lane& lane);
+
+}  // namespace moebius::cuda

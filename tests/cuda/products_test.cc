@@ -1,0 +1,237 @@
+#include <cmath>
+#include <map>
+
+#include "lib/tensor/packed.h"
+#include "tests/cuda/harness.h"
+
+namespace moebius {
+namespace {
+
+// A packed matrix and its plain values [n][k].
+struct Matrix {
+  Matrix(Random& random, int64_t n, int64_t k, float scale) : form{n, k}, plain(static_cast<size_t>(n * k)), packed(static_cast<size_t>(form.elements()), 0) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < k; ++j) {
+        const bf16 v = to_bf16(scale * random.normal());
+        plain[static_cast<size_t>(i * k + j)] = v;
+        packed[static_cast<size_t>(form.index(i, j))] = v;
+      }
+  }
+  float at(int64_t i, int64_t j) const { return to_float(plain[static_cast<size_t>(i * form.k + j)]); }
+  PackedMatrix form;
+  std::vector<bf16> plain, packed;
+};
+
+// The products of float sums of k terms: error ≤ k · 2^−24 · Σ|terms| in any order (a tensor core's internal sums may drop bits: twice that).
+double bound(int64_t k, double sum_of_sizes) { return 2.0 * static_cast<double>(k) * 0x1p-24 * sum_of_sizes; }
+
+}  // namespace
+
+TEST_CASE("linear: every shape against the plain product, and a row's bits do not depend on the others") {
+  Random random(1);
+  for (const auto& [k, sizes] : std::vector<std::pair<int64_t, std::vector<int64_t>>>{
+           {64, {16}}, {72, {16, 40, 1}}, {100, {33}}, {2, {5}}, {256, {17, 64}}, {30, {32, 32, 32}}}) {
+    constexpr int kMostRows = 130;
+    std::vector<Matrix> matrices;
+    for (int64_t n : sizes) matrices.emplace_back(random, n, k, 1.0f);
+    const std::vector<bf16> x = random.bf16s(static_cast<size_t>(kMostRows * k));
+    const Array<bf16> there(x);
+    std::vector<Array<bf16>> weights;
+    for (const Matrix& m : matrices) weights.emplace_back(m.packed);
+    Lanes lanes({kMostRows, k, 16, 1, 1, 1});
+    const auto run = [&](Range rows) {
+      std::vector<Array<float>> y;
+      std::vector<LinearPart> parts;
+      for (size_t p = 0; p < matrices.size(); ++p) {
+        const int64_t ldy = matrices[p].form.n + 3;
+        y.emplace_back(static_cast<size_t>(kMostRows * ldy));
+        parts.push_back({weights[p].get(), matrices[p].form.n, y.back().get(), ldy});
+      }
+      test_device().ops().linear({rows, there.get(), k, k, static_cast<int>(parts.size()), parts.data()}, lanes.device);
+      std::vector<std::vector<float>> out;
+      for (const Array<float>& a : y) out.push_back(a.values());
+      return out;
+    };
+    const auto all = run({0, kMostRows});
+    for (size_t p = 0; p < matrices.size(); ++p) {
+      const Matrix& m = matrices[p];
+      const int64_t ldy = m.form.n + 3;
+      for (int64_t r = 0; r < kMostRows; r += 7)
+        for (int64_t n = 0; n < m.form.n; ++n) {
+          double sum = 0, size = 0;
+          for (int64_t i = 0; i < k; ++i) {
+            const double term = static_cast<double>(m.at(n, i)) * to_float(x[static_cast<size_t>(r * k + i)]);
+            sum += term, size += std::fabs(term);
+          }
+          REQUIRE(std::fabs(all[p][static_cast<size_t>(r * ldy + n)] - sum) <= bound(k, size));
+        }
+    }
+    for (const Range rows : {Range{5, 6}, Range{0, 8}, Range{3, 12}, Range{100, 116}, Range{7, 39}, Range{1, 66}, Range{0, 0}}) {
+      const auto some = run(rows);
+      for (size_t p = 0; p < matrices.size(); ++p) {
+        const int64_t n = matrices[p].form.n, ldy = n + 3;
+        for (int64_t r = 0; r < kMostRows; ++r) {
+          const bool in = r >= rows.begin && r < rows.end;
+          for (int64_t i = 0; i < ldy; ++i) {
+            const float v = some[p][static_cast<size_t>(r * ldy + i)];
+            if (in && i < n) REQUIRE(v == all[p][static_cast<size_t>(r * ldy + i)]);
+            else REQUIRE(std::isnan(v));  // untouched
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("the O projection's sums are the integers of each group's contributions") {
+  Random random(2);
+  constexpr int64_t kHidden = 72, kRows = 70;
+  for (const int64_t k : {16, 40, 64}) {
+    constexpr int kGroups = 3;
+    std::vector<Matrix> groups;
+    std::vector<Array<bf16>> weights;
+    for (int g = 0; g < kGroups; ++g) groups.emplace_back(random, kHidden, k, 0.5f), weights.emplace_back(groups.back().packed);
+    std::vector<bf16> x = random.bf16s(static_cast<size_t>(kRows * k * kGroups));
+    x[static_cast<size_t>(9 * k * kGroups)] = to_bf16(3e37f);           // too large a contribution
+    x[static_cast<size_t>(20 * k * kGroups + 1)] = 0x7fc0;              // NaN
+    const Array<bf16> there(x);
+    Lanes lanes({kRows, kHidden, 16, 1, 1, 1});
+    std::vector<ExactLinearPart> parts;
+    for (int g = 0; g < kGroups; ++g) parts.push_back({weights[static_cast<size_t>(g)].get(), g * k});
+    const auto run = [&](Range rows, std::vector<uint8_t>& flags) {
+      const Array<int64_t> sum(static_cast<size_t>(kRows * kHidden));
+      const Array<uint8_t> flags_there(std::vector<uint8_t>(kRows, 0));
+      test_device().ops().exact_linear({rows, there.get(), k * kGroups, kHidden, k, kGroups, parts.data(), {sum.get(), flags_there.get(), 0x1p28f, 0x1p60f, false}},
+                                       lanes.device);
+      flags = flags_there.values();
+      return sum.values();
+    };
+    std::vector<uint8_t> flags, some_flags;
+    const std::vector<int64_t> all = run({0, kRows}, flags);
+    for (int64_t r = 0; r < kRows; ++r) {
+      CHECK(flags[static_cast<size_t>(r)] == (r == 9 || r == 20));
+      if (flags[static_cast<size_t>(r)] != 0) continue;
+      for (int64_t h = 0; h < kHidden; ++h) {
+        double sum = 0, size = 0;
+        for (int g = 0; g < kGroups; ++g)
+          for (int64_t i = 0; i < k; ++i) {
+            const double term = static_cast<double>(groups[static_cast<size_t>(g)].at(h, i)) * to_float(x[static_cast<size_t>((r * kGroups + g) * k + i)]);
+            sum += term, size += std::fabs(term);
+          }
+        REQUIRE(std::fabs(static_cast<double>(all[static_cast<size_t>(r * kHidden + h)]) * 0x1p-28 - sum) <= bound(k, size) + kGroups * 0x1p-28);
+      }
+    }
+    for (const Range rows : {Range{4, 5}, Range{8, 21}, Range{30, 62}}) {
+      const std::vector<int64_t> some = run(rows, some_flags);
+      for (int64_t r = rows.begin; r < rows.end; ++r) {
+        CHECK(some_flags[static_cast<size_t>(r)] == flags[static_cast<size_t>(r)]);
+        for (int64_t h = 0; h < kHidden && flags[static_cast<size_t>(r)] == 0; ++h)
+          REQUIRE(some[static_cast<size_t>(r * kHidden + h)] == all[static_cast<size_t>(r * kHidden + h)]);
+      }
+    }
+  }
+}
+
+TEST_CASE("experts: against the plain sum, one hot expert, empty ones, and a row's bits do not depend on the others") {
+  Random random(3);
+  struct Shape {
+    int64_t hidden, neurons;
+    int cuts, experts, rows;
+  };
+  for (const Shape& s : {Shape{64, 16, 2, 4, 20}, Shape{72, 24, 1, 5, 75}, Shape{100, 64, 2, 3, 150}}) {
+    const MlpCut cut{s.neurons, s.hidden};
+    std::vector<Matrix> gate, up, down;
+    std::vector<Array<bf16>> slices;
+    std::vector<const bf16*> pointers;
+    for (int i = 0; i < s.experts * s.cuts; ++i) {
+      gate.emplace_back(random, s.neurons, s.hidden, 0.2f);
+      up.emplace_back(random, s.neurons, s.hidden, 0.2f);
+      down.emplace_back(random, s.hidden, s.neurons, 0.2f);
+      std::vector<bf16> packed(static_cast<size_t>(cut.bytes() / 2), 0);
+      for (int64_t n = 0; n < s.neurons; ++n)
+        for (int64_t k = 0; k < s.hidden; ++k) {
+          packed[static_cast<size_t>(cut.gate_index(n, k))] = to_bf16(gate.back().at(n, k));
+          packed[static_cast<size_t>(cut.up_index(n, k))] = to_bf16(up.back().at(n, k));
+          packed[static_cast<size_t>(cut.gate_up_elements() + cut.down().index(k, n))] = to_bf16(down.back().at(k, n));
+        }
+      slices.emplace_back(packed);
+      pointers.push_back(slices.back().get());
+    }
+    const Array<const bf16*> cuts(pointers);
+    const std::vector<bf16> x = random.bf16s(static_cast<size_t>(s.rows * s.hidden));
+    const Array<bf16> x_there(x);
+    // Every row chooses expert 0; some choose others too; the last expert has none.
+    std::vector<std::vector<std::pair<int, float>>> chosen(static_cast<size_t>(s.experts));
+    for (int r = 0; r < s.rows; ++r) {
+      chosen[0].emplace_back(r, 0.6f);
+      if (s.experts > 2) chosen[static_cast<size_t>(1 + r % (s.experts - 2))].emplace_back(r, 0.4f);
+    }
+    Lanes lanes({s.rows, s.hidden, 16, 1, s.experts, 2});
+    const auto run = [&](Range rows) {
+      std::vector<int32_t> begins{0}, pair_rows;
+      std::vector<float> pair_weights;
+      for (const auto& of_expert : chosen) {
+        for (const auto& [row, weight] : of_expert)
+          if (row >= rows.begin && row < rows.end) pair_rows.push_back(row), pair_weights.push_back(weight);
+        begins.push_back(static_cast<int32_t>(pair_rows.size()));
+      }
+      const Array<int32_t> begins_there(begins), rows_there(pair_rows);
+      const Array<float> weights_there(pair_weights);
+      const Array<bf16> act(pair_rows.size() * static_cast<size_t>(s.cuts * cut.padded()));
+      const Array<int64_t> sum(static_cast<size_t>(s.rows * s.hidden));
+      const Array<uint8_t> flags(std::vector<uint8_t>(static_cast<size_t>(s.rows), 0));
+      ExpertsArgs args;
+      args.hidden = s.hidden;
+      args.neurons_per_cut = s.neurons;
+      args.num_cuts = s.cuts;
+      args.num_experts = s.experts;
+      args.begins = begins_there.get();
+      args.cuts = cuts.get();
+      args.max_pairs = rows.size() * 2;
+      args.pair_rows = rows_there.get();
+      args.pair_weights = weights_there.get();
+      args.x = x_there.get();
+      args.act = act.get();
+      args.rows = rows;
+      args.out = {sum.get(), flags.get(), 0x1p28f, 0x1p58f, false};
+      test_device().ops().experts_gate_up(args, lanes.device);
+      test_device().ops().experts_down(args, lanes.device);
+      for (uint8_t f : flags.values()) REQUIRE(f == 0);
+      return sum.values();
+    };
+    const std::vector<int64_t> all = run({0, s.rows});
+    for (int r = 0; r < s.rows; r += 3) {
+      std::vector<double> exact(static_cast<size_t>(s.hidden), 0), size(exact);
+      for (int e = 0; e < s.experts; ++e)
+        for (const auto& [row, weight] : chosen[static_cast<size_t>(e)]) {
+          if (row != r) continue;
+          for (int c = 0; c < s.cuts; ++c) {
+            const auto i = static_cast<size_t>(e * s.cuts + c);
+            for (int64_t n = 0; n < s.neurons; ++n) {
+              double g = 0, u = 0;
+              for (int64_t k = 0; k < s.hidden; ++k) {
+                const double v = to_float(x[static_cast<size_t>(r * s.hidden + k)]);
+                g += gate[i].at(n, k) * v, u += up[i].at(n, k) * v;
+              }
+              const double act = g / (1 + std::exp(-g)) * u;
+              for (int64_t h = 0; h < s.hidden; ++h) {
+                const double term = weight * act * down[i].at(h, n);
+                exact[static_cast<size_t>(h)] += term, size[static_cast<size_t>(h)] += std::fabs(term);
+              }
+            }
+          }
+        }
+      // The activations are rounded to bf16: 2^−9 of each term, twice that with what gate and up lose before.
+      for (int64_t h = 0; h < s.hidden; ++h)
+        REQUIRE(std::fabs(static_cast<double>(all[static_cast<size_t>(r * s.hidden + h)]) * 0x1p-28 - exact[static_cast<size_t>(h)]) <=
+                0x1p-8 * size[static_cast<size_t>(h)] + 0x1p-20);
+    }
+    for (const Range rows : {Range{5, 6}, Range{0, 8}, Range{2, 19}, Range{3, std::min(s.rows, 40)}}) {
+      const std::vector<int64_t> some = run(rows);
+      for (int64_t r = rows.begin; r < rows.end; ++r)
+        for (int64_t h = 0; h < s.hidden; ++h) REQUIRE(some[static_cast<size_t>(r * s.hidden + h)] == all[static_cast<size_t>(r * s.hidden + h)]);
+    }
+  }
+}
+
+}  // namespace moebius
