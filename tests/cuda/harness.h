@@ -12,8 +12,6 @@
 
 namespace moebius {
 
-// Whether there is a device; the reason when not.
-bool has_device(std::string* why = nullptr);
 // Opened once, with four ranks that share devices by turns.
 Device& test_device();
 
