@@ -71,6 +71,7 @@ inline EngineConfig small_config(int ranks, int threads, Layout layout) {
   EngineConfig c;
   c.ranks = ranks;
   c.threads = threads;
+  if (const char* device = std::getenv("MOEBIUS_TEST_DEVICE"); device != nullptr) c.device = device, c.threads = 1;  // the same tests elsewhere
   c.layout = layout;
   c.slices_per_expert = 8;
   c.kv_tokens = 4096;

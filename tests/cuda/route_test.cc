@@ -1,0 +1,111 @@
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "lib/tensor/packed.h"
+#include "tests/cuda/harness.h"
+
+namespace moebius {
+
+TEST_CASE("route: the CPU's choices where they are clear, its weights, ties to the lower index, NaN last") {
+  Random random(9);
+  struct Shape {
+    int experts, top_k, hidden, rows;
+  };
+  for (const Shape& s : {Shape{4, 2, 16, 1}, Shape{16, 4, 100, 70}, Shape{60, 6, 64, 5}, Shape{128, 8, 64, 33}, Shape{200, 8, 30, 9}, Shape{512, 10, 16, 3}}) {
+    const PackedMatrix m{s.experts, s.hidden};
+    std::vector<bf16> w(static_cast<size_t>(m.elements()), 0);
+    for (int e = 0; e < s.experts; ++e)
+      for (int k = 0; k < s.hidden; ++k) w[static_cast<size_t>(m.index(e, k))] = to_bf16(random.normal());
+    for (int k = 0; k < s.hidden; ++k) w[static_cast<size_t>(m.index(3, k))] = w[static_cast<size_t>(m.index(1, k))];  // experts 1 and 3 tie
+    std::vector<float> x = random.floats(static_cast<size_t>(s.rows * s.hidden));
+    if (s.rows > 4) x[static_cast<size_t>(4 * s.hidden)] = NAN;
+    const Array<float> x_there(x);
+    const Array<bf16> w_there(w);
+    Lanes lanes({s.rows, s.hidden, 16, 1, s.experts, s.top_k});
+    const auto pairs = static_cast<size_t>(s.rows * s.top_k);
+    for (const bool renormalise : {false, true}) {
+      std::vector<int32_t> ids(pairs);
+      std::vector<float> weights(pairs);
+      reference().route({{0, s.rows}, x.data(), w.data(), s.hidden, s.experts, s.top_k, renormalise, ids.data(), weights.data()}, lanes.host);
+      const auto on_device = [&](Range rows, std::vector<int32_t>& out_ids, std::vector<float>& out_weights) {
+        const Array<int32_t> ids_there(pairs);
+        const Array<float> weights_there(pairs);
+        test_device().ops().route({rows, x_there.get(), w_there.get(), s.hidden, s.experts, s.top_k, renormalise, ids_there.get(), weights_there.get()},
+                                  lanes.device);
+        out_ids = ids_there.values(), out_weights = weights_there.values();
+      };
+      std::vector<int32_t> all_ids, one_ids;
+      std::vector<float> all_weights, one_weights;
+      on_device({0, s.rows}, all_ids, all_weights);
+      for (size_t i = 0; i < pairs; ++i) {
+        INFO("pair " << i);
+        if (std::isnan(weights[i])) {
+          REQUIRE(std::isnan(all_weights[i]));
+          REQUIRE(all_ids[i] == ids[i]);
+          continue;
+        }
+        // Logits differ by some 2^−24 · hidden of sizes near √hidden; ids may change places only where weights are as near as that.
+        const double close = 1e-4;
+        REQUIRE(std::fabs(all_weights[i] - weights[i]) <= close * (1e-3 + weights[i]));
+        if (all_ids[i] != ids[i]) {
+          const bool next_is_near = (i + 1) % static_cast<size_t>(s.top_k) == 0 || std::fabs(weights[i + 1] - weights[i]) <= close * weights[i];
+          const bool last_is_near = i % static_cast<size_t>(s.top_k) != 0 && std::fabs(weights[i - 1] - weights[i]) <= close * weights[i];
+          REQUIRE((next_is_near || last_is_near));
+        }
+      }
+      for (int r = 0; r < s.rows; ++r) {
+        std::set<int32_t> chosen(all_ids.begin() + r * s.top_k, all_ids.begin() + (r + 1) * s.top_k);
+        REQUIRE(chosen.size() == static_cast<size_t>(s.top_k));
+        for (int i = 1; i < s.top_k; ++i)  // of the tie, 1 stands before 3
+          REQUIRE_FALSE((all_ids[static_cast<size_t>(r * s.top_k + i)] == 1 && all_ids[static_cast<size_t>(r * s.top_k + i - 1)] == 3));
+      }
+      for (int r = 0; r < s.rows; r += 5) {
+        on_device({r, r + 1}, one_ids, one_weights);
+        for (int i = r * s.top_k; i < (r + 1) * s.top_k; ++i) {
+          REQUIRE(one_ids[static_cast<size_t>(i)] == all_ids[static_cast<size_t>(i)]);
+          REQUIRE(std::memcmp(&one_weights[static_cast<size_t>(i)], &all_weights[static_cast<size_t>(i)], sizeof(float)) == 0);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of other ranks left out, dense") {
+  Random random(10);
+  struct Shape {
+    int experts, local, top_k, rows;
+  };
+  for (const Shape& s : {Shape{8, 8, 2, 1}, Shape{8, 3, 2, 0}, Shape{64, 64, 8, 100}, Shape{128, 16, 8, 40}, Shape{40, 40, 4, 1200}, Shape{128, 33, 8, 700}, Shape{1024, 1024, 4, 9}}) {
+    std::vector<int32_t> local_of_expert(static_cast<size_t>(s.experts), -1);
+    for (int e = 0, next = 0; e < s.experts; ++e)
+      if (s.local == s.experts || (e % 3 == 1 && next < s.local)) local_of_expert[static_cast<size_t>(e)] = next++;
+    const auto pairs = static_cast<size_t>(s.rows * s.top_k);
+    std::vector<int32_t> ids;
+    for (size_t i = 0; i < pairs; ++i) ids.push_back(i % 5 == 0 ? 1 : random.below(s.experts));
+    const std::vector<float> weights = random.floats(pairs);
+    const Array<int32_t> ids_there(ids), local_there(local_of_expert);
+    const Array<float> weights_there(weights);
+    Lanes lanes({std::max(1, s.rows), 16, 16, 1, s.experts, s.top_k});
+    for (const bool dense : {false, true}) {
+      const Range rows{s.rows / 7, s.rows};
+      std::vector<int32_t> begins(static_cast<size_t>(s.local + 1), -1), pair_rows(pairs + 1, -1), reached(1, 5);
+      std::vector<float> pair_weights(pairs + 1);
+      const Array<int32_t> begins_there(begins), pair_rows_there(pair_rows), reached_there(reached);
+      const Array<float> pair_weights_there(pair_weights);
+      const int experts = dense ? 1 : s.local;
+      reference().group_experts({rows, s.top_k, ids.data(), weights.data(), experts, dense ? nullptr : local_of_expert.data(), begins.data(), pair_rows.data(),
+                                 pair_weights.data(), reached.data()},
+                                lanes.host);
+      test_device().ops().group_experts({rows, s.top_k, ids_there.get(), weights_there.get(), experts, dense ? nullptr : local_there.get(), begins_there.get(),
+                                         pair_rows_there.get(), pair_weights_there.get(), reached_there.get()},
+                                        lanes.device);
+      CHECK(begins_there.values() == begins);
+      CHECK(pair_rows_there.values() == pair_rows);
+      CHECK(same_bytes(pair_weights_there.values(), pair_weights));
+      CHECK(reached_there.values() == reached);
+    }
+  }
+}
+
+}  // namespace moebius

@@ -1,0 +1,155 @@
+#include <cmath>
+
+#include "lib/tensor/packed.h"
+#include "tests/cuda/harness.h"
+
+namespace moebius {
+
+TEST_CASE("embed, pick_rows and clear move what the CPU's do") {
+  Random random(6);
+  for (const int64_t hidden : {2, 64, 100}) {
+    constexpr int kVocab = 50, kRows = 21;
+    std::vector<int32_t> tokens;
+    for (int r = 0; r < kRows; ++r) tokens.push_back(random.below(kVocab));
+    const std::vector<bf16> table = random.bf16s(static_cast<size_t>(kVocab * hidden));
+    const std::vector<bf16> packed = random.bf16s(static_cast<size_t>(PackedMatrix{kVocab, hidden}.elements()));
+    const Array<int32_t> tokens_there(tokens);
+    const Array<bf16> table_there(table), packed_there(packed);
+    Lanes lanes({kRows, hidden, 16, 1, 1, 1});
+    for (const bool tied : {false, true}) {
+      std::vector<float> mine(static_cast<size_t>(kRows * hidden), NAN);
+      const Array<float> there(mine);
+      const Range rows{3, 20};
+      reference().embed({rows, tokens.data(), hidden, tied ? nullptr : table.data(), packed.data(), mine.data()}, lanes.host);
+      test_device().ops().embed({rows, tokens_there.get(), hidden, tied ? nullptr : table_there.get(), packed_there.get(), there.get()}, lanes.device);
+      CHECK(same_bytes(there.values(), mine));
+    }
+    const std::vector<int32_t> picked = {5, 0, 20, 5};
+    const Array<int32_t> picked_there(picked);
+    const Array<bf16> out(picked.size() * static_cast<size_t>(hidden));
+    std::vector<bf16> mine(out.size());
+    reference().pick_rows({4, picked.data(), hidden, table.data(), mine.data()}, lanes.host);
+    test_device().ops().pick_rows({4, picked_there.get(), hidden, table_there.get(), out.get()}, lanes.device);
+    CHECK(same_bytes(out.values(), mine));
+    test_device().ops().clear(out.get(), 3 * sizeof(bf16), lanes.device);
+    mine[0] = mine[1] = mine[2] = 0;
+    CHECK(same_bytes(out.values(), mine));
+  }
+}
+
+TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few roundings, and rows do not depend on one another") {
+  Random random(7);
+  for (const int64_t hidden : {8, 100, 256, 700}) {
+    constexpr int kRows = 9;
+    for (const int num : {0, 1, 3}) {
+      const std::vector<float> h = random.floats(static_cast<size_t>(kRows * hidden)), weight = random.floats(static_cast<size_t>(hidden));
+      std::vector<std::vector<int64_t>> sums;
+      std::vector<std::vector<uint8_t>> flags;
+      std::vector<Array<int64_t>> sums_there;
+      std::vector<Array<uint8_t>> flags_there;
+      std::vector<const int64_t*> sum_pointers, sum_pointers_there;
+      std::vector<const uint8_t*> flag_pointers, flag_pointers_there;
+      for (int p = 0; p < num; ++p) {
+        sums.emplace_back(static_cast<size_t>(kRows * hidden));
+        for (int64_t& v : sums.back()) v = static_cast<int64_t>(random.normal() * 0x1p27f) + (p == 0 ? int64_t{1} << 62 : p == 1 ? -(int64_t{1} << 62) : 0);
+        flags.emplace_back(static_cast<size_t>(kRows), 0);
+        flags.back()[static_cast<size_t>(p)] = 1;
+        sums_there.emplace_back(sums.back());
+        flags_there.emplace_back(flags.back());
+      }
+      for (int p = 0; p < num; ++p) {
+        sum_pointers.push_back(sums[static_cast<size_t>(p)].data()), sum_pointers_there.push_back(sums_there[static_cast<size_t>(p)].get());
+        flag_pointers.push_back(flags[static_cast<size_t>(p)].data()), flag_pointers_there.push_back(flags_there[static_cast<size_t>(p)].get());
+      }
+      const Array<float> weight_there(weight);
+      Lanes lanes({kRows, hidden, 16, 1, 1, 1});
+      struct Out {
+        std::vector<float> h, x_float;
+        std::vector<bf16> x;
+      };
+      const auto on_device = [&](Range rows, bool with_weight) {
+        const Array<float> h_there(h), x_float(h.size());
+        const Array<bf16> x(h.size());
+        test_device().ops().add_norm({rows, hidden, h_there.get(), num, sum_pointers_there.data(), flag_pointers_there.data(), 0x1p-28f, false,
+                                      with_weight ? weight_there.get() : nullptr, 1e-6f, x.get(), x_float.get()},
+                                     lanes.device);
+        return Out{h_there.values(), x_float.values(), x.values()};
+      };
+      Out mine{h, std::vector<float>(h.size()), std::vector<bf16>(h.size())};
+      reference().add_norm({{0, kRows}, hidden, mine.h.data(), num, sum_pointers.data(), flag_pointers.data(), 0x1p-28f, false, weight.data(), 1e-6f,
+                            mine.x.data(), mine.x_float.data()},
+                           lanes.host);
+      const Out all = on_device({0, kRows}, true);
+      CHECK(same_bytes(on_device({0, kRows}, false).h, all.h));
+      for (size_t i = 0; i < h.size(); ++i) {
+        if (std::isnan(mine.h[i])) {
+          REQUIRE(std::isnan(all.h[i]));
+          REQUIRE(std::isnan(all.x_float[i]));
+          continue;
+        }
+        REQUIRE(all.h[i] == mine.h[i]);
+        // The sum of squares is of positive terms: its orders differ by hidden · 2^−24 at most, its root by half of that.
+        const double close = static_cast<double>(hidden) * 0x1p-24;
+        REQUIRE(std::fabs(all.x_float[i] - mine.x_float[i]) <= close * std::fabs(mine.x_float[i]));
+        REQUIRE(std::fabs(to_float(all.x[i]) - all.x_float[i]) <= 0x1p-8 * std::fabs(all.x_float[i]));
+      }
+      const Out one = on_device({4, 5}, true);
+      for (int64_t i = 4 * hidden; i < 5 * hidden; ++i) REQUIRE(one.x[static_cast<size_t>(i)] == all.x[static_cast<size_t>(i)]);
+    }
+  }
+}
+
+TEST_CASE("rope_store: q, and the KV as the CPU stores it, to a rounding") {
+  Random random(8);
+  for (const int dim : {2, 16, 64, 80, 256}) {
+    for (const bool norms : {false, true}) {
+      constexpr int kRows = 7, kHeads = 3, kKvHeads = 2, kPage = 16, kPages = 5;
+      const KvSlice slice{kPage, dim};
+      const std::vector<float> q = random.floats(kRows * kHeads * dim), k = random.floats(kRows * kKvHeads * dim), v = random.floats(kRows * kKvHeads * dim),
+                               q_norm = random.floats(dim), k_norm = random.floats(dim), rope = random.floats(static_cast<size_t>(kPages * kPage * dim));
+      const std::vector<int32_t> pages = {3, 0, 4, 1, 2};
+      const Array<int32_t> pages_there(pages);
+      std::vector<RowPlace> places, places_there;
+      for (int r = 0; r < kRows; ++r) {
+        const int32_t position = r * 11;
+        places.push_back({position, pages.data()});
+        places_there.push_back({position, pages_there.get()});
+      }
+      std::vector<bf16> kv(static_cast<size_t>(kPages * kKvHeads * slice.bytes() / 2), 0x7fff), q_out(q.size());
+      const Array<bf16> kv_there(kv), q_out_there(q.size());
+      const Array<float> q_there(q), k_there(k), v_there(v), q_norm_there(q_norm), k_norm_there(k_norm), rope_there(rope);
+      const Array<RowPlace> list(places_there);
+      Lanes lanes({kRows, 1, dim, kHeads, 1, 1});
+      const auto bytes = [](const bf16* p) { return reinterpret_cast<std::byte*>(const_cast<bf16*>(p)); };
+      reference().rope_store({{0, kRows}, places.data(), kHeads, q.data(), k.data(), v.data(), norms ? q_norm.data() : nullptr, norms ? k_norm.data() : nullptr,
+                              1e-6f, rope.data(), q_out.data(), 0.5f, {bytes(kv.data()), kKvHeads, kPage, dim}},
+                             lanes.host);
+      test_device().ops().rope_store({{0, kRows}, list.get(), kHeads, q_there.get(), k_there.get(), v_there.get(), norms ? q_norm_there.get() : nullptr,
+                                      norms ? k_norm_there.get() : nullptr, 1e-6f, rope_there.get(), q_out_there.get(), 0.5f,
+                                      {bytes(kv_there.get()), kKvHeads, kPage, dim}},
+                                     lanes.device);
+      // A rounding to bf16 may fall the other way where the two arithmetics differ in their last bits: one step of 2^−7 at most, plus
+      // what cancels in a·cos − b·sin (terms of up to some 20).
+      const auto near = [](bf16 a, bf16 b) { return a == b || std::fabs(to_float(a) - to_float(b)) <= 0x1p-7 * std::fabs(to_float(a)) + 1e-5; };
+      const std::vector<bf16> q_values = q_out_there.values(), kv_values = kv_there.values();
+      for (size_t i = 0; i < q_out.size(); ++i) REQUIRE(near(q_values[i], q_out[i]));
+      for (int page = 0; page < kPages; ++page)
+        for (int j = 0; j < kKvHeads; ++j)
+          for (int slot = 0; slot < kPage; ++slot)
+            for (int d = 0; d < dim; ++d) {
+              const size_t base = static_cast<size_t>((page * kKvHeads + j) * slice.bytes() / 2);
+              REQUIRE(near(kv_values[base + static_cast<size_t>(slice.k_index(slot, d))], kv[base + static_cast<size_t>(slice.k_index(slot, d))]));
+              REQUIRE(kv_values[base + static_cast<size_t>(slice.v_index(slot, d))] == kv[base + static_cast<size_t>(slice.v_index(slot, d))]);
+            }
+      // A row that fills a step up has no pages and stores nothing.
+      std::vector<RowPlace> none(1, RowPlace{0, nullptr});
+      const Array<RowPlace> none_there(none);
+      test_device().ops().rope_store({{0, 1}, none_there.get(), kHeads, q_there.get(), k_there.get(), v_there.get(), nullptr, nullptr, 1e-6f, rope_there.get(),
+                                      q_out_there.get(), 0.5f, {bytes(kv_there.get()), kKvHeads, kPage, dim}},
+                                     lanes.device);
+      CHECK(same_bytes(kv_there.values(), kv_values));
+    }
+  }
+}
+
+}  // namespace moebius
