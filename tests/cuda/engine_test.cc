@@ -1,0 +1,119 @@
+// The whole engine on the device. Longer runs of the same kind are the engine's own tests with MOEBIUS_TEST_DEVICE (label gpu).
+#include "tests/unit/engine/harness.h"
+
+#include <cstdlib>
+
+namespace moebius::test {
+namespace {
+
+EngineConfig device_config(int ranks, Layout layout) {
+  EngineConfig c = small_config(ranks, 1, layout);
+  c.device = MOEBIUS_TEST_DEVICE;
+  c.kv_tokens = 512 * ranks;
+  c.max_batch = 8;
+  c.max_context = 128;
+  return c;
+}
+
+Script short_script() {
+  Script s;
+  s.requests.push_back({greedy_request("a", prompt_of(1, 19), 4, true)});
+  s.requests.push_back({greedy_request("b", prompt_of(2, 1), 6, true), 1});
+  return s;
+}
+
+}  // namespace
+
+TEST_CASE("any number of ranks, either layout and every seam give the same bits") {
+  for (const std::string& model : {kQwen, kDense, kMixtral}) {
+    Script script = short_script();
+    const Outcome expected = run_script(model, device_config(1, Layout::kTp), script);
+    REQUIRE(expected.outputs.at("a").logits.size() == (19 + 4 - 1) * 512u);
+    for (int ranks : {2, 3, 4, 8})
+      for (Layout layout : {Layout::kTp, Layout::kEp}) {
+        INFO(model << " ranks " << ranks << " " << name_of(layout));
+        CHECK(difference(expected, run_script(model, device_config(ranks, layout), script)) == "");
+      }
+    for (int seam = 1; seam < (model == kDense ? 6 : 4); ++seam) {
+      script.switches = {{0, seam}};
+      INFO(model << " seam " << seam);
+      CHECK(difference(expected, run_script(model, device_config(2, seam % 2 == 0 ? Layout::kTp : Layout::kEp), script)) == "");
+    }
+  }
+}
+
+TEST_CASE("chunks of a prompt, and pages of another size, give the same bits") {
+  const Script script = short_script();
+  const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
+  for (int chunk : {1, 7}) {
+    EngineConfig config = device_config(2, chunk == 1 ? Layout::kTp : Layout::kEp);
+    config.chunk_tokens = chunk;
+    config.page_tokens = 16 * chunk;
+    INFO("chunk " << chunk);
+    CHECK(difference(expected, run_script(kQwen, config, script)) == "");
+  }
+}
+
+TEST_CASE("switches at once and a little in every step, there and back, change no bit") {
+  Script script = short_script();
+  const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
+  for (int ranks : {2, 4})
+    for (double budget : {0.0, 1e-6}) {
+      EngineConfig config = device_config(ranks, Layout::kEp);
+      config.stall_budget_ms = budget;
+      script.switches = {{1, -1}, {3, 0}, {4, 2}};
+      INFO("ranks " << ranks << " budget " << budget);
+      Engine engine(kQwen, config);
+      engine.impl().switcher().set_piece_bytes(4096);
+      const Outcome got = Runner(engine).run(script);
+      CHECK(got.count(EventType::kSwitchFinished) + got.count(EventType::kSwitchStarted) > 0);
+      CHECK(difference(expected, got) == "");
+    }
+}
+
+TEST_CASE("a fault at any item of any rank is rolled back, and no bit changes") {
+  Script script = short_script();
+  const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
+  for (Layout start : {Layout::kTp, Layout::kEp})
+    for (int item = 0; item < 4; ++item) {
+      Engine engine(kQwen, device_config(2, start));
+      std::atomic<bool> armed{true};
+      engine.impl().switcher().hook = [&](const CopyPoint& p) {
+        if (p.item == item && p.rank == item % 2 && p.when == CopyPoint::kBetween && armed.exchange(false)) throw Error(Code::kIo, "injected");
+      };
+      script.switches = {{2, start == Layout::kTp ? 0 : -1}};
+      INFO("from " << name_of(start) << " item " << item);
+      check_rolled_back(engine, script, expected, start == Layout::kTp ? 4 : 0);
+    }
+}
+
+TEST_CASE("what a device cannot do is refused before anything is loaded") {
+  const auto refusal = [](const EngineConfig& config) {
+    try {
+      Engine engine(kQwen, config);
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string("accepted");
+  };
+  using Catch::Matchers::Contains;
+  EngineConfig config = device_config(2, Layout::kTp);
+  config.threads = 2;
+  CHECK_THAT(refusal(config), Contains("threads is 2"));
+  config.threads = 0;
+  config.plain_sums = true;
+  CHECK_THAT(refusal(config), Contains("plain_sums"));
+  config.plain_sums = false;
+  config.device_ids = {0};
+  CHECK_THAT(refusal(config), Contains("device_ids has 1 entries, there are 2 ranks"));
+  config.device_ids = {0, 99};
+  CHECK_THAT(refusal(config), Contains("device 99 of rank 1"));
+  config.device_ids = {0, 0};
+  CHECK(refusal(config) == "accepted");
+  config.memory_bytes = int64_t{1} << 60;
+  CHECK_THAT(refusal(config), Contains("memory_bytes"));
+  config.device = "no-such";
+  CHECK_THAT(refusal(config), Contains("libmoebius-no-such.so was not found"));
+}
+
+}  // namespace moebius::test
