@@ -78,43 +78,37 @@ void make_threads(size_t n) {
   }
 }
 
-// Lets go the lanes that wait in one warp for the same mask, once all of the mask's do. True: it let some go.
-bool release_lanes(size_t first, size_t last) {
-  for (size_t i = first; i < last; ++i) {
-    const Thread& one = *threads[i];
-    if (one.state != State::kAtWarp) continue;
-    if ((one.mask >> (i - first) & 1) == 0) report("a lane calls a warp function with a mask that leaves it out");
-    bool all = true;
-    for (int lane = 0; lane < kWarp; ++lane) {
-      if ((one.mask >> lane & 1) == 0) continue;
-      const size_t at = first + static_cast<size_t>(lane);
-      if (at >= last || threads[at]->state == State::kDone) report("a lane of a warp function's mask has ended or does not exist");
-      all = all && threads[at]->state == State::kAtWarp && threads[at]->mask == one.mask;
-    }
-    if (!all) continue;
-    if (free_exchanges.empty()) {
-      exchanges.push_back(std::make_unique<Exchange>());
-      free_exchanges.push_back(exchanges.back().get());
-    }
-    Exchange* result = free_exchanges.back();
-    free_exchanges.pop_back();
-    result->readers = 0;
-    const unsigned mask = one.mask;
-    for (int lane = 0; lane < kWarp; ++lane) {
-      if ((mask >> lane & 1) == 0) continue;
-      Thread& t = *threads[first + static_cast<size_t>(lane)];
-      std::memcpy(result->values + lane * 64, t.mine, 64);
-      t.result = result;
-      t.state = State::kReady;
-      ++result->readers;
-    }
-    return true;
+// Lets go the lanes of thread `arrived`'s mask once all of them wait for the same: they are ready again.
+void release_lanes(size_t arrived, size_t n, std::vector<size_t>& ready) {
+  const size_t first = arrived / kWarp * kWarp, last = std::min(n, first + kWarp);
+  const unsigned mask = threads[arrived]->mask;
+  if ((mask >> (arrived - first) & 1) == 0) report("a lane calls a warp function with a mask that leaves it out");
+  for (size_t i = first; i < first + kWarp; ++i) {
+    if ((mask >> (i - first) & 1) == 0) continue;
+    if (i >= last || threads[i]->state == State::kDone) report("a lane of a warp function's mask has ended or does not exist");
+    if (threads[i]->state != State::kAtWarp || threads[i]->mask != mask) return;
   }
-  return false;
+  if (free_exchanges.empty()) {
+    exchanges.push_back(std::make_unique<Exchange>());
+    free_exchanges.push_back(exchanges.back().get());
+  }
+  Exchange* result = free_exchanges.back();
+  free_exchanges.pop_back();
+  result->readers = 0;
+  for (size_t i = first; i < last; ++i) {
+    if ((mask >> (i - first) & 1) == 0) continue;
+    Thread& t = *threads[i];
+    std::memcpy(result->values + (i - first) * 64, t.mine, 64);
+    t.result = result;
+    t.state = State::kReady;
+    ++result->readers;
+    ready.push_back(i);
+  }
 }
 
 void run_block(size_t n) {
-  std::vector<size_t> ready(n);
+  static std::vector<size_t> ready;
+  ready.resize(n);
   for (size_t i = 0; i < n; ++i) ready[i] = i, threads[i]->state = State::kReady;
   for (;;) {
     while (!ready.empty()) {
@@ -124,12 +118,7 @@ void run_block(size_t n) {
       ready.pop_back();
       current = threads[i].get();
       current->fiber = std::move(current->fiber).resume();
-      if (current->state == State::kAtWarp) {
-        const size_t first = i / kWarp * kWarp, last = std::min(n, first + kWarp);
-        if (release_lanes(first, last))
-          for (size_t j = first; j < last; ++j)
-            if (threads[j]->state == State::kReady && std::find(ready.begin(), ready.end(), j) == ready.end()) ready.push_back(j);
-      }
+      if (current->state == State::kAtWarp) release_lanes(i, n, ready);
     }
     size_t done = 0, at_block = 0;
     for (size_t i = 0; i < n; ++i) done += threads[i]->state == State::kDone, at_block += threads[i]->state == State::kAtBlock;

@@ -67,11 +67,14 @@ struct Outcome {
   }
 };
 
+// The device that the tests run on, by MOEBIUS_TEST_DEVICE; null: the CPU.
+inline const char* test_device() { return std::getenv("MOEBIUS_TEST_DEVICE"); }
+
 inline EngineConfig small_config(int ranks, int threads, Layout layout) {
   EngineConfig c;
   c.ranks = ranks;
   c.threads = threads;
-  if (const char* device = std::getenv("MOEBIUS_TEST_DEVICE"); device != nullptr) c.device = device, c.threads = 1;  // the same tests elsewhere
+  if (test_device() != nullptr) c.device = test_device(), c.threads = 1;
   c.layout = layout;
   c.slices_per_expert = 8;
   c.kv_tokens = 4096;

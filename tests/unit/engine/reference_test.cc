@@ -121,21 +121,30 @@ Comparison compare(const std::string& model, const EngineConfig& config) {
   return c;
 }
 
+// Those of the CPU, or the device under test.
+std::vector<std::string> kernel_paths() {
+  if (test_device() != nullptr) return {test_device()};
+  std::vector<std::string> out;
+  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
+    if (isa_available(isa)) out.emplace_back(isa_name(isa));
+  return out;
+}
+
 }  // namespace
 
 TEST_CASE("logits are as close to float32 as Hugging Face's own bf16, and greedy tokens are equal") {
   const std::string shakespeare = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
   for (const std::string& model : {kQwen, kDense, kMixtral, shakespeare})
-    for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable}) {
-      if (!isa_available(isa)) continue;
+    for (const std::string& path : kernel_paths()) {
       EngineConfig config;
-      config.isa = isa_name(isa);
+      if (test_device() != nullptr) config.device = path;
+      else config.isa = path;
       config.threads = 1;
       config.kv_tokens = 4096;
       const Comparison c = compare(model, config);
-      INFO(model << " " << isa_name(isa) << ": rms " << c.ours << " against " << c.theirs << ", arg-max " << c.wide_agree << " of "
+      INFO(model << " " << path << ": rms " << c.ours << " against " << c.theirs << ", arg-max " << c.wide_agree << " of "
                  << c.wide << ", greedy " << c.greedy_equal << " of " << c.greedy_wide);
-      WARN(model.substr(model.rfind('/') + 1) << " " << isa_name(isa) << ": rms " << c.ours << " against " << c.theirs << " ("
+      WARN(model.substr(model.rfind('/') + 1) << " " << path << ": rms " << c.ours << " against " << c.theirs << " ("
                                               << c.ours / c.theirs << "), " << c.calm << " without " << c.tied << " near ties, arg-max " << c.wide_agree << " of " << c.wide << ", greedy "
                                               << c.greedy_equal << " of " << c.greedy_wide);
       CHECK(c.calm <= 1.0 * c.theirs);
