@@ -1,7 +1,8 @@
 // A warp works on 16 query rows of one KV head: rows of one chunk times the query heads that share the head. It walks splits of
 // kAttentionSplit tokens at absolute positions. Each split has its own (maximum, sum, output); they are merged in order. So a row's bits
 // depend on its position alone, whether one warp walks all splits (prompts, large batches) or each split has a warp of its own and a
-// second kernel merges (few rows, long contexts).
+// second kernel merges (few rows, long contexts). Which of the two is decided on the device, where the chunks' lengths are known: a
+// captured step serves any lengths.
 //
 // Floors. Decode: K and V of each KV head once, 4 · tokens · head_dim bytes. Prompts: 4 · rows · tokens / 2 · heads · head_dim operations.
 //
@@ -28,7 +29,13 @@ constexpr int kRows = 16;         // query rows of a warp
 constexpr int kStep = 64;         // tokens between two looks at the maximum
 constexpr int kGroupTokens = 32;  // two tiles of keys
 constexpr int kMaxKvHeads = 256;
-constexpr int64_t kMaxPartials = 4096;  // splits that may wait to be merged: some 4 for each warp that a device runs
+// Splits that may wait to be merged: some 4 for each warp that a device runs. (Few where kernels are emulated: tests want both ways.)
+#ifdef MOEBIUS_EMULATED
+constexpr int kMaxPartials = 64;
+#else
+constexpr int kMaxPartials = 4096;
+#endif
+constexpr int kMaxChunks = 4096;    // of one launch
 
 struct Heads {
   int first[kMaxKvHeads], count[kMaxKvHeads];  // of each local KV head, its local query heads
@@ -89,10 +96,9 @@ __device__ __forceinline__ void merge(float* words, State<kGroups>& part, const 
 
 // What a warp works on.
 struct Unit {
-  bool exists = false;
   int kv_head = 0, heads = 0;         // the query heads of a row: first … first + heads − 1
   int first_row = 0, first_head = 0;  // of the step; of the rank
-  int m0 = 0, num_m = 0;              // its query rows are m0 … of the chunk's rows × heads
+  int m0 = 0, num_m = 0;              // its query rows are m0 … of the chunk's rows × heads; none where a head has fewer than others
   int first_position = 0;
   const int32_t* pages = nullptr;
 
@@ -102,37 +108,66 @@ struct Unit {
   __device__ int end() const { return position_of(num_m - 1) + 1; }                 // tokens that any of its rows sees
 };
 
-// The number-th unit of a KV head: chunks in order, 16 of their rows × heads a unit. By the whole warp.
-__device__ Unit warp_find_unit(const AttentionArgs& args, const Heads& heads, int kv_head, int number) {
-  Unit u;
-  u.kv_head = kv_head;
-  u.heads = heads.count[kv_head];
-  u.first_head = heads.first[kv_head];
+// The work of a launch as items: for each chunk its units, for each of these the KV heads, and for each of these its splits where they
+// have warps of their own. begin[c] is the first item of chunk c. Every block makes it for itself from the chunks.
+struct Work {
+  int begin[kMaxChunks + 1];
+  bool spread;
+};
+
+__device__ __forceinline__ int units_of(const SequenceChunk& chunk, int heads) { return (chunk.num_rows * heads + kRows - 1) / kRows; }
+__device__ __forceinline__ int splits_of(int end) { return (end + kAttentionSplit - 1) / kAttentionSplit; }
+__device__ __forceinline__ int splits_of(const SequenceChunk& chunk) { return splits_of(chunk.first_position + chunk.num_rows); }
+
+__device__ void block_list_work(Work& work, const AttentionArgs& args, int most_heads) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  int before = 0;
-  for (int first = 0; first < args.num_chunks && u.heads > 0; first += 32) {
-    const int mine = first + lane < args.num_chunks ? (args.chunks[first + lane].num_rows * u.heads + kRows - 1) / kRows : 0;
-    int sum = mine;
+  if (threadIdx.x < 32) {
+    bool spread = true;
+    for (;;) {
+      int before = 0;
+      for (int first = 0; first < args.num_chunks; first += 32) {
+        int mine = 0;
+        if (first + lane < args.num_chunks) {
+          const SequenceChunk chunk = args.chunks[first + lane];
+          mine = units_of(chunk, most_heads) * args.kv.num_kv_heads * (spread ? splits_of(chunk) : 1);
+        }
+        int sum = mine;
 #pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
-      if (lane >= by) sum += other;
+        for (int by = 1; by < 32; by *= 2) {
+          const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
+          if (lane >= by) sum += other;
+        }
+        if (first + lane < args.num_chunks) work.begin[first + lane] = before + sum - mine;
+        before += __shfl_sync(kAllLanes, sum, 31);
+      }
+      if (lane == 0) work.begin[args.num_chunks] = before, work.spread = spread;
+      if (!spread || before <= kMaxPartials) break;
+      spread = false;
     }
-    const unsigned beyond = __ballot_sync(kAllLanes, before + sum > number);
-    if (beyond != 0) {
-      const int at = __ffs(static_cast<int>(beyond)) - 1;
-      const SequenceChunk chunk = args.chunks[first + at];
-      const int chunk_begin = before + __shfl_sync(kAllLanes, sum - mine, at);
-      u.exists = true;
-      u.first_row = chunk.row_begin;
-      u.m0 = (number - chunk_begin) * kRows;
-      u.num_m = min(chunk.num_rows * u.heads - u.m0, kRows);
-      u.first_position = chunk.first_position;
-      u.pages = chunk.pages;
-      return u;
-    }
-    before += __shfl_sync(kAllLanes, sum, 31);
   }
+  __syncthreads();
+}
+
+// An item: a unit and, where they are spread, one of its chunk's splits.
+__device__ Unit unit_at(const Work& work, const AttentionArgs& args, const Heads& heads, int item, int* split) {
+  int low = 0;
+  for (int high = args.num_chunks; high - low > 1;) {
+    const int middle = (low + high) / 2;
+    if (work.begin[middle] <= item) low = middle;
+    else high = middle;
+  }
+  const SequenceChunk chunk = args.chunks[low];
+  const int splits = work.spread ? splits_of(chunk) : 1, at = item - work.begin[low];
+  *split = at % splits;
+  Unit u;
+  u.kv_head = at / splits % args.kv.num_kv_heads;
+  u.heads = heads.count[u.kv_head];
+  u.first_head = heads.first[u.kv_head];
+  u.first_row = chunk.row_begin;
+  u.m0 = at / splits / args.kv.num_kv_heads * kRows;
+  u.num_m = min(chunk.num_rows * u.heads - u.m0, kRows);
+  u.first_position = chunk.first_position;
+  u.pages = chunk.pages;
   return u;
 }
 
@@ -303,101 +338,106 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
   }
 }
 
-__device__ __forceinline__ int splits_of(const Unit& u) { return (u.end() + kAttentionSplit - 1) / kAttentionSplit; }
-
-// blockIdx: x units, y KV heads, z a split (kSpread) or nothing. partials: [unit][KV head][split][word][lane].
-template <int kGroups, bool kSpread>
-__global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, float* partials) {
-  const int number = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32, kv_head = static_cast<int>(blockIdx.y);
-  const Unit u = warp_find_unit(args, heads, kv_head, number);
-  if (!u.exists) return;
-  const KvWalk kv(args.kv, kv_head, u.pages);
-  uint4 q[2 * kGroups][2];
-  load_queries<kGroups>(args, u, q);
-  const int g = WeightStream::lane_g(), lane = static_cast<int>(threadIdx.x) % 32;
-  const int position[2] = {u.position_of(g), u.position_of(g + 8)};
-  const int splits = splits_of(u), end = u.end();
-  State<kGroups> state;
-  if constexpr (kSpread) {
-    const int split = static_cast<int>(blockIdx.z);
-    if (split >= splits) return;
-    state.clear();
-    walk_split(kv, split * kAttentionSplit, min(end, (split + 1) * kAttentionSplit), position, args.softmax_scale, q, state);
-    float* out = partials + ((static_cast<int64_t>(number) * gridDim.y + kv_head) * gridDim.z + split) * State<kGroups>::kWords * 32;
-    state.for_words([&](int at, float& v, int) { out[at * 32 + lane] = v; });
-  } else {
-    float* total = dynamic_shared<float>() + threadIdx.x / 32 * (State<kGroups>::kWords * 32);
-    for (int split = 0; split < splits; ++split) {
+// partials: [item][word][lane], of items that are splits.
+template <int kGroups>
+__global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials) {
+  __shared__ Work work;
+  block_list_work(work, args, most_heads);
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = WeightStream::lane_g(), warp = static_cast<int>(threadIdx.x) / 32;
+  float* const total = dynamic_shared<float>() + warp * (State<kGroups>::kWords * 32);
+  for (int item = static_cast<int>(blockIdx.x) * kWarps + warp; item < work.begin[args.num_chunks]; item += static_cast<int>(gridDim.x) * kWarps) {
+    int own_split = 0;
+    const Unit u = unit_at(work, args, heads, item, &own_split);
+    if (u.num_m <= 0) continue;
+    const int end = u.end(), splits = splits_of(end);
+    const KvWalk kv(args.kv, u.kv_head, u.pages);
+    uint4 q[2 * kGroups][2];
+    load_queries<kGroups>(args, u, q);
+    const int position[2] = {u.position_of(g), u.position_of(g + 8)};
+    State<kGroups> state;
+    const bool alone = work.spread && splits > 1;  // one split, to be merged later
+    if (own_split >= splits) continue;              // of a later unit of the chunk
+    const int last = alone ? own_split + 1 : splits;
+    for (int split = own_split; split < last; ++split) {
       const int begin = split * kAttentionSplit;
       state.clear();
       walk_split(kv, begin, min(end, begin + kAttentionSplit), position, args.softmax_scale, q, state);
-      if (splits == 1) break;
-      if (split == 0) state.for_words([&](int at, float& v, int) { total[at * 32 + lane] = v; });
-      else merge(total, state, {position[0] >= begin, position[1] >= begin});
+      float* const words = alone ? partials + static_cast<int64_t>(item) * State<kGroups>::kWords * 32 : total;
+      if (split == own_split) state.for_words([&](int at, float& v, int) { words[at * 32 + lane] = v; });
+      else merge(words, state, {position[0] >= begin, position[1] >= begin});
     }
+    if (alone) continue;
     if (splits > 1) state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
     store_rows(args, u, state);
   }
 }
 
-// Merges the splits of each unit. num_splits: how many a unit has room for in `partials`.
+// Merges the splits of each unit that had warps of their own.
 template <int kGroups>
-__global__ void __launch_bounds__(kWarps * 32) merge_kernel(AttentionArgs args, const __grid_constant__ Heads heads, float* partials, int num_splits) {
-  const int number = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32, kv_head = static_cast<int>(blockIdx.y);
-  const Unit u = warp_find_unit(args, heads, kv_head, number);
-  if (!u.exists) return;
-  const int g = WeightStream::lane_g(), lane = static_cast<int>(threadIdx.x) % 32;
-  const int position[2] = {u.position_of(g), u.position_of(g + 8)};
-  float* const total = partials + (static_cast<int64_t>(number) * gridDim.y + kv_head) * num_splits * State<kGroups>::kWords * 32;
-  State<kGroups> state;
-  const int splits = splits_of(u);
-  for (int split = 1; split < splits; ++split) {
-    const float* part = total + static_cast<int64_t>(split) * State<kGroups>::kWords * 32;
-    state.for_words([&](int at, float& v, int) { v = part[at * 32 + lane]; });
-    const int begin = split * kAttentionSplit;
-    merge(total, state, {position[0] >= begin, position[1] >= begin});
+__global__ void __launch_bounds__(kWarps * 32) merge_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials) {
+  __shared__ Work work;
+  block_list_work(work, args, most_heads);
+  if (!work.spread) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = WeightStream::lane_g();
+  const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+  for (int item = warp; item < work.begin[args.num_chunks]; item += static_cast<int>(gridDim.x) * kWarps) {
+    int own_split = 0;
+    const Unit u = unit_at(work, args, heads, item, &own_split);
+    if (own_split > 0 || u.num_m <= 0) continue;
+    const int splits = splits_of(u.end());
+    if (splits == 1) continue;
+    const int position[2] = {u.position_of(g), u.position_of(g + 8)};
+    float* const total = partials + static_cast<int64_t>(item) * State<kGroups>::kWords * 32;
+    State<kGroups> state;
+    for (int split = 1; split < splits; ++split) {
+      const float* part = total + static_cast<int64_t>(split) * State<kGroups>::kWords * 32;
+      state.for_words([&](int at, float& v, int) { v = part[at * 32 + lane]; });
+      const int begin = split * kAttentionSplit;
+      merge(total, state, {position[0] >= begin, position[1] >= begin});
+    }
+    state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
+    store_rows(args, u, state);
   }
-  state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
-  store_rows(args, u, state);
 }
 
 template <int kGroups>
-void launch_attention(const AttentionArgs& args, const Heads& heads, int64_t units, const Lane& lane) {
+void launch_attention(const AttentionArgs& args, const Heads& heads, int most_heads, const Lane& lane) {
   constexpr size_t kTotals = kWarps * State<kGroups>::kWords * 32 * sizeof(float);
-  const int64_t splits = std::max<int64_t>(1, div_up(args.max_tokens, kAttentionSplit));
-  const dim3 grid(static_cast<unsigned>(div_up(units, kWarps)), static_cast<unsigned>(args.kv.num_kv_heads));
+  const int64_t units = args.num_rows * most_heads / kRows + args.num_chunks;  // each chunk's last may be short
+  // The host knows no lengths: as many blocks as there may be items, up to what a device runs at once.
+  const int64_t items = units * args.kv.num_kv_heads * std::max<int64_t>(1, div_up(args.max_tokens, kAttentionSplit));
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(div_up(items, kWarps), resident_blocks(4)));
   float* const partials = reinterpret_cast<float*>(lane.scratch);
-  if (splits > 1 && int64_t{grid.x} * kWarps * grid.y * splits <= kMaxPartials) {
-    launch(attention_kernel<kGroups, true>, dim3(grid.x, grid.y, static_cast<unsigned>(splits)), kWarps * 32, 0, lane.queue, args, heads, partials);
-    launch(merge_kernel<kGroups>, grid, kWarps * 32, 0, lane.queue, args, heads, partials, static_cast<int>(splits));
-  } else {
-    launch(attention_kernel<kGroups, false>, grid, kWarps * 32, kTotals, lane.queue, args, heads, partials);
-  }
+  launch(attention_kernel<kGroups>, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, partials);
+  if (args.max_tokens > kAttentionSplit) launch(merge_kernel<kGroups>, blocks, kWarps * 32, 0, lane.queue, args, heads, most_heads, partials);
 }
 
 }  // namespace
 
 void attention(const AttentionArgs& args, const Lane& lane) {
-  if (args.num_chunks == 0 || args.num_rows == 0) return;
   Heads heads{};
-  int64_t most = 0;
+  int most_heads = 0;
   for (int j = 0; j < args.kv.num_kv_heads; ++j) {
     heads.first[j] = static_cast<int>(args.heads_of_kv[j].begin);
     heads.count[j] = static_cast<int>(args.heads_of_kv[j].size());
-    most = std::max<int64_t>(most, heads.count[j]);
+    most_heads = std::max(most_heads, heads.count[j]);
   }
-  const int64_t units = args.num_rows * most / kRows + args.num_chunks;  // each chunk's last may be short
-  switch ((args.kv.head_dim + 63) / 64) {
-    case 1: return launch_attention<1>(args, heads, units, lane);
-    case 2: return launch_attention<2>(args, heads, units, lane);
-    case 3: return launch_attention<3>(args, heads, units, lane);
-    default: return launch_attention<4>(args, heads, units, lane);
+  AttentionArgs some = args;
+  for (int first = 0; first < args.num_chunks; first += kMaxChunks) {
+    some.chunks = args.chunks + first;
+    some.num_chunks = std::min(args.num_chunks - first, kMaxChunks);
+    switch ((args.kv.head_dim + 63) / 64) {
+      case 1: launch_attention<1>(some, heads, most_heads, lane); break;
+      case 2: launch_attention<2>(some, heads, most_heads, lane); break;
+      case 3: launch_attention<3>(some, heads, most_heads, lane); break;
+      default: launch_attention<4>(some, heads, most_heads, lane); break;
+    }
   }
 }
 
 size_t scratch_bytes_attention(const OpLimits& limits) {
   const int64_t words = div_up(limits.head_dim, 64) * 32 + 4;
-  return static_cast<size_t>(kMaxPartials * words * 32) * sizeof(float);
+  return static_cast<size_t>(int64_t{kMaxPartials} * words * 32) * sizeof(float);
 }
 
 }  // namespace moebius::cuda
