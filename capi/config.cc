@@ -79,6 +79,7 @@ const Key kKeys[] = {
         SetStr([](EngineConfig& c, const std::string& v) { c.device = v; })},
     Key{"device_ids", "", "devices of the ranks, such as 0,1 or 0,0; empty: ranks take turns on all there are",
         SetStr([](EngineConfig& c, const std::string& v) { c.device_ids = device_list(v); })},
+    FLAG_KEY(capture_steps, "capture_steps", "1", "decode steps are captured at start-up where the device can (CUDA graphs)"),
     Key{"isa", "", "kernel path: avx512bf16, avx512, avx2, portable; empty: the best there is",
         SetStr([](EngineConfig& c, const std::string& v) { c.isa = v; })},
     INT_KEY(slices_per_expert, "slices_per_expert", "0", "cuts of each MLP; fixes the bits; 0: 8 where cuts keep 96 neurons, else 4"),

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <set>
 
 #include "lib/base/code.h"
 
@@ -43,14 +42,14 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     return nullptr;
   }
   auto device = std::make_unique<CudaDevice>();
-  std::set<int> used;
+  std::vector<int> used;
   for (int r = 0; r < options.ranks; ++r) {
     const int number = options.devices != nullptr ? options.devices[r] : r % count;
     if (number < 0 || number >= count) {
       refuse(status, Code::kInvalidArgument, "device %d of rank %d: there are %d", number, r, count);
       return nullptr;
     }
-    used.insert(number);
+    if (std::find(used.begin(), used.end(), number) == used.end()) used.push_back(number);
     device->ranks_.push_back(std::make_unique<Rank>());
     device->ranks_.back()->device = number;
     Rank& rank = device->on(r);
@@ -76,6 +75,8 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
 }
 
 CudaDevice::~CudaDevice() {
+  for (cudaGraphExec_t graph : captured_) (void)cudaGraphExecDestroy(graph);
+  if (fork_ != nullptr) (void)cudaEventDestroy(fork_);
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = on(static_cast<int>(r));
     if (rank.stream != nullptr) {
@@ -158,6 +159,34 @@ int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
     if (other.get() != &r && checked(cudaStreamWaitEvent(r.stream, other->marks[(r.num_marks - 1) % 2], 0), "passing a mark", rank, status) < 0)
       return status.code;
   return 0;
+}
+
+// One graph holds the work of all ranks: their marks become its edges, also between devices.
+int32_t CudaDevice::begin_capture(ModuleStatus& status) {
+  Rank& first = on(0);
+  if (fork_ == nullptr && checked(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "an event", 0, status) < 0) return status.code;
+  if (checked(cudaStreamBeginCapture(first.stream, cudaStreamCaptureModeRelaxed), "beginning a capture", 0, status) < 0) return status.code;
+  return checked(cudaEventRecord(fork_, first.stream), "beginning a capture", 0, status);
+}
+
+int32_t CudaDevice::join_capture(int rank, ModuleStatus& status) {
+  return checked(cudaStreamWaitEvent(on(rank).stream, fork_, 0), "joining a capture", rank, status);
+}
+
+int32_t CudaDevice::end_capture(ModuleStatus& status) {
+  Rank& first = on(0);
+  cudaGraph_t graph = nullptr;
+  if (checked(cudaStreamEndCapture(first.stream, &graph), "ending a capture", 0, status) < 0) return status.code;
+  cudaGraphExec_t ready = nullptr;
+  const cudaError_t error = cudaGraphInstantiate(&ready, graph, 0);
+  (void)cudaGraphDestroy(graph);
+  if (checked(error, "a captured step", 0, status) < 0) return status.code;
+  captured_.push_back(ready);
+  return static_cast<int32_t>(captured_.size()) - 1;
+}
+
+int32_t CudaDevice::replay(int number, ModuleStatus& status) {
+  return checked(cudaGraphLaunch(captured_[static_cast<size_t>(number)], on(0).stream), "replaying a captured step", 0, status);
 }
 
 int32_t CudaDevice::idle(int rank, ModuleStatus& status) {

@@ -29,6 +29,10 @@ class CudaDevice {
   int32_t finish_blocks(int rank, ModuleStatus& status);
   int32_t mark(int rank, ModuleStatus& status);
   int32_t pass(int rank, ModuleStatus& status);
+  int32_t begin_capture(ModuleStatus& status);
+  int32_t join_capture(int rank, ModuleStatus& status);
+  int32_t end_capture(ModuleStatus& status);
+  int32_t replay(int number, ModuleStatus& status);
   int32_t idle(int rank, ModuleStatus& status);
 
  private:
@@ -42,6 +46,8 @@ class CudaDevice {
   Rank& on(int rank);  // makes the rank's device the calling thread's
 
   std::vector<std::unique_ptr<Rank>> ranks_;
+  cudaEvent_t fork_ = nullptr;              // in rank 0's stream where a capture begins
+  std::vector<cudaGraphExec_t> captured_;
 };
 
 }  // namespace moebius::cuda

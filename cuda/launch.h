@@ -13,8 +13,7 @@ template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* queue, const A&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef MOEBIUS_EMULATED
-  (void)queue;
-  emulation::launch(grid, block, shared_bytes, [&] { kernel(args...); });
+  emulation::launch(grid, block, shared_bytes, static_cast<cudaStream_t>(queue), [=] { kernel(args...); });
 #else
   constexpr size_t kShared = 48 << 10;  // what a kernel may use unasked
   if (shared_bytes > kShared && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess)

@@ -45,6 +45,10 @@ constexpr DeviceModule kModule{
     .finish_blocks = [](void* d, int rank, ModuleStatus& s) { return of(d).finish_blocks(rank, s); },
     .mark = [](void* d, int rank, ModuleStatus& s) { return of(d).mark(rank, s); },
     .pass = [](void* d, int rank, ModuleStatus& s) { return of(d).pass(rank, s); },
+    .begin_capture = [](void* d, ModuleStatus& s) { return of(d).begin_capture(s); },
+    .join_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).join_capture(rank, s); },
+    .end_capture = [](void* d, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).end_capture(s); }); },
+    .replay = [](void* d, int number, ModuleStatus& s) { return of(d).replay(number, s); },
     .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
 };
 

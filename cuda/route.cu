@@ -112,8 +112,9 @@ constexpr int kGroupThreads = 1024, kGroupWarps = kGroupThreads / 32;
 constexpr int kMaxInBlock = 4096;   // choices that one block groups
 constexpr int kMaxExperts = 1024;
 
-// local number of choice i, or num_experts when it is not one of the rank's.
+// local number of choice i, or num_experts when it is not one of the rank's, or of no row.
 __device__ int local_of(const GroupArgs& args, int64_t i) {
+  if (args.tokens != nullptr && args.tokens[args.rows.begin + i / args.top_k] < 0) return args.num_experts;
   const int local = args.local_of_expert[args.ids[args.rows.begin * args.top_k + i]];
   return local >= 0 ? local : args.num_experts;
 }

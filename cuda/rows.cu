@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kRowThreads) embed_kernel(EmbedArgs args) {
   const int64_t tile_elements = PackedMatrix{kTile, args.hidden}.tile_elements();
   float* h = args.h + row * args.hidden;
   for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads)
-    h[i] = to_float(args.table != nullptr ? args.table[token * args.hidden + i]
+    h[i] = token < 0 ? 0 : to_float(args.table != nullptr ? args.table[token * args.hidden + i]
                                           : args.packed[token / kTile * tile_elements + token % kTile * 2 + i / 2 * 2 * kTile + i % 2]);
 }
 

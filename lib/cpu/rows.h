@@ -11,7 +11,9 @@ void embed(const EmbedArgs& args, const Lane& lane) {
   for (int64_t row = args.rows.begin + share.begin; row < args.rows.begin + share.end; ++row) {
     const int64_t token = args.tokens[row];
     float* h = args.h + row * args.hidden;
-    if (args.table != nullptr) {
+    if (token < 0) {
+      for (int64_t i = 0; i < args.hidden; ++i) h[i] = 0;
+    } else if (args.table != nullptr) {
       const bf16* e = args.table + token * args.hidden;
       for (int64_t i = 0; i < args.hidden; ++i) h[i] = to_float(e[i]);
     } else {
@@ -221,8 +223,11 @@ void group_experts(const GroupArgs& args, const Lane& lane) {
   // begins[e + 1] counts the pairs of e, then holds where its next pair goes, and so ends where those of e do.
   for (int32_t e = 0; e <= args.num_experts; ++e) args.begins[e] = 0;
   const int64_t first = args.rows.begin * args.top_k, last = args.rows.end * args.top_k;
+  const auto local_of = [&](int64_t i) MOEBIUS_INLINE_LAMBDA {
+    return args.tokens != nullptr && args.tokens[i / args.top_k] < 0 ? -1 : args.local_of_expert[args.ids[i]];
+  };
   for (int64_t i = first; i < last; ++i)
-    if (const int32_t local = args.local_of_expert[args.ids[i]]; local >= 0) ++args.begins[local + 1];
+    if (const int32_t local = local_of(i); local >= 0) ++args.begins[local + 1];
   int32_t at = 0;
   for (int32_t e = 0; e < args.num_experts; ++e) {
     const int32_t count = args.begins[e + 1];
@@ -231,7 +236,7 @@ void group_experts(const GroupArgs& args, const Lane& lane) {
     *args.experts_reached += count > 0;
   }
   for (int64_t i = first; i < last; ++i)
-    if (const int32_t local = args.local_of_expert[args.ids[i]]; local >= 0) {
+    if (const int32_t local = local_of(i); local >= 0) {
       const int32_t to = args.begins[local + 1]++;
       args.pair_rows[to] = static_cast<int32_t>(i / args.top_k);
       args.pair_weights[to] = args.weights[i];

@@ -45,6 +45,14 @@ class Device {
   // a barrier of all ranks' threads.
   virtual void mark(int rank) = 0;
   virtual void pass(int rank) = 0;
+  // Captured work: what all ranks queue between is kept, to be done again and again, and not done now. Rank 0's thread begins and ends
+  // it; the other ranks join after it has begun, and rank 0 passes their last marks before it ends. Reading, writing and idle() are not
+  // for captured work. Where can_capture() is false nothing of it may be called.
+  virtual bool can_capture() const { return false; }
+  virtual void begin_capture() {}
+  virtual void join_capture(int /*rank*/) {}
+  virtual int end_capture() { return -1; }     // its number
+  virtual void replay(int /*number*/) {}       // queues all of it on rank 0's queue
   // Whether everything that the rank has queued is done. Throws what went wrong meanwhile.
   virtual bool idle(int rank) = 0;
 };

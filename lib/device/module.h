@@ -44,6 +44,10 @@ struct DeviceModule {
   int32_t (*finish_blocks)(void* device, int rank, ModuleStatus& status);
   int32_t (*mark)(void* device, int rank, ModuleStatus& status);
   int32_t (*pass)(void* device, int rank, ModuleStatus& status);
+  int32_t (*begin_capture)(void* device, ModuleStatus& status);
+  int32_t (*join_capture)(void* device, int rank, ModuleStatus& status);
+  int32_t (*end_capture)(void* device, ModuleStatus& status);
+  int32_t (*replay)(void* device, int number, ModuleStatus& status);
   int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet
 };
 

@@ -94,6 +94,11 @@ class ModuleDevice final : public Device {
   void finish_blocks(int rank) override { call(module_.finish_blocks, rank); }
   void mark(int rank) override { call(module_.mark, rank); }
   void pass(int rank) override { call(module_.pass, rank); }
+  bool can_capture() const override { return true; }
+  void begin_capture() override { call(module_.begin_capture); }
+  void join_capture(int rank) override { call(module_.join_capture, rank); }
+  int end_capture() override { return call(module_.end_capture); }
+  void replay(int number) override { call(module_.replay, number); }
   bool idle(int rank) override { return call(module_.idle, rank) != 0; }
 
  private:
@@ -108,9 +113,9 @@ class ModuleDevice final : public Device {
     return m;
   }
   template <class F, class... Args>
-  int32_t call(F* function, int rank, Args... args) {
+  int32_t call(F* function, Args... args) {
     ModuleStatus status;
-    const int32_t result = function(device_, rank, args..., status);
+    const int32_t result = function(device_, args..., status);
     check(status);
     return result;
   }

@@ -46,7 +46,7 @@ struct ExactSum {
   bool plain = false;        // benchmark only: ordinary float sums, [rows, hidden] floats in the same memory
 };
 
-// h[row] = embedding of tokens[row]. Shares: rows.
+// h[row] = embedding of tokens[row], 0 for a row that only fills a step up (token −1). Shares: rows.
 struct EmbedArgs {
   Range rows;
   const int32_t* tokens = nullptr;  // [rows]
@@ -104,6 +104,7 @@ struct KvView {
 
 // Per-head RMS norm (if any) and rotary embedding (halves rotated, as Hugging Face's rotate_half) of q and k;
 // q is rounded to bf16; k as bf16 and v·value_scale as f16 are stored in their pages. Shares: (row, head) units.
+// (On a GPU a row without pages, which fills a step up, stores nothing.)
 struct RopeStoreArgs {
   Range rows;
   const RowPlace* places = nullptr;  // [rows]
@@ -180,6 +181,7 @@ struct RouteArgs {
 struct GroupArgs {
   Range rows;
   int32_t top_k = 0;
+  const int32_t* tokens = nullptr;           // [rows] null, or rows whose token is −1 choose nobody
   const int32_t* ids = nullptr;              // [rows, top_k]
   const float* weights = nullptr;            // [rows, top_k]
   int32_t num_experts = 0;                   // local ones

@@ -22,6 +22,7 @@ void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accum
   GroupArgs group;
   group.rows = rows;
   group.top_k = rank.dims.top_k;
+  group.tokens = rank.tokens;
   group.ids = b.expert_ids;
   group.weights = b.expert_weights;
   group.num_experts = layer.num_local_experts;

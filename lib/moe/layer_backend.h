@@ -44,6 +44,7 @@ struct RankContext {
   Communicator* comm = nullptr;
   RankBuffers* buffers = nullptr;
   MlpDims dims;
+  const int32_t* tokens = nullptr;  // of a step that is filled up, whose rows of token −1 choose no experts; else null
 };
 
 class LayerBackend {

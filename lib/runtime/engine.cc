@@ -99,7 +99,7 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
 }
 
 StepLimits step_limits(const WorkspaceShape& shape, const EngineConfig& config) {
-  return {shape.max_rows, std::min<int64_t>(shape.max_rows, config.max_batch), div_up(config.max_context, config.page_tokens), config.page_tokens};
+  return {shape.max_rows, shape.max_rows, std::min<int64_t>(shape.max_rows, config.max_batch), div_up(config.max_context, config.page_tokens), config.page_tokens};
 }
 
 // All ranks together have one buffer of logits: [logit rows, vocab].
@@ -163,6 +163,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     executors_.push_back(std::make_unique<RankExecutor>(store_.forward(r), store_.tables(r), context));
   }
   compare_ranks();
+  capture_steps();
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, policy_limits(config_));
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
@@ -520,7 +521,7 @@ StepResult Engine::Impl::step() {
 
 void Engine::Impl::run_plan(StepResult& result) {
   const auto begin = Clock::now();
-  plan_.seam = switcher_.seam();
+  plan_.shape.seam = switcher_.seam();
   for (const ScheduledChunk& chunk : plan_.chunks) {
     Sequence& s = *chunk.sequence;
     if (s.first_scheduled == Clock::time_point{}) s.first_scheduled = begin;
@@ -529,7 +530,9 @@ void Engine::Impl::run_plan(StepResult& result) {
       s.logits.resize(static_cast<size_t>(std::max<int64_t>(positions, s.logits_kept - s.logits_taken) * model_.vocab_size));
     }
   }
+  shape_now_ = &choose_shape();
   world_.run([this](int rank, int thread) { compute(rank, thread); });
+  result.captured = captured_now_ != nullptr;
   for (int32_t reached : experts_reached_) result.experts_reached += reached;
   result.compute_seconds = seconds_between(begin, Clock::now());
   scheduler_.commit(plan_);
@@ -558,7 +561,7 @@ void Engine::Impl::measure_exchanges() {
   const int64_t row = shape_.hidden * static_cast<int64_t>(sizeof(bf16)) + shape_.top_k * static_cast<int64_t>(sizeof(int32_t) + sizeof(float));
   int64_t all_reduce = 0, all_to_all = 0;
   for (int l = 0; l < model_.shape.num_layers(); ++l)
-    if (l < plan_.seam) all_reduce += 2 * row_pairs * config_.ranks * sum;
+    if (l < plan_.shape.seam) all_reduce += 2 * row_pairs * config_.ranks * sum;
     else if (model_.shape.mlps[static_cast<size_t>(l)].num_experts > 0) all_to_all += row_pairs * (row + sum);
   metrics_.on_exchange(all_reduce, all_to_all);
 }
@@ -575,8 +578,11 @@ void Engine::Impl::measure_expert_load() {
   const int64_t choices = plan_.num_rows() * model_.top_k;
   if (layer < 0 || choices == 0) return;
   std::fill(expert_rows_.begin(), expert_rows_.end(), 0);
-  for (int64_t i = 0; i < choices; ++i)
-    if (static_cast<size_t>(choices_[i]) < expert_rows_.size()) ++expert_rows_[static_cast<size_t>(choices_[i])];  // a NaN row may have none
+  for (size_t h = 0; h < plan_.shape.homes.size(); ++h) {  // where the shape has them, among rows that fill the step up
+    const int64_t first = shape_now_->homes[h].begin * model_.top_k, num = plan_.shape.homes[h].size() * model_.top_k;
+    for (int64_t i = first; i < first + num; ++i)
+      if (static_cast<size_t>(choices_[i]) < expert_rows_.size()) ++expert_rows_[static_cast<size_t>(choices_[i])];  // a NaN row may have none
+  }
   const int32_t most = *std::max_element(expert_rows_.begin(), expert_rows_.end());
   const double experts = model_.shape.mlps[static_cast<size_t>(layer)].num_experts;
   metrics_.on_expert_load(layer, most * experts / static_cast<double>(choices));
@@ -588,10 +594,13 @@ void Engine::Impl::compute(int rank, int thread) {
   if (step_hook) step_hook(rank, thread);
   const Lane lane{thread, threads_, workspaces_[rank]->scratch(thread), device_->queue(rank)};
   RankExecutor& executor = *executors_[rank];
-  if (thread == 0) tables_[rank].send(plan_);
+  if (thread == 0) {
+    tables_[rank].send(plan_, *shape_now_);
+    executor.context().tokens = nullptr;
+  }
   world_.rank_barrier(rank);
-  const StepView& view = tables_[rank].view();
-  executor.forward(plan_, view, lane);
+  if (captured_now_ != nullptr) replay(rank);
+  else executor.forward(*shape_now_, tables_[rank].view(), lane);
   if (thread == 0) read_counts(rank);
   const int64_t total = static_cast<int64_t>(plan_.logit_rows.size());
   const int lane_of_world = rank * threads_ + thread, lanes = config_.ranks * threads_;
@@ -606,6 +615,77 @@ void Engine::Impl::compute(int rank, int thread) {
   world_.wait_until([this, rank] { return device_->idle(rank); });
 }
 
+// ---- captured steps
+
+// Captured are decode steps in pure layouts for 1, 2, 4, … rows (in EP rows of each home). Nothing is computed: weights may be in either
+// layout, and what the rank's tables hold does not matter.
+void Engine::Impl::capture_steps() {
+  if (!config_.capture_steps || !device_->can_capture()) return;
+  for (Layout layout : {Layout::kTp, Layout::kEp}) {
+    const int homes = layout == Layout::kTp ? 1 : config_.ranks;
+    for (int64_t rows = 1;; rows *= 2) {
+      CapturedStep step;
+      step.rows_of_home = std::min<int64_t>(rows, config_.max_batch);
+      step.shape.num_rows = step.shape.num_chunks = homes * step.rows_of_home;
+      if (step.shape.num_rows > shape_.max_rows) break;
+      step.shape.max_tokens = config_.max_context;
+      step.shape.seam = layout == Layout::kTp ? model_.shape.num_layers() : 0;
+      for (int64_t h = 0; h < config_.ranks; ++h)
+        step.shape.homes.push_back({std::min<int64_t>(h, homes) * step.rows_of_home, std::min<int64_t>(h + 1, homes) * step.rows_of_home});
+      step.shape.chunks_of_home = step.shape.homes;
+      const StepShape& shape = step.shape;
+      int* const number = &step.number;
+      world_.run_long([this, &shape, number](int rank, int) { capture(shape, rank, number); });
+      captured_[static_cast<int>(layout)].push_back(std::move(step));
+      if (rows >= config_.max_batch) break;
+    }
+  }
+}
+
+void Engine::Impl::capture(const StepShape& shape, int rank, int* number) {
+  if (rank == 0) device_->begin_capture();
+  world_.world_barrier();
+  if (rank != 0) device_->join_capture(rank);
+  RankContext& context = executors_[rank]->context();
+  context.tokens = tables_[rank].view().tokens;
+  executors_[rank]->forward(shape, tables_[rank].view(), {0, 1, workspaces_[rank]->scratch(0), device_->queue(rank)});
+  context.tokens = nullptr;
+  device_->mark(rank);
+  world_.world_barrier();
+  if (rank != 0) return;
+  device_->pass(0);
+  *number = device_->end_capture();
+}
+
+// The smallest captured shape that holds the step, or the step's own.
+const StepShape& Engine::Impl::choose_shape() {
+  captured_now_ = nullptr;
+  const StepShape& own = plan_.shape;
+  const int layers = model_.shape.num_layers();
+  if (own.num_chunks != own.num_rows || (own.seam > 0 && own.seam < layers)) return own;  // a prompt's rows, or a seam inside
+  int64_t most = 0;
+  for (const Range& home : own.homes) most = std::max(most, home.size());
+  for (const CapturedStep& step : captured_[own.seam == layers ? 0 : 1])
+    if (step.rows_of_home >= most) {
+      captured_now_ = &step;
+      return step.shape;
+    }
+  return own;
+}
+
+// Rank 0 queues the captured work of all ranks, after what each has queued and before what it queues next.
+void Engine::Impl::replay(int rank) {
+  device_->mark(rank);
+  world_.world_barrier();
+  if (rank == 0) {
+    device_->pass(0);
+    device_->replay(captured_now_->number);
+  }
+  device_->mark(rank);
+  world_.world_barrier();
+  device_->pass(rank);
+}
+
 // What a rank has counted and chosen in a step, for the metrics.
 void Engine::Impl::read_counts(int rank) {
   const RankBuffers& b = workspaces_[rank]->buffers;
@@ -614,7 +694,7 @@ void Engine::Impl::read_counts(int rank) {
     device_->read(rank, to, bytes, from, bytes, bytes, 1);
   };
   read(&experts_reached_[static_cast<size_t>(rank)], b.experts_reached, 1);
-  if (rank == 0 && last_moe_layer() >= 0) read(choices_.data(), b.expert_ids, plan_.num_rows() * model_.top_k);
+  if (rank == 0 && last_moe_layer() >= 0) read(choices_.data(), b.expert_ids, shape_now_->num_rows * model_.top_k);
 }
 
 // This rank's share of the vocabulary into the rows of logits_: at once where it can write them, else by way of its own memory.

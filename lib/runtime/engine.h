@@ -29,6 +29,7 @@ struct EngineConfig {
   int64_t kv_tokens = 0;           // KV tokens at most, over all ranks; 0: as many as the memory holds
   std::string device = "cpu";      // or the name of a module, "cuda": libmoebius-<name>.so
   std::vector<int32_t> device_ids; // [ranks] the device of each rank; empty: ranks take turns
+  bool capture_steps = true;       // decode steps are captured at start-up where the device can (CUDA graphs)
   std::string isa;                 // empty: the best this machine has
   int slices_per_expert = 0;       // 0: the default rule
   int page_tokens = 16;
@@ -94,6 +95,7 @@ struct StepResult {
   bool worked = false;              // false: nothing was running or due
   int32_t decode_rows = 0, prefill_rows = 0;
   double seconds = 0, compute_seconds = 0, switch_seconds = 0;
+  bool captured = false;            // a captured step was replayed
   int64_t experts_reached = 0;      // distinct experts with rows, summed over layers (and over ranks: in TP each has its cut)
 };
 

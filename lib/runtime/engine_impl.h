@@ -74,6 +74,10 @@ class Engine::Impl {
   void expire(Clock::time_point now);
   void run_plan(StepResult& result);
   void compute(int rank, int thread);
+  void capture_steps();
+  void capture(const StepShape& shape, int rank, int* number);
+  const StepShape& choose_shape();
+  void replay(int rank);
   void count_prompt_tokens();
   void measure_exchanges();
   void measure_expert_load();
@@ -111,6 +115,15 @@ class Engine::Impl {
   Scheduler scheduler_;
   Switcher switcher_;
   StepPlan plan_;
+  // Decode steps that were captured when the engine was made, for each layout by growing shape; and what the step under way uses.
+  struct CapturedStep {
+    StepShape shape;
+    int64_t rows_of_home = 0;
+    int number = -1;
+  };
+  std::vector<CapturedStep> captured_[2];  // [Layout]
+  const CapturedStep* captured_now_ = nullptr;
+  const StepShape* shape_now_ = nullptr;
 
   std::vector<std::unique_ptr<Workspace>> workspaces_;  // [ranks]
   std::vector<StepTables> tables_;                      // [ranks]

@@ -29,7 +29,7 @@ void RankExecutor::add_norm(Range rows, const Sums& sums, const float* weight, b
 }
 
 // Projections, rotary embedding, KV write, attention and O projection: fills the attention sum of `rows`.
-void RankExecutor::attend(const StepPlan& plan, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane) {
+void RankExecutor::attend(const StepShape& shape, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane) {
   const RankBuffers& b = *context_.buffers;
   const Ops& ops = *context_.ops;
   const int64_t q_width = layer.num_heads * model_.head_dim, kv_width = layer.kv.num_kv_heads * model_.head_dim;
@@ -74,16 +74,13 @@ void RankExecutor::attend(const StepPlan& plan, const StepView& view, const Laye
   ops.rope_store(rope, lane);
   context_.comm->rank_barrier();  // the step's own K and V are read back as stored
 
-  const Range chunks = layout == Layout::kTp ? Range{0, static_cast<int64_t>(plan.chunks.size())}
-                                             : plan.chunks_of_home[context_.comm->rank()];
+  const Range chunks = layout == Layout::kTp ? Range{0, shape.num_chunks}
+                                             : shape.chunks_of_home[context_.comm->rank()];
   AttentionArgs attention;
   attention.num_chunks = static_cast<int>(chunks.size());
   attention.chunks = view.chunks[which] + chunks.begin;
   attention.num_rows = rows.size();
-  for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-    const SequenceChunk& chunk = plan.attention[which][static_cast<size_t>(c)];
-    attention.max_tokens = std::max<int64_t>(attention.max_tokens, chunk.first_position + chunk.num_rows);
-  }
+  attention.max_tokens = shape.max_tokens;
   attention.num_heads = layer.num_heads;
   attention.heads_of_kv = layer.heads_of_kv.data();
   attention.softmax_scale = model_.softmax_scale;
@@ -107,17 +104,17 @@ void RankExecutor::attend(const StepPlan& plan, const StepView& view, const Laye
   ops.exact_linear(out, lane);
 }
 
-void RankExecutor::forward(const StepPlan& plan, const StepView& view, const Lane& lane) {
+void RankExecutor::forward(const StepShape& shape, const StepView& view, const Lane& lane) {
   const RankBuffers& b = *context_.buffers;
-  const int64_t num_rows = plan.num_rows();
+  const int64_t num_rows = shape.num_rows;
   const auto backend_of = [&](int32_t layer) -> const LayerBackend& {
-    return layer < plan.seam ? tp_backend() : ep_backend();
+    return layer < shape.seam ? tp_backend() : ep_backend();
   };
 
   // Flags are sticky within a step: a row that has become NaN stays NaN.
   context_.ops->clear(b.step_state, static_cast<size_t>(b.step_state_bytes), lane);
 
-  Range rows = backend_of(0).rows(context_, plan.homes.data(), num_rows);
+  Range rows = backend_of(0).rows(context_, shape.homes.data(), num_rows);
   EmbedArgs embed;
   embed.rows = rows;
   embed.tokens = view.tokens;
@@ -131,22 +128,22 @@ void RankExecutor::forward(const StepPlan& plan, const StepView& view, const Lan
   Sums pending;
   for (int32_t l = 0; l < model_.num_layers; ++l) {
     const LayerBackend& backend = backend_of(l);
-    const Layout layout = l < plan.seam ? Layout::kTp : Layout::kEp;
+    const Layout layout = l < shape.seam ? Layout::kTp : Layout::kEp;
     const LayerWeights& layer = layers_[static_cast<int>(layout)][l];
-    rows = backend.rows(context_, plan.homes.data(), num_rows);
+    rows = backend.rows(context_, shape.homes.data(), num_rows);
 
     add_norm(rows, pending, layer.input_norm, false, lane);
     context_.comm->rank_barrier();
-    attend(plan, view, layer, layout, rows, lane);
+    attend(shape, view, layer, layout, rows, lane);
     const PartialSums attention = backend.finish_attention(context_);
 
     add_norm(rows, {attention, layer.attention_scale}, layer.post_attention_norm, !layer.dense(), lane);
     context_.comm->rank_barrier();
-    pending = {backend.run_mlp(context_, layer, rows, plan.homes.data(), num_rows, lane), layer.mlp_scale};
+    pending = {backend.run_mlp(context_, layer, rows, shape.homes.data(), num_rows, lane), layer.mlp_scale};
   }
   add_norm(rows, pending, model_.final_norm, false, lane);
   // The LM head is divided by vocabulary, so every rank needs every row.
-  if (plan.seam < model_.num_layers) context_.comm->gather_rows(plan.homes.data(), lane);
+  if (shape.seam < model_.num_layers) context_.comm->gather_rows(shape.homes.data(), lane);
   else context_.comm->rank_barrier();
 }
 

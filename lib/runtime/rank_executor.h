@@ -30,7 +30,7 @@ class RankExecutor {
   RankExecutor(const ForwardModel& model, const std::vector<LayerWeights> (&layers)[2], const RankContext& context);
 
   // Called by every thread of the rank. Leaves the final normed rows of the whole step in the buffers.
-  void forward(const StepPlan& plan, const StepView& view, const Lane& lane);
+  void forward(const StepShape& shape, const StepView& view, const Lane& lane);
   // This rank's share of the vocabulary, `columns()` of it, for logit rows [group.begin, group.end) of the plan: row i of the group is
   // at logits + i·stride, with the share's first column there.
   void logits(const StepView& view, Range group, float* logits, int64_t stride, const Lane& lane);
@@ -45,7 +45,7 @@ class RankExecutor {
     float scale = 1;
   };
   void add_norm(Range rows, const Sums& sums, const float* weight, bool keep_float, const Lane& lane);
-  void attend(const StepPlan& plan, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane);
+  void attend(const StepShape& shape, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane);
 
   const ForwardModel& model_;
   const std::vector<LayerWeights> (&layers_)[2];

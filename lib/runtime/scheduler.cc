@@ -250,14 +250,15 @@ void Scheduler::order_by_home(StepPlan& out) {
   out.chunks.clear();
   out.logit_rows.clear();
   out.decode_rows = out.prefill_rows = 0;
+  out.shape.max_tokens = 0;
   for (int layout : {0, 1}) {
     out.places[layout].clear();
     out.attention[layout].clear();
   }
   const bool by_home = kv_.phase() != Phase::kTp;
   for (int h = 0; h < kv_.num_homes(); ++h) {
-    out.homes[h].begin = out.num_rows();
-    out.chunks_of_home[h].begin = static_cast<int64_t>(out.chunks.size());
+    out.shape.homes[h].begin = out.num_rows();
+    out.shape.chunks_of_home[h].begin = static_cast<int64_t>(out.chunks.size());
     for (const Picked& p : picked_) {
       Sequence& s = *p.sequence;
       if (s.state != SequenceState::kRunning || (by_home ? s.home : 0) != h) continue;
@@ -266,6 +267,7 @@ void Scheduler::order_by_home(StepPlan& out) {
       const auto table = [](const std::vector<int32_t>& pages) { return pages.empty() ? nullptr : pages.data(); };
       const int32_t* pages[2] = {table(s.tp_pages), table(s.ep_pages)};
       const bool samples = p.num_rows == s.remaining_rows();
+      out.shape.max_tokens = std::max<int64_t>(out.shape.max_tokens, first + p.num_rows);
       for (int layout : {0, 1}) {
         out.attention[layout].push_back({row, p.num_rows, first, pages[layout]});
         for (int32_t i = 0; i < p.num_rows; ++i) out.places[layout].push_back({first + i, pages[layout]});
@@ -279,9 +281,11 @@ void Scheduler::order_by_home(StepPlan& out) {
       (s.computed + p.num_rows > s.prompt_tokens() && p.num_rows == 1 ? out.decode_rows : out.prefill_rows) += p.num_rows;
       out.chunks.push_back({&s, row, p.num_rows, samples});
     }
-    out.homes[h].end = out.num_rows();
-    out.chunks_of_home[h].end = static_cast<int64_t>(out.chunks.size());
+    out.shape.homes[h].end = out.num_rows();
+    out.shape.chunks_of_home[h].end = static_cast<int64_t>(out.chunks.size());
   }
+  out.shape.num_rows = out.num_rows();
+  out.shape.num_chunks = static_cast<int64_t>(out.chunks.size());
   MOEBIUS_ASSERT(out.num_rows() <= int64_t{limits_.chunk_tokens} + limits_.max_batch);  // what buffers were made for
 }
 

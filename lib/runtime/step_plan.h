@@ -12,6 +12,15 @@ namespace moebius {
 
 struct Sequence;
 
+// What kernels are started for: that of a plan, or of a captured step, which has room for rows and chunks that a plan lacks.
+struct StepShape {
+  int64_t num_rows = 0, num_chunks = 0;
+  int64_t max_tokens = 0;             // that a row may see
+  int32_t seam = 0;                   // layers [0, seam) run in TP
+  std::vector<Range> homes;           // [ranks] rows of each home (in pure TP all on rank 0)
+  std::vector<Range> chunks_of_home;  // [ranks] likewise
+};
+
 // A sequence's rows of this step.
 struct ScheduledChunk {
   Sequence* sequence = nullptr;
@@ -30,7 +39,9 @@ struct LogitRow {
 
 // Capacities are fixed at construction; a step only changes sizes.
 struct StepPlan {
-  StepPlan(int64_t max_rows, int64_t max_chunks, int ranks) : homes(ranks), chunks_of_home(ranks) {
+  StepPlan(int64_t max_rows, int64_t max_chunks, int ranks) {
+    shape.homes.resize(ranks);
+    shape.chunks_of_home.resize(ranks);
     tokens.reserve(max_rows);
     logit_rows.reserve(max_rows);
     chunks.reserve(max_chunks);
@@ -44,10 +55,8 @@ struct StepPlan {
   std::vector<ScheduledChunk> chunks;                     // ordered by home, then by schedule
   std::array<std::vector<RowPlace>, 2> places;            // [Layout][rows]
   std::array<std::vector<SequenceChunk>, 2> attention;    // [Layout][chunks]
-  std::vector<Range> homes;                               // [ranks] rows of each home (all on rank 0 in pure TP, unused there)
-  std::vector<Range> chunks_of_home;                      // [ranks] likewise, of chunks
   std::vector<LogitRow> logit_rows;
-  int32_t seam = 0;                                       // layers [0, seam) run in TP
+  StepShape shape;
   int32_t decode_rows = 0, prefill_rows = 0;
 
   int64_t num_rows() const { return static_cast<int64_t>(tokens.size()); }

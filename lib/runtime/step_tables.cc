@@ -1,5 +1,6 @@
 #include "lib/runtime/step_tables.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "lib/base/error.h"
@@ -33,7 +34,7 @@ StepBlock::StepBlock(const StepLimits& limits) : limits_(limits) {
     places_[layout] = place(limits.rows, sizeof(RowPlace));
     chunks_[layout] = place(limits.chunks, sizeof(SequenceChunk));
   }
-  pages_ = place(2 * limits.chunks * limits.pages_per_sequence, sizeof(int32_t));
+  pages_ = place(2 * limits.sequences * limits.pages_per_sequence, sizeof(int32_t));
 }
 
 StepView StepBlock::view(const std::byte* base) const {
@@ -47,25 +48,41 @@ StepView StepBlock::view(const std::byte* base) const {
   return v;
 }
 
-int64_t StepBlock::write(const StepPlan& plan, const std::byte* base, std::byte* out) const {
-  MOEBIUS_ASSERT(plan.num_rows() <= limits_.rows && static_cast<int64_t>(plan.chunks.size()) <= limits_.chunks);
-  std::memcpy(out + tokens_, plan.tokens.data(), plan.tokens.size() * sizeof(int32_t));
-  for (size_t i = 0; i < plan.logit_rows.size(); ++i) at<int32_t>(out, logit_rows_)[i] = plan.logit_rows[i].row;
-  int64_t next = pages_;
-  for (int layout : {0, 1})
-    for (size_t c = 0; c < plan.attention[layout].size(); ++c) {
-      SequenceChunk chunk = plan.attention[layout][c];
-      const int64_t bytes = pages_of(chunk, limits_.page_tokens) * static_cast<int64_t>(sizeof(int32_t));
-      MOEBIUS_ASSERT(next + bytes <= bytes_);
-      if (bytes > 0) {
-        std::memcpy(out + next, chunk.pages, static_cast<size_t>(bytes));
-        chunk.pages = at<int32_t>(base, next);
-      }
-      next += bytes;
-      at<SequenceChunk>(out, chunks_[layout])[c] = chunk;
-      for (int32_t row = chunk.row_begin; row < chunk.row_begin + chunk.num_rows; ++row)
-        at<RowPlace>(out, places_[layout])[row] = {plan.places[layout][static_cast<size_t>(row)].position, chunk.pages};
+int64_t StepBlock::write(const StepPlan& plan, const StepShape& shape, const std::byte* base, std::byte* out) const {
+  MOEBIUS_ASSERT(shape.num_rows <= limits_.rows && shape.num_chunks <= limits_.chunks && static_cast<int64_t>(plan.chunks.size()) <= limits_.sequences);
+  int32_t* const tokens = at<int32_t>(out, tokens_);
+  if (shape.num_rows > plan.num_rows() || shape.num_chunks > plan.shape.num_chunks) {
+    std::fill_n(tokens, shape.num_rows, -1);
+    for (int layout : {0, 1}) {
+      std::fill_n(at<RowPlace>(out, places_[layout]), shape.num_rows, RowPlace{});
+      std::fill_n(at<SequenceChunk>(out, chunks_[layout]), shape.num_chunks, SequenceChunk{});
     }
+  }
+  int64_t next = pages_;
+  size_t logit = 0;
+  for (size_t h = 0; h < shape.homes.size(); ++h) {
+    const Range from = plan.shape.homes[h], chunks = plan.shape.chunks_of_home[h];
+    MOEBIUS_ASSERT(from.size() <= shape.homes[h].size() && chunks.size() <= shape.chunks_of_home[h].size());
+    const int64_t row_shift = shape.homes[h].begin - from.begin, chunk_shift = shape.chunks_of_home[h].begin - chunks.begin;
+    std::copy_n(plan.tokens.begin() + from.begin, from.size(), tokens + from.begin + row_shift);
+    for (; logit < plan.logit_rows.size() && plan.logit_rows[logit].row < from.end; ++logit)
+      at<int32_t>(out, logit_rows_)[logit] = static_cast<int32_t>(plan.logit_rows[logit].row + row_shift);
+    for (int layout : {0, 1})
+      for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+        SequenceChunk chunk = plan.attention[layout][static_cast<size_t>(c)];
+        const int64_t bytes = pages_of(chunk, limits_.page_tokens) * static_cast<int64_t>(sizeof(int32_t));
+        MOEBIUS_ASSERT(next + bytes <= bytes_);
+        if (bytes > 0) {
+          std::memcpy(out + next, chunk.pages, static_cast<size_t>(bytes));
+          chunk.pages = at<int32_t>(base, next);
+        }
+        next += bytes;
+        for (int32_t row = chunk.row_begin; row < chunk.row_begin + chunk.num_rows; ++row)
+          at<RowPlace>(out, places_[layout])[row + row_shift] = {plan.places[layout][static_cast<size_t>(row)].position, chunk.pages};
+        chunk.row_begin += static_cast<int32_t>(row_shift);
+        at<SequenceChunk>(out, chunks_[layout])[c + chunk_shift] = chunk;
+      }
+  }
   return next;
 }
 
@@ -79,12 +96,13 @@ StepTables::StepTables(Device& device, int rank, const StepLimits& limits)
   view_ = block_.view(memory_.data());
 }
 
-void StepTables::send(const StepPlan& plan) {
+void StepTables::send(const StepPlan& plan, const StepShape& shape) {
   if (!device_.host_memory()) {
-    const int64_t bytes = block_.write(plan, memory_.data(), staging_.data());
+    const int64_t bytes = block_.write(plan, shape, memory_.data(), staging_.data());
     device_.write(rank_, memory_.data(), staging_.data(), bytes);
     return;
   }
+  MOEBIUS_ASSERT(shape.num_rows == plan.num_rows());
   for (size_t i = 0; i < plan.logit_rows.size(); ++i) logit_rows_[i] = plan.logit_rows[i].row;
   view_ = {plan.tokens.data(), logit_rows_.data(), {plan.places[0].data(), plan.places[1].data()},
            {plan.attention[0].data(), plan.attention[1].data()}};

@@ -19,7 +19,8 @@ struct StepView {
 };
 
 struct StepLimits {
-  int64_t rows = 0, chunks = 0;
+  int64_t rows = 0, chunks = 0;    // of the largest shape
+  int64_t sequences = 0;           // of a step
   int64_t pages_per_sequence = 0;  // of the longest page table
   int page_tokens = 0;
 };
@@ -30,8 +31,9 @@ class StepBlock {
   explicit StepBlock(const StepLimits& limits);
   int64_t bytes() const { return bytes_; }
   StepView view(const std::byte* base) const;
-  // Writes the plan to `out` with pointers as they are once the block lies at `base`; returns how many bytes are in use.
-  int64_t write(const StepPlan& plan, const std::byte* base, std::byte* out) const;
+  // Writes the plan to `out` with pointers as they are once the block lies at `base`; returns how many bytes are in use. Each home's
+  // rows and chunks stand where `shape` has them; what is left of the shape's are rows of token −1 and chunks of no rows.
+  int64_t write(const StepPlan& plan, const StepShape& shape, const std::byte* base, std::byte* out) const;
 
  private:
   StepLimits limits_;
@@ -45,8 +47,9 @@ class StepTables {
   // In the rank's memory.
   static int64_t bytes(const Device& device, const StepLimits& limits) { return device.host_memory() ? 0 : StepBlock(limits).bytes(); }
 
-  // By the rank's first thread; the plan stays as it is until the rank is idle. Allocates nothing.
-  void send(const StepPlan& plan);
+  // By the rank's first thread; the plan stays as it is until the rank is idle. The shape is the plan's own where the host's memory is
+  // the rank's. Allocates nothing.
+  void send(const StepPlan& plan, const StepShape& shape);
   const StepView& view() const { return view_; }
 
  private:

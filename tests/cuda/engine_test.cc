@@ -54,6 +54,35 @@ TEST_CASE("chunks of a prompt, and pages of another size, give the same bits") {
   }
 }
 
+TEST_CASE("captured steps: used by decode steps of pure layouts, and they change no bit") {
+  for (int ranks : {1, 2, 3})
+    for (Layout layout : {Layout::kTp, Layout::kEp}) {
+      INFO("ranks " << ranks << " " << name_of(layout));
+      EngineConfig config = device_config(ranks, layout);
+      config.capture_steps = false;
+      int captured[2] = {}, steps[2] = {};
+      std::vector<int32_t> tokens[2];
+      for (int on : {0, 1}) {
+        config.capture_steps = on != 0;
+        Engine engine(kQwen, config);
+        for (uint32_t i = 0; i < 3; ++i) engine.submit(greedy_request(std::to_string(i), prompt_of(30 + i, 2 + static_cast<int>(i)), 5));
+        for (StepResult r = engine.step(); r.worked; r = engine.step()) {
+          ++steps[on];
+          captured[on] += r.captured;
+          const bool seam_inside = ranks > 1 && steps[on] > 3;  // then a step runs as it is
+          CHECK(r.captured == (on != 0 && r.prefill_rows == 0 && !seam_inside));
+          if (steps[on] == 3) engine.hold_seam(2);
+        }
+        std::vector<Event> events(256);
+        events.resize(engine.poll(events, 0));
+        for (const Event& e : events)
+          if (e.type == EventType::kToken) tokens[on].push_back(e.token);
+      }
+      CHECK(captured[1] > 0);
+      CHECK(tokens[0] == tokens[1]);
+    }
+}
+
 TEST_CASE("switches at once and a little in every step, there and back, change no bit") {
   Script script = short_script();
   const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);

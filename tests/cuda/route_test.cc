@@ -71,7 +71,7 @@ TEST_CASE("route: the CPU's choices where they are clear, its weights, ties to t
   }
 }
 
-TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of other ranks left out, dense") {
+TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of other ranks and rows that fill up left out, dense") {
   Random random(10);
   struct Shape {
     int experts, local, top_k, rows;
@@ -84,7 +84,9 @@ TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of oth
     std::vector<int32_t> ids;
     for (size_t i = 0; i < pairs; ++i) ids.push_back(i % 5 == 0 ? 1 : random.below(s.experts));
     const std::vector<float> weights = random.floats(pairs);
-    const Array<int32_t> ids_there(ids), local_there(local_of_expert);
+    std::vector<int32_t> tokens;
+    for (int r = 0; r < s.rows; ++r) tokens.push_back(r % 6 == 5 ? -1 : r);  // some rows fill the step up
+    const Array<int32_t> ids_there(ids), local_there(local_of_expert), tokens_there(tokens);
     const Array<float> weights_there(weights);
     Lanes lanes({std::max(1, s.rows), 16, 16, 1, s.experts, s.top_k});
     for (const bool dense : {false, true}) {
@@ -94,10 +96,10 @@ TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of oth
       const Array<int32_t> begins_there(begins), pair_rows_there(pair_rows), reached_there(reached);
       const Array<float> pair_weights_there(pair_weights);
       const int experts = dense ? 1 : s.local;
-      reference().group_experts({rows, s.top_k, ids.data(), weights.data(), experts, dense ? nullptr : local_of_expert.data(), begins.data(), pair_rows.data(),
+      reference().group_experts({rows, s.top_k, tokens.data(), ids.data(), weights.data(), experts, dense ? nullptr : local_of_expert.data(), begins.data(), pair_rows.data(),
                                  pair_weights.data(), reached.data()},
                                 lanes.host);
-      test_device().ops().group_experts({rows, s.top_k, ids_there.get(), weights_there.get(), experts, dense ? nullptr : local_there.get(), begins_there.get(),
+      test_device().ops().group_experts({rows, s.top_k, tokens_there.get(), ids_there.get(), weights_there.get(), experts, dense ? nullptr : local_there.get(), begins_there.get(),
                                          pair_rows_there.get(), pair_weights_there.get(), reached_there.get()},
                                         lanes.device);
       CHECK(begins_there.values() == begins);

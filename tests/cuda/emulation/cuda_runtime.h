@@ -3,7 +3,8 @@
 // The threads of a block are fibers. They run one at a time, in random order from one synchronisation point to the next, so that a
 // missing barrier shows as a wrong result sooner or later. A barrier that some thread never reaches, and a warp function that the
 // lanes of its mask do not all call, end the program with a report. What this cannot show: speed, memory ordering between threads
-// that do not synchronise, the rounding of tensor cores, and anything of streams and graphs (work is done when it is queued).
+// that do not synchronise, the rounding of tensor cores, and streams that overtake one another (work is done when it is queued, captured
+// work in the order in which it was captured).
 // One launch at a time: `__shared__` variables are static ones.
 #pragma once
 
@@ -63,10 +64,6 @@ int lane();
 
 // Runs f for every thread of the grid; false when a device would refuse the numbers.
 bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& f);
-
-// As a launch: a refusal stays as the thread's last error.
-template <class F>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const F& f);
 
 template <class T, class Read>
 auto exchange(unsigned mask, const T& mine, Read&& read) {
@@ -192,6 +189,9 @@ enum cudaError_t {
   cudaErrorNoDevice = 100,
   cudaErrorInvalidDevice = 101,
   cudaErrorNotReady = 600,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureUnjoined = 904,
+  cudaErrorStreamCaptureIsolation = 905,
   cudaErrorPeerAccessAlreadyEnabled = 704,
   cudaErrorNotSupported = 801
 };
@@ -202,8 +202,12 @@ inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2,
 
 struct CUstream_st;
 struct CUevent_st;
+struct CUgraph_st;
 using cudaStream_t = CUstream_st*;
 using cudaEvent_t = CUevent_st*;
+using cudaGraph_t = CUgraph_st*;
+using cudaGraphExec_t = CUgraph_st*;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeThreadLocal = 1, cudaStreamCaptureModeRelaxed = 2 };
 
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
@@ -240,16 +244,27 @@ cudaError_t cudaEventDestroy(cudaEvent_t event);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
 cudaError_t cudaEventQuery(cudaEvent_t event);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
 template <class F>
 cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 namespace moebius::emulation {
 
 void keep_error(cudaError_t error);
+// Does the work, or keeps it where the stream is being captured.
+void queue(cudaStream_t stream, std::function<void()> work);
 
+// A refusal stays as the thread's last error. f holds its arguments: it may be kept.
 template <class F>
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const F& f) {
-  if (!run_grid(grid, block, shared_bytes, f)) keep_error(cudaErrorInvalidConfiguration);
+void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, const F& f) {
+  queue(stream, [=] {
+    if (!run_grid(grid, block, shared_bytes, f)) keep_error(cudaErrorInvalidConfiguration);
+  });
 }
 
 }  // namespace moebius::emulation

@@ -213,6 +213,9 @@ const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
     case cudaErrorNotReady: return "cudaErrorNotReady";
     case cudaErrorPeerAccessAlreadyEnabled: return "cudaErrorPeerAccessAlreadyEnabled";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureUnjoined: return "cudaErrorStreamCaptureUnjoined";
+    case cudaErrorStreamCaptureIsolation: return "cudaErrorStreamCaptureIsolation";
     default: return "cudaErrorNotSupported";
   }
 }
@@ -278,41 +281,138 @@ cudaError_t cudaFreeHost(void* memory) {
   std::free(memory);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  if (bytes > 0) std::memcpy(to, from, bytes);
+
+// Streams do their work when it is queued, but for those that are being captured: there it is kept, in the order of the calls, which is one
+// that the captured events allow.
+struct CUstream_st {
+  bool captured = false;
+};
+struct CUevent_st {
+  bool captured = false;      // recorded in a captured stream, last
+  cudaStream_t stream = nullptr;
+  uint64_t at = 0;            // how much of its stream's captured work it covers
+};
+struct CUgraph_st {
+  std::vector<std::function<void()>> work;
+};
+
+namespace {
+
+std::mutex capture_mutex;
+cudaStream_t capture_origin = nullptr;
+std::vector<std::function<void()>> captured_work;
+std::vector<cudaStream_t> captured_streams;
+std::unordered_map<cudaStream_t, uint64_t> queued, joined;  // captured work of a stream, and what of it the origin waits for
+
+bool is_captured(cudaStream_t stream) { return stream != nullptr && stream->captured; }
+
+}  // namespace
+
+void moebius::emulation::queue(cudaStream_t stream, std::function<void()> work) {
+  {
+    std::lock_guard lock(capture_mutex);
+    if (is_captured(stream)) {
+      captured_work.push_back(std::move(work));
+      ++queued[stream];
+      return;
+    }
+  }
+  work();
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (is_captured(stream) && kind != cudaMemcpyDeviceToDevice && kind != cudaMemcpyDefault) return give(cudaErrorStreamCaptureUnsupported);
+  moebius::emulation::queue(stream, [=] {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+  });
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind,
-                              cudaStream_t) {
+                              cudaStream_t stream) {
   if (width > to_pitch || width > from_pitch) return give(cudaErrorInvalidValue);
+  if (is_captured(stream)) return give(cudaErrorStreamCaptureUnsupported);
   for (size_t i = 0; i < height; ++i) std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch, width);
   return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  if (bytes > 0) std::memset(to, value, bytes);
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  moebius::emulation::queue(stream, [=] {
+    if (bytes > 0) std::memset(to, value, bytes);
+  });
   return cudaSuccess;
 }
 
-// Streams and events are names: what is queued has been done.
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned) {
-  *out = reinterpret_cast<cudaStream_t>(new int(0));
+  *out = new CUstream_st;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  delete reinterpret_cast<int*>(stream);
+  delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaStreamQuery(cudaStream_t stream) { return is_captured(stream) ? give(cudaErrorStreamCaptureUnsupported) : cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cudaStreamQuery(stream); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  std::lock_guard lock(capture_mutex);
+  if (event->captured && !is_captured(stream)) {  // it joins
+    stream->captured = true;
+    captured_streams.push_back(stream);
+  }
+  if (is_captured(stream) && !event->captured) return give(cudaErrorStreamCaptureIsolation);
+  if (stream == capture_origin && is_captured(stream)) joined[event->stream] = std::max(joined[event->stream], event->at);
+  return cudaSuccess;
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned) {
-  *out = reinterpret_cast<cudaEvent_t>(new int(0));
+  *out = new CUevent_st;
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
-  delete reinterpret_cast<int*>(event);
+  delete event;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  std::lock_guard lock(capture_mutex);
+  *event = {is_captured(stream), stream, is_captured(stream) ? queued[stream] : 0};
+  return cudaSuccess;
+}
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  std::lock_guard lock(capture_mutex);
+  if (capture_origin != nullptr) return give(cudaErrorStreamCaptureUnsupported);  // one at a time is enough here
+  capture_origin = stream;
+  stream->captured = true;
+  captured_streams = {stream};
+  captured_work.clear();
+  queued.clear();
+  joined.clear();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) {
+  std::lock_guard lock(capture_mutex);
+  *out = nullptr;
+  if (stream != capture_origin) return give(cudaErrorStreamCaptureUnsupported);
+  bool all_joined = true;
+  for (cudaStream_t s : captured_streams) {
+    s->captured = false;
+    all_joined = all_joined && (s == stream || joined[s] == queued[s]);
+  }
+  capture_origin = nullptr;
+  if (!all_joined) return give(cudaErrorStreamCaptureUnjoined);
+  *out = new CUgraph_st{std::move(captured_work)};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long) {
+  *out = new CUgraph_st(*graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  if (is_captured(stream)) return give(cudaErrorStreamCaptureUnsupported);
+  for (const auto& work : graph->work) work();
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return cudaGraphDestroy(graph); }
