@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/attention.h"
+#include "cuda/choose.h"
 #include "cuda/products.h"
 #include "cuda/route.h"
 #include "cuda/rows.h"
@@ -29,6 +30,7 @@ const Ops& ops() {
                              .experts_down = experts_down,
                              .pick_rows = pick_rows,
                              .clear = clear,
+                             .choose_tokens = choose_tokens,
                              .arg_max = nullptr,
                              .exp_sum = nullptr,
                              .probe_read = nullptr,

@@ -218,6 +218,23 @@ struct PickArgs {
   bf16* out = nullptr;            // [num_rows, hidden]
 };
 
+// How a row's token is chosen where nothing but temperature and min_p is asked for.
+struct TokenChoice {
+  float factor = 0;    // 1 ÷ temperature; 0: the largest, of equal ones the first
+  float floor = 0;     // min_p: less likely ones than this, relative to the likeliest, are left out
+  double uniform = 0;  // [0, 1): where in the cumulative distribution, tokens in order
+};
+// tokens[row] of rows whose logits lie with several ranks, by shares of the vocabulary; −1 where they are not all numbers. Shares: rows.
+struct ChooseArgs {
+  Range rows;
+  int num_shares = 0;
+  const float* const* shares = nullptr;  // host [num_shares] column c of row r at shares[s][r·stride + c − columns[s].begin]
+  const Range* columns = nullptr;        // host [num_shares] end to end: the vocabulary
+  int64_t stride = 0;
+  const TokenChoice* choices = nullptr;  // [rows]
+  int32_t* tokens = nullptr;             // [rows]
+};
+
 // The kernels of one backend. One world uses one table: equality of bits holds among runs on the same table.
 struct Ops {
   const char* name;
@@ -237,6 +254,8 @@ struct Ops {
   void (*experts_down)(const ExpertsArgs&, const Lane&);
   void (*pick_rows)(const PickArgs&, const Lane&);
   void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone
+
+  void (*choose_tokens)(const ChooseArgs&, const Lane&);  // null on the CPU, where the sampler does all
 
   // Null on a GPU: what follows works on the host. Sampling helpers over one row of float logits; called by one thread, order fixed.
   int64_t (*arg_max)(const float* x, int64_t n);                                        // lowest index wins; -1 when no element is a number

@@ -74,7 +74,7 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   const SliceCounts counts = slice_counts(model.shape, config.slices_per_expert);
   WorkspaceShape s;
   s.max_rows = config.chunk_tokens + config.max_batch;
-  s.max_logit_rows = std::min(config.max_batch, 64);
+  s.max_logit_rows = std::min(config.max_batch, device.host_memory() ? 64 : 256);
   s.hidden = model.shape.hidden;
   s.num_heads = model.shape.num_heads;
   s.num_kv_heads = model.shape.num_kv_heads;
@@ -169,6 +169,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
   choices_.resize(static_cast<size_t>(shape_.max_rows * shape_.top_k));
   experts_reached_.resize(static_cast<size_t>(config_.ranks));
+  chosen_.resize(static_cast<size_t>(shape_.max_logit_rows));
   metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
                    config_.engine_id};
   for (int h = 0; h < kv_.num_homes(); ++h) metrics_info_.ep_pages += kv_.ep_capacity(h);
@@ -530,6 +531,7 @@ void Engine::Impl::run_plan(StepResult& result) {
       s.logits.resize(static_cast<size_t>(std::max<int64_t>(positions, s.logits_kept - s.logits_taken) * model_.vocab_size));
     }
   }
+  if (device_->ops().choose_tokens != nullptr) list_choices();
   shape_now_ = &choose_shape();
   world_.run([this](int rank, int thread) { compute(rank, thread); });
   result.captured = captured_now_ != nullptr;
@@ -606,13 +608,63 @@ void Engine::Impl::compute(int rank, int thread) {
   const int lane_of_world = rank * threads_ + thread, lanes = config_.ranks * threads_;
   for (int64_t first = 0; first < total; first += shape_.max_logit_rows) {
     const Range group{first, std::min(total, first + shape_.max_logit_rows)};
-    share_logits(rank, group, lane);
+    if (device_->host_memory()) executor.logits(tables_[rank].view(), group, logits_.as<float>() + executor.columns().begin, model_.vocab_size, lane);
+    else finish_logits(rank, group, lane);
     world_.world_barrier();  // every rank's share of the vocabulary before a row is read
     for (int64_t i = lane_of_world; i < group.size(); i += lanes)
-      sample_row(plan_.logit_rows[group.begin + i], logits_.as<float>() + i * model_.vocab_size, lane_of_world);
+      sample_row(plan_.logit_rows[group.begin + i], logits_.as<float>() + i * model_.vocab_size, chosen_[static_cast<size_t>(i)], lane_of_world);
     if (group.end < total) world_.world_barrier();  // rows are read before the next group overwrites them
   }
   world_.wait_until([this, rank] { return device_->idle(rank); });
+}
+
+// Which rows' tokens the device chooses, and how.
+void Engine::Impl::list_choices() {
+  for (LogitRow& row : plan_.logit_rows) {
+    const Sequence& s = *plan_.chunks[row.chunk].sequence;
+    std::optional<TokenChoice> choice;
+    if (row.sample && !s.request->spec.keep_logits) choice = device_choice(s.request->spec.sampling, s.sampler);
+    row.on_device = choice.has_value();
+    plan_.choices.push_back(choice.value_or(TokenChoice{}));
+  }
+}
+
+// This rank's share of the vocabulary for a group of logit rows: tokens are chosen where the logits are, and only rows that the host
+// has to look at are read.
+void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
+  RankExecutor& executor = *executors_[rank];
+  const StepView& view = tables_[rank].view();
+  float* const own = workspaces_[rank]->logits();
+  executor.logits(view, group, own, shape_.logit_columns, lane);
+  meet(rank);  // every share before any is read
+  const float* shares[kMaxRanks];
+  Range columns[kMaxRanks];
+  for (int r = 0; r < config_.ranks; ++r) shares[r] = workspaces_[r]->logits(), columns[r] = executors_[r]->columns();
+  const Range mine = share_of(group.size(), rank, config_.ranks);
+  int32_t* const chosen = workspaces_[rank]->chosen();
+  if (!mine.empty()) {
+    device_->ops().choose_tokens({mine, config_.ranks, shares, columns, shape_.logit_columns, view.choices + group.begin, chosen}, lane);
+    const int64_t bytes = mine.size() * static_cast<int64_t>(sizeof(int32_t));
+    device_->read(rank, chosen_.data() + mine.begin, bytes, chosen + mine.begin, bytes, bytes, 1);
+  }
+  const auto floats = [](int64_t n) { return n * static_cast<int64_t>(sizeof(float)); };
+  for (int64_t i = 0, next; i < group.size(); i = next) {  // runs of rows
+    const auto for_host = [&](int64_t r) { return !plan_.logit_rows[static_cast<size_t>(group.begin + r)].on_device; };
+    next = i + 1;
+    if (!for_host(i)) continue;
+    while (next < group.size() && for_host(next)) ++next;
+    device_->read(rank, logits_.as<float>() + i * model_.vocab_size + columns[rank].begin, floats(model_.vocab_size), own + i * shape_.logit_columns,
+                  floats(shape_.logit_columns), floats(columns[rank].size()), next - i);
+  }
+  meet(rank);  // nobody overwrites its share before all have read it
+  world_.wait_until([this, rank] { return device_->idle(rank); });
+}
+
+// What every rank has queued comes before what any queues next.
+void Engine::Impl::meet(int rank) {
+  device_->mark(rank);
+  world_.world_barrier();
+  device_->pass(rank);
 }
 
 // ---- captured steps
@@ -681,9 +733,7 @@ void Engine::Impl::replay(int rank) {
     device_->pass(0);
     device_->replay(captured_now_->number);
   }
-  device_->mark(rank);
-  world_.world_barrier();
-  device_->pass(rank);
+  meet(rank);
 }
 
 // What a rank has counted and chosen in a step, for the metrics.
@@ -697,25 +747,15 @@ void Engine::Impl::read_counts(int rank) {
   if (rank == 0 && last_moe_layer() >= 0) read(choices_.data(), b.expert_ids, shape_now_->num_rows * model_.top_k);
 }
 
-// This rank's share of the vocabulary into the rows of logits_: at once where it can write them, else by way of its own memory.
-void Engine::Impl::share_logits(int rank, Range group, const Lane& lane) {
-  RankExecutor& executor = *executors_[rank];
-  const StepView& view = tables_[rank].view();
-  const Range columns = executor.columns();
-  float* const out = logits_.as<float>() + columns.begin;
-  if (device_->host_memory()) {
-    executor.logits(view, group, out, model_.vocab_size, lane);
+void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int32_t chosen, int lane) {
+  Sequence& s = *plan_.chunks[row.chunk].sequence;
+  if (row.on_device) {
+    SampleResult& result = sampled_[row.chunk] = {};
+    result.failed = chosen < 0;
+    result.token = chosen;
+    if (!result.failed) s.sampler.add_generated(chosen);
     return;
   }
-  float* const own = workspaces_[rank]->logits();
-  executor.logits(view, group, own, shape_.logit_columns, lane);
-  const auto bytes = [](int64_t n) { return n * static_cast<int64_t>(sizeof(float)); };
-  device_->read(rank, out, bytes(model_.vocab_size), own, bytes(shape_.logit_columns), bytes(columns.size()), group.size());
-  world_.wait_until([this, rank] { return device_->idle(rank); });
-}
-
-void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int lane) {
-  Sequence& s = *plan_.chunks[row.chunk].sequence;
   if (s.request->spec.keep_logits && row.position >= s.logits_kept)
     std::memcpy(s.logits.data() + (row.position - s.logits_taken) * model_.vocab_size, logits,
                 static_cast<size_t>(model_.vocab_size) * sizeof(float));

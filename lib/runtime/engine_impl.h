@@ -83,8 +83,10 @@ class Engine::Impl {
   void measure_expert_load();
   int last_moe_layer() const;
   void read_counts(int rank);
-  void share_logits(int rank, Range group, const Lane& lane);
-  void sample_row(const LogitRow& row, const float* logits, int lane);
+  void list_choices();
+  void finish_logits(int rank, Range group, const Lane& lane);
+  void meet(int rank);
+  void sample_row(const LogitRow& row, const float* logits, int32_t chosen, int lane);
   void accept_tokens();
   void accept(Sequence& sequence, const SampleResult& result);
   void finish(Sequence& sequence, FinishReason reason, std::string_view why = {});
@@ -137,6 +139,7 @@ class Engine::Impl {
   EventQueue events_;
   Metrics metrics_;
   MetricsInfo metrics_info_;
+  std::vector<int32_t> chosen_;           // [logit group] tokens that the device chose
   std::vector<int32_t> experts_reached_;  // [ranks] in the last step
   std::vector<int32_t> choices_;          // [rows, top_k] of the last step's last MoE layer
   std::vector<int32_t> expert_rows_;      // [experts] of these

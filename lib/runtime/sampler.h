@@ -7,6 +7,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -42,6 +43,10 @@ class SamplerState {
   bool keeps_counts_ = false;
   std::vector<Seen> seen_;
 };
+
+// How a device chooses the sequence's next token, where nothing is asked for that only sample() does (log-probabilities, top_k, top_p, and
+// what changes logits). The token must then be told to the state (add_generated).
+std::optional<TokenChoice> device_choice(const SamplingParams& params, const SamplerState& state);
 
 struct SamplerScratch {
   explicit SamplerScratch(int64_t vocab) : logits(static_cast<size_t>(vocab)), probabilities(static_cast<size_t>(vocab)) {

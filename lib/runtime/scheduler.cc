@@ -249,6 +249,7 @@ void Scheduler::order_by_home(StepPlan& out) {
   out.tokens.clear();
   out.chunks.clear();
   out.logit_rows.clear();
+  out.choices.clear();
   out.decode_rows = out.prefill_rows = 0;
   out.shape.max_tokens = 0;
   for (int layout : {0, 1}) {

@@ -35,6 +35,7 @@ struct LogitRow {
   int32_t chunk = 0;
   int64_t position = 0;
   bool sample = false;
+  bool on_device = false;  // the device chooses the token
 };
 
 // Capacities are fixed at construction; a step only changes sizes.
@@ -44,6 +45,7 @@ struct StepPlan {
     shape.chunks_of_home.resize(ranks);
     tokens.reserve(max_rows);
     logit_rows.reserve(max_rows);
+    choices.reserve(max_rows);
     chunks.reserve(max_chunks);
     for (int layout : {0, 1}) {
       places[layout].reserve(max_rows);
@@ -56,6 +58,7 @@ struct StepPlan {
   std::array<std::vector<RowPlace>, 2> places;            // [Layout][rows]
   std::array<std::vector<SequenceChunk>, 2> attention;    // [Layout][chunks]
   std::vector<LogitRow> logit_rows;
+  std::vector<TokenChoice> choices;                       // [logit rows] where the device chooses, else empty
   StepShape shape;
   int32_t decode_rows = 0, prefill_rows = 0;
 

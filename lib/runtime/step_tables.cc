@@ -30,6 +30,7 @@ StepBlock::StepBlock(const StepLimits& limits) : limits_(limits) {
   };
   tokens_ = place(limits.rows, sizeof(int32_t));
   logit_rows_ = place(limits.rows, sizeof(int32_t));
+  choices_ = place(limits.rows, sizeof(TokenChoice));
   for (int layout : {0, 1}) {
     places_[layout] = place(limits.rows, sizeof(RowPlace));
     chunks_[layout] = place(limits.chunks, sizeof(SequenceChunk));
@@ -41,6 +42,7 @@ StepView StepBlock::view(const std::byte* base) const {
   StepView v;
   v.tokens = at<int32_t>(base, tokens_);
   v.logit_rows = at<int32_t>(base, logit_rows_);
+  v.choices = at<TokenChoice>(base, choices_);
   for (int layout : {0, 1}) {
     v.places[layout] = at<RowPlace>(base, places_[layout]);
     v.chunks[layout] = at<SequenceChunk>(base, chunks_[layout]);
@@ -58,6 +60,7 @@ int64_t StepBlock::write(const StepPlan& plan, const StepShape& shape, const std
       std::fill_n(at<SequenceChunk>(out, chunks_[layout]), shape.num_chunks, SequenceChunk{});
     }
   }
+  std::copy(plan.choices.begin(), plan.choices.end(), at<TokenChoice>(out, choices_));
   int64_t next = pages_;
   size_t logit = 0;
   for (size_t h = 0; h < shape.homes.size(); ++h) {
@@ -104,7 +107,7 @@ void StepTables::send(const StepPlan& plan, const StepShape& shape) {
   }
   MOEBIUS_ASSERT(shape.num_rows == plan.num_rows());
   for (size_t i = 0; i < plan.logit_rows.size(); ++i) logit_rows_[i] = plan.logit_rows[i].row;
-  view_ = {plan.tokens.data(), logit_rows_.data(), {plan.places[0].data(), plan.places[1].data()},
+  view_ = {plan.tokens.data(), logit_rows_.data(), nullptr, {plan.places[0].data(), plan.places[1].data()},
            {plan.attention[0].data(), plan.attention[1].data()}};
 }
 

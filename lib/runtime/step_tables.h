@@ -14,6 +14,7 @@ namespace moebius {
 struct StepView {
   const int32_t* tokens = nullptr;             // [rows]
   const int32_t* logit_rows = nullptr;         // [logit rows]
+  const TokenChoice* choices = nullptr;        // [logit rows]; not where the host's memory is the rank's
   const RowPlace* places[2] = {};              // [Layout][rows]
   const SequenceChunk* chunks[2] = {};         // [Layout][chunks]
 };
@@ -37,7 +38,7 @@ class StepBlock {
 
  private:
   StepLimits limits_;
-  int64_t tokens_ = 0, logit_rows_ = 0, places_[2] = {}, chunks_[2] = {}, pages_ = 0, bytes_ = 0;  // offsets
+  int64_t tokens_ = 0, logit_rows_ = 0, choices_ = 0, places_[2] = {}, chunks_[2] = {}, pages_ = 0, bytes_ = 0;  // offsets
 };
 
 // Of one rank.

@@ -31,7 +31,8 @@ class Workspace {
   }
 
   RankBuffers buffers;
-  float* logits() const { return logits_; }  // [max_logit_rows, logit_columns]
+  float* logits() const { return logits_; }             // [max_logit_rows, logit_columns]
+  int32_t* chosen() const { return chosen_; }           // [max_logit_rows] tokens that the device chose
   std::byte* scratch(int thread) const { return scratch_ + static_cast<size_t>(thread) * scratch_stride_; }
   ExchangeBuffers exchange() const {
     ExchangeBuffers e{buffers.x, buffers.expert_ids, buffers.expert_weights, {}, {}};
@@ -45,6 +46,7 @@ class Workspace {
 
   DeviceBuffer memory_;
   float* logits_ = nullptr;
+  int32_t* chosen_ = nullptr;
   std::byte* scratch_ = nullptr;
   size_t scratch_stride_ = 0;
 };
