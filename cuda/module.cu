@@ -28,7 +28,13 @@ constexpr DeviceModule kModule{
     .bytes = sizeof(DeviceModule),
     .name = "cuda",
     .open = [](const ModuleOptions& options, ModuleStatus& s) -> void* {
-      return guarded(s, static_cast<void*>(nullptr), [&]() -> void* { return CudaDevice::open(options, s).release(); });
+      return guarded(s, static_cast<void*>(nullptr), [&]() -> void* { 
+        int before = 0;
+        const bool had = cudaGetDevice(&before) == cudaSuccess;
+        void* device = CudaDevice::open(options, s).release();
+        if (had) (void)cudaSetDevice(before);
+        return device;
+      });
     },
     .close = [](void* d) { delete static_cast<CudaDevice*>(d); },
     .ops = [](void*) { return &ops(); },
@@ -49,6 +55,12 @@ constexpr DeviceModule kModule{
     .join_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).join_capture(rank, s); },
     .end_capture = [](void* d, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).end_capture(s); }); },
     .replay = [](void* d, int number, ModuleStatus& s) { return of(d).replay(number, s); },
+    .current = [](void*) -> int32_t {
+      int device = 0;
+      (void)cudaGetDevice(&device);
+      return device;
+    },
+    .set_current = [](void*, int32_t device) { (void)cudaSetDevice(device); },
     .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
 };
 

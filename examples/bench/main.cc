@@ -28,9 +28,9 @@ namespace {
 using nlohmann::json;
 
 struct Options {
-  std::string shape = "m", model, layout = "tp", format = "table", device = "cpu", isa, compare;
-  bool dummy = false, plain_sums = false, profile = false;
-  int ranks = 1, threads = 0, slices = 0, steps = 32, requests = 64, rounds = 5;
+  std::string shape = "m", model, layout = "tp", format = "table", device = "cpu", rates, isa, compare;
+  bool dummy = false, plain_sums = false, profile = false, capture = true;
+  int ranks = 1, threads = 0, layers = 0, slices = 0, steps = 32, requests = 64, rounds = 5;
   std::vector<int> batches = {1, 8, 32};
   std::vector<double> budgets;
   int max_switch_steps = 200;
@@ -38,20 +38,31 @@ struct Options {
   int64_t memory_bytes = 0;
 };
 
+struct Shape {
+  int layers, hidden, experts, top_k, intermediate, heads, kv_heads, head_dim, vocab;
+};
+const std::map<std::string, Shape> kShapes = {
+    {"s", {8, 512, 64, 8, 256, 16, 4, 64, 32000}},
+    {"m", {16, 1024, 64, 8, 512, 16, 4, 64, 32000}},
+    {"qwen3-30b-a3b", {48, 2048, 128, 8, 768, 32, 4, 128, 151936}},
+    {"qwen3-235b-a22b", {94, 4096, 128, 8, 1536, 64, 4, 128, 151936}},
+};
+
 // A folder with the config.json of a bench shape, removed at the end.
 class ShapeFolder {
  public:
-  explicit ShapeFolder(const std::string& shape) {
+  ShapeFolder(const std::string& name_of_shape, int layers) {
+    const Shape& shape = kShapes.at(name_of_shape);
     char name[] = "/tmp/moebius-bench-XXXXXX";
     if (mkdtemp(name) == nullptr) throw std::runtime_error("cannot make a temporary folder");
     path_ = name;
-    const bool medium = shape == "m";
     const json config = {{"architectures", {"Qwen3MoeForCausalLM"}}, {"model_type", "qwen3_moe"}, {"hidden_act", "silu"},
-                         {"num_hidden_layers", medium ? 16 : 8}, {"hidden_size", medium ? 1024 : 512}, {"num_experts", 64},
-                         {"num_experts_per_tok", 8}, {"moe_intermediate_size", medium ? 512 : 256}, {"intermediate_size", 1024},
-                         {"num_attention_heads", 16}, {"num_key_value_heads", 4}, {"head_dim", 64}, {"vocab_size", 32000},
-                         {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6}, {"rope_theta", 1e6}, {"norm_topk_prob", true},
-                         {"tie_word_embeddings", false}, {"decoder_sparse_step", 1}, {"mlp_only_layers", json::array()}};
+                         {"num_hidden_layers", layers > 0 ? layers : shape.layers}, {"hidden_size", shape.hidden}, {"num_experts", shape.experts},
+                         {"num_experts_per_tok", shape.top_k}, {"moe_intermediate_size", shape.intermediate},
+                         {"intermediate_size", 2 * shape.intermediate}, {"num_attention_heads", shape.heads}, {"num_key_value_heads", shape.kv_heads},
+                         {"head_dim", shape.head_dim}, {"vocab_size", shape.vocab}, {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6},
+                         {"rope_theta", 1e6}, {"norm_topk_prob", true}, {"tie_word_embeddings", false}, {"decoder_sparse_step", 1},
+                         {"mlp_only_layers", json::array()}};
     std::ofstream(path_ + "/config.json") << config;
   }
   ~ShapeFolder() { std::filesystem::remove_all(path_); }
@@ -69,7 +80,7 @@ double median(std::vector<double> x) {
 class Bench {
  public:
   explicit Bench(const Options& options) : o_(options) {
-    if (o_.model.empty()) folder_.emplace(o_.shape);
+    if (o_.model.empty()) folder_.emplace(o_.shape, o_.layers);
     dir_ = o_.model.empty() ? folder_->path() : o_.model;
     layout_now_ = o_.layout == "tp" ? Layout::kTp : Layout::kEp;
     if (!o_.compare.empty()) read_earlier();
@@ -90,9 +101,24 @@ class Bench {
     c.max_batch = max_batch;
     c.dummy_weights = o_.model.empty() || o_.dummy;
     c.plain_sums = o_.plain_sums;
+    c.capture_steps = o_.capture;
     c.max_context = std::min<int64_t>(context, read_config(dir_).max_position_embeddings);
     if (o_.memory_bytes == 0) c.kv_tokens = (max_batch + o_.ranks) * round_up(context, 16);
     return std::make_unique<Engine>(dir_, c);
+  }
+
+  // What the threads that run the model can do now; of another device, what --rates says it gives at best.
+  Rates rates_of(Engine& e) {
+    if (o_.device == "cpu") return measure_rates(e.impl().world(), e.impl().ops());
+    return {device_rate("read_bytes_per_second"), device_rate("matrix_flops")};
+  }
+  double device_rate(const char* name) const { return o_.rates.empty() ? 0 : json::parse(std::ifstream(o_.rates)).at(name).get<double>(); }
+
+  // A plain copy of as many bytes.
+  double copy_seconds(Engine& e, int64_t bytes) {
+    if (o_.device == "cpu") return memcpy_seconds(e.impl().world(), bytes);
+    const double rate = device_rate("copy_bytes_per_second");
+    return rate > 0 ? static_cast<double>(bytes) / rate : 0;
   }
 
   json base(const std::string& what, Engine& e) {
@@ -172,7 +198,7 @@ class Bench {
       for (int i = 0; i < 3; ++i) e->step();
       std::vector<double> seconds, floors;
       FloorInputs work = inputs_of(*e);
-      Rates rates = measure_rates(e->impl().world(), e->impl().ops());
+      Rates rates = rates_of(*e);
       if (o_.profile) e->impl().use_ops(profiled(e->impl().ops()));
       reset_profile();
       for (int i = 0; i < o_.steps; ++i) {
@@ -184,7 +210,7 @@ class Bench {
         seconds.push_back(r.seconds);
         floors.push_back(floor_seconds(work, rates));
         drain(*e);
-        if (i % 8 == 7) rates = better(rates, measure_rates(e->impl().world(), e->impl().ops()));
+        if (i % 8 == 7) rates = better(rates, rates_of(*e));
       }
       if (seconds.empty()) throw std::runtime_error(fmt::format("the KV cache does not hold {} requests of {} tokens at once: raise --memory-bytes", batch, o_.context));
       json row = base("decode", *e);
@@ -227,7 +253,7 @@ class Bench {
     auto e = engine(1, tokens + 16);
     const FloorInputs shape = inputs_of(*e);
     std::vector<double> seconds, floors, steps;
-    Rates rates = measure_rates(e->impl().world(), e->impl().ops());
+    Rates rates = rates_of(*e);
     if (o_.profile) e->impl().use_ops(profiled(e->impl().ops()));
     reset_profile();
     for (int round = 0; round < o_.rounds; ++round) {
@@ -249,7 +275,7 @@ class Bench {
       drain(*e);
       seconds.push_back(total);
       floors.push_back(floor);
-      rates = better(rates, measure_rates(e->impl().world(), e->impl().ops()));
+      rates = better(rates, rates_of(*e));
     }
     json row = base("prefill", *e);
     row["batch"] = 1;
@@ -293,7 +319,7 @@ class Bench {
         p.bytes = bytes;
         p.changed = changed;
         p.seconds.push_back(seconds);
-        p.memcpy.push_back(memcpy_seconds(e->impl().world(), bytes));
+        p.memcpy.push_back(copy_seconds(*e, bytes));
       };
       record("weights", switcher.weights_part().bytes, switcher.weights_part().bytes_changed, switcher.weights_part().seconds);
       record("kv", switcher.kv_part().bytes, switcher.kv_part().bytes_changed, switcher.kv_part().seconds);
@@ -435,6 +461,7 @@ class Bench {
 
   void add_speed(json& row, double speed, double floor, const Rates& rates) {
     row["tokens_per_second"] = speed;
+    if (rates.read == 0) return;
     row["floor_tokens_per_second"] = floor;
     row["share_of_floor"] = speed / floor;
     row["read_bytes_per_second"] = rates.read;
@@ -476,11 +503,12 @@ class Bench {
     if (o_.format == "json") {
       fmt::print("{}\n", row.dump());
     } else if (row["tokens_per_second"].is_number()) {
-      fmt::print("{:8} {:2} batch {:4} tokens {:5} context {:5}  P={} T={} {}  {:9.1f} tok/s  floor {:9.1f}  {:5.1f} %   read {:5.1f} GB/s  bf16 {:6.1f} GFLOP/s",
-                 row["what"].get<std::string>(), row["shape"].get<std::string>(), row["batch"].get<int>(), row["tokens"].get<int>(),
-                 row["context"].get<int>(), row["ranks"].get<int>(), row["threads"].get<int>(), row["layout"].get<std::string>(),
-                 row["tokens_per_second"].get<double>(), row["floor_tokens_per_second"].get<double>(), 100 * row["share_of_floor"].get<double>(),
-                 row["read_bytes_per_second"].get<double>() / 1e9, row["bf16_flops"].get<double>() / 1e9);
+      fmt::print("{:8} {:2} batch {:4} tokens {:5} context {:5}  P={} T={} {}  {:9.1f} tok/s", row["what"].get<std::string>(),
+                 row["shape"].get<std::string>(), row["batch"].get<int>(), row["tokens"].get<int>(), row["context"].get<int>(), row["ranks"].get<int>(),
+                 row["threads"].get<int>(), row["layout"].get<std::string>(), row["tokens_per_second"].get<double>());
+      if (row["floor_tokens_per_second"].is_number())
+        fmt::print("  floor {:9.1f}  {:5.1f} %   read {:5.1f} GB/s  bf16 {:6.1f} GFLOP/s", row["floor_tokens_per_second"].get<double>(),
+                   100 * row["share_of_floor"].get<double>(), row["read_bytes_per_second"].get<double>() / 1e9, row["bf16_flops"].get<double>() / 1e9);
       end_line(row);
     } else if (row["what"] == "switch") {
       fmt::print("switch {}→{} {:7}  {:8.1f} MiB, {:8.1f} MiB to a new owner  {:8.2f} ms  memcpy {:8.2f} ms  {:5.1f} %",
@@ -530,19 +558,22 @@ int run(int argc, char** argv) {
   CLI::App app{
       "Measures moebius: each figure beside its floor, max(bytes ÷ read rate, operations ÷ bf16 rate), with both rates measured in the same\n"
       "run. Links the library's inner parts (engine, kernels).\nShapes: m = 16 layers, hidden 1024, 64 experts top-8, intermediate 512, 16/4 "
-      "heads × 64, vocabulary 32,000; s = 8 layers, hidden 512,\nintermediate 256, else the same. Weights of a shape are seeded random ones."};
+      "heads × 64, vocabulary 32,000; s = 8 layers, hidden 512,\nintermediate 256, else the same; qwen3-30b-a3b and qwen3-235b-a22b are those of the models. Weights of a shape are seeded random ones."};
   app.require_subcommand(1);
   const auto common = [&](CLI::App* sub) {
-    sub->add_option("--shape", o.shape, "shape with dummy weights: s or m")->check(CLI::IsMember({"s", "m"}))->capture_default_str();
+    sub->add_option("--shape", o.shape, "shape with dummy weights: s, m, qwen3-30b-a3b, qwen3-235b-a22b")->check(CLI::IsMember(kShapes))->capture_default_str();
+    sub->add_option("--layers", o.layers, "layers of the shape (0: all)")->check(CLI::Range(0, 1000))->capture_default_str();
     sub->add_option("--model", o.model, "a model folder instead of a shape")->default_str("none");
     sub->add_flag("--dummy", o.dummy, "with --model: seeded random weights, only config.json is read");
     sub->add_option("--layout", o.layout, "layout: tp or ep")->check(CLI::IsMember({"tp", "ep"}))->capture_default_str();
     sub->add_option("--ranks", o.ranks, "ranks")->check(CLI::Range(1, 64))->capture_default_str();
     sub->add_option("--threads", o.threads, "threads per rank (0: cores ÷ ranks)")->check(CLI::Range(0, 1024))->capture_default_str();
     sub->add_option("--device", o.device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();
+    sub->add_option("--rates", o.rates, "with another device: a file with the output of moebius-gpu-rates, for the floors")->check(CLI::ExistingFile)->default_str("none: no floors");
     sub->add_option("--isa", o.isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
     sub->add_option("--slices-per-expert", o.slices, "cuts of each MLP (0: the default rule)")->capture_default_str();
     sub->add_option("--memory-bytes", o.memory_bytes, "per rank (0: what the run needs)")->capture_default_str();
+    sub->add_flag("!--no-capture", o.capture, "decode steps queue their kernels one by one, to measure what capturing them saves");
     sub->add_flag("--plain-sums", o.plain_sums, "ordinary float sums instead of exact ones, to measure what exactness costs");
     sub->add_option("--format", o.format, "table or json (one object a line)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
     sub->add_option("--compare", o.compare, "an earlier run's JSON lines: adds the ratio and the spread of those")->default_str("none");

@@ -53,6 +53,10 @@ class Device {
   virtual void join_capture(int /*rank*/) {}
   virtual int end_capture() { return -1; }     // its number
   virtual void replay(int /*number*/) {}       // queues all of it on rank 0's queue
+  // What the runtime of the device keeps for the calling thread (CUDA's current device): the host's, which a call into the library must
+  // leave as it was (CallersDevice).
+  virtual int current() { return 0; }
+  virtual void set_current(int /*current*/) {}
   // Whether everything that the rank has queued is done. Throws what went wrong meanwhile.
   virtual bool idle(int rank) = 0;
 };
@@ -77,6 +81,21 @@ class DrainOnError {
  private:
   Device& device_;
   int rank_, exceptions_;
+};
+
+// Keeps the calling thread's current device for the time of a scope.
+class CallersDevice {
+ public:
+  explicit CallersDevice(Device& device) : device_(device) { take(); }
+  ~CallersDevice() { restore(); }
+  void take() { before_ = device_.current(); }
+  void restore() { device_.set_current(before_); }
+  CallersDevice(const CallersDevice&) = delete;
+  CallersDevice& operator=(const CallersDevice&) = delete;
+
+ private:
+  Device& device_;
+  int before_ = 0;
 };
 
 // Owns memory of a rank.

@@ -48,6 +48,8 @@ struct DeviceModule {
   int32_t (*join_capture)(void* device, int rank, ModuleStatus& status);
   int32_t (*end_capture)(void* device, ModuleStatus& status);
   int32_t (*replay)(void* device, int number, ModuleStatus& status);
+  int32_t (*current)(void* device);
+  void (*set_current)(void* device, int32_t current);
   int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet
 };
 

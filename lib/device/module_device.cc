@@ -31,7 +31,10 @@ std::vector<std::filesystem::path> module_folders() {
   Dl_info info;
   if (dladdr(reinterpret_cast<const void*>(&module_folders), &info) == 0 || info.dli_fname == nullptr) return out;
   const std::filesystem::path here = std::filesystem::absolute(info.dli_fname).parent_path();
-  return {here, here / "moebius", here / "../lib", here / "../lib/moebius"};
+  const std::filesystem::path beside = here.parent_path() / "lib";
+  out = {here, here / "moebius"};
+  if (beside != here) out.insert(out.end(), {beside, beside / "moebius"});
+  return out;
 }
 
 const DeviceModule& load_module(const std::string& name) {
@@ -99,6 +102,8 @@ class ModuleDevice final : public Device {
   void join_capture(int rank) override { call(module_.join_capture, rank); }
   int end_capture() override { return call(module_.end_capture); }
   void replay(int number) override { call(module_.replay, number); }
+  int current() override { return module_.current(device_); }
+  void set_current(int current) override { module_.set_current(device_, current); }
   bool idle(int rank) override { return call(module_.idle, rank) != 0; }
 
  private:

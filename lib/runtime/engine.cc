@@ -132,6 +132,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       threads_(threads_per_rank(config_, model_)),
       host_ops_(cpu_ops(config_.isa)),
       device_(open_device(config_)),
+      caller_(*device_),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),
       shape_(workspace_shape(model_, config_, threads_, *device_)),
       store_(model_dir, model_, config_, world_, *device_, workspace_bytes(*device_, shape_, model_, config_)),
@@ -177,9 +178,13 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   seams_.reserve(kMaxWishes);
   stats_.num_layers = model_.shape.num_layers();
   publish_stats();
+  caller_.restore();
 }
 
-Engine::Impl::~Impl() { stop(); }
+Engine::Impl::~Impl() {
+  stop();
+  caller_.take();
+}
 
 void Engine::Impl::compare_ranks() {
   std::vector<uint64_t> digests(static_cast<size_t>(config_.ranks));
@@ -491,6 +496,7 @@ void Engine::Impl::expire(Clock::time_point now) {
 StepResult Engine::Impl::step() {
   std::lock_guard step_lock(step_mutex_);
   const FloatingPointMode mode;
+  const CallersDevice caller(*device_);
   refuse_if_failed();
   StepResult result;
   const auto begin = Clock::now();
@@ -581,7 +587,8 @@ void Engine::Impl::measure_expert_load() {
   if (layer < 0 || choices == 0) return;
   std::fill(expert_rows_.begin(), expert_rows_.end(), 0);
   for (size_t h = 0; h < plan_.shape.homes.size(); ++h) {  // where the shape has them, among rows that fill the step up
-    const int64_t first = shape_now_->homes[h].begin * model_.top_k, num = plan_.shape.homes[h].size() * model_.top_k;
+    const int64_t first = (plan_.shape.homes[h].begin + shape_now_->row_shift(plan_.shape, h)) * model_.top_k;
+    const int64_t num = plan_.shape.homes[h].size() * model_.top_k;
     for (int64_t i = first; i < first + num; ++i)
       if (static_cast<size_t>(choices_[i]) < expert_rows_.size()) ++expert_rows_[static_cast<size_t>(choices_[i])];  // a NaN row may have none
   }
@@ -669,7 +676,7 @@ void Engine::Impl::meet(int rank) {
 
 // ---- captured steps
 
-// Captured are decode steps in pure layouts for 1, 2, 4, … rows (in EP rows of each home). Nothing is computed: weights may be in either
+// Captured are decode steps in pure layouts for 1, 2, 4, … rows (in EP rows of each home, in TP of all). Nothing is computed: weights may be in either
 // layout, and what the rank's tables hold does not matter.
 void Engine::Impl::capture_steps() {
   if (!config_.capture_steps || !device_->can_capture()) return;
@@ -682,8 +689,8 @@ void Engine::Impl::capture_steps() {
       if (step.shape.num_rows > shape_.max_rows) break;
       step.shape.max_tokens = config_.max_context;
       step.shape.seam = layout == Layout::kTp ? model_.shape.num_layers() : 0;
-      for (int64_t h = 0; h < config_.ranks; ++h)
-        step.shape.homes.push_back({std::min<int64_t>(h, homes) * step.rows_of_home, std::min<int64_t>(h + 1, homes) * step.rows_of_home});
+      for (int64_t h = 0; h < config_.ranks && layout == Layout::kEp; ++h)
+        step.shape.homes.push_back({h * step.rows_of_home, (h + 1) * step.rows_of_home});
       step.shape.chunks_of_home = step.shape.homes;
       const StepShape& shape = step.shape;
       int* const number = &step.number;
@@ -715,9 +722,10 @@ const StepShape& Engine::Impl::choose_shape() {
   const StepShape& own = plan_.shape;
   const int layers = model_.shape.num_layers();
   if (own.num_chunks != own.num_rows || (own.seam > 0 && own.seam < layers)) return own;  // a prompt's rows, or a seam inside
-  int64_t most = 0;
+  const bool is_tp = own.seam == layers;
+  int64_t most = is_tp ? own.num_rows : 0;
   for (const Range& home : own.homes) most = std::max(most, home.size());
-  for (const CapturedStep& step : captured_[own.seam == layers ? 0 : 1])
+  for (const CapturedStep& step : captured_[is_tp ? 0 : 1])
     if (step.rows_of_home >= most) {
       captured_now_ = &step;
       return step.shape;

@@ -110,6 +110,7 @@ class Engine::Impl {
   const int threads_;
   const Ops& host_ops_;  // for sampling
   const std::unique_ptr<Device> device_;
+  CallersDevice caller_;         // of the thread that makes the engine, or destroys it
   World world_;
   WorkspaceShape shape_;
   ModelStore store_;

@@ -17,8 +17,14 @@ struct StepShape {
   int64_t num_rows = 0, num_chunks = 0;
   int64_t max_tokens = 0;             // that a row may see
   int32_t seam = 0;                   // layers [0, seam) run in TP
-  std::vector<Range> homes;           // [ranks] rows of each home (in pure TP all on rank 0)
+  std::vector<Range> homes;           // [ranks] rows of each home; of a captured TP step none: rows stand as the plan has them
   std::vector<Range> chunks_of_home;  // [ranks] likewise
+
+  // Where this shape has a home's rows and chunks, less where `plan` has them.
+  int64_t row_shift(const StepShape& plan, size_t home) const { return homes.empty() ? 0 : homes[home].begin - plan.homes[home].begin; }
+  int64_t chunk_shift(const StepShape& plan, size_t home) const {
+    return homes.empty() ? 0 : chunks_of_home[home].begin - plan.chunks_of_home[home].begin;
+  }
 };
 
 // A sequence's rows of this step.

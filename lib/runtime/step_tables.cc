@@ -63,10 +63,11 @@ int64_t StepBlock::write(const StepPlan& plan, const StepShape& shape, const std
   std::copy(plan.choices.begin(), plan.choices.end(), at<TokenChoice>(out, choices_));
   int64_t next = pages_;
   size_t logit = 0;
-  for (size_t h = 0; h < shape.homes.size(); ++h) {
+  for (size_t h = 0; h < plan.shape.homes.size(); ++h) {
     const Range from = plan.shape.homes[h], chunks = plan.shape.chunks_of_home[h];
-    MOEBIUS_ASSERT(from.size() <= shape.homes[h].size() && chunks.size() <= shape.chunks_of_home[h].size());
-    const int64_t row_shift = shape.homes[h].begin - from.begin, chunk_shift = shape.chunks_of_home[h].begin - chunks.begin;
+    const int64_t row_shift = shape.row_shift(plan.shape, h), chunk_shift = shape.chunk_shift(plan.shape, h);
+    MOEBIUS_ASSERT(from.end + row_shift <= (shape.homes.empty() ? shape.num_rows : shape.homes[h].end) &&
+                   chunks.end + chunk_shift <= (shape.homes.empty() ? shape.num_chunks : shape.chunks_of_home[h].end));
     std::copy_n(plan.tokens.begin() + from.begin, from.size(), tokens + from.begin + row_shift);
     for (; logit < plan.logit_rows.size() && plan.logit_rows[logit].row < from.end; ++logit)
       at<int32_t>(out, logit_rows_)[logit] = static_cast<int32_t>(plan.logit_rows[logit].row + row_shift);
