@@ -193,7 +193,10 @@ int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
   const Rank& r = on(rank);
   if (checked(cudaGetLastError(), "starting a kernel", rank, status) < 0) return status.code;
   const cudaError_t error = cudaStreamQuery(r.stream);
-  if (error == cudaErrorNotReady) return 0;
+  if (error == cudaErrorNotReady) {
+    (void)cudaGetLastError();  // the runtime keeps it as an error of the thread; the next question would report it as a kernel's
+    return 0;
+  }
   return checked(error, "the rank's work", rank, status) < 0 ? status.code : 1;
 }
 

@@ -39,7 +39,30 @@ TEST_CASE("what a device does not have is refused with the numbers, and it goes 
     CHECK_THAT(e.what(), Catch::Matchers::Contains(std::to_string(device.total_bytes(0) * 2)));
   }
   const DeviceBuffer buffer(device, 0, 64);
+  finish(0);
   CHECK(device.idle(0));
+}
+
+TEST_CASE("a rank that is still at work is asked again and again, which is no error") {
+  Device& device = test_device();
+  constexpr int64_t kBytes = 16 << 20;
+  const DeviceBuffer from(device, 0, kBytes), to(device, 0, kBytes);
+  for (int round = 0; round < 8; ++round) {
+    device.copy_block(0, to.data(), from.data(), kBytes);
+    device.finish_blocks(0);
+    finish(0);
+  }
+  CHECK(device.idle(0));
+}
+
+TEST_CASE("a device that there is not is refused with both numbers") {
+  try {
+    open_module_device(MOEBIUS_TEST_DEVICE, 2, {0, 99});
+    FAIL("it was opened");
+  } catch (const Error& e) {
+    CHECK(e.code() == Code::kInvalidArgument);
+    CHECK_THAT(e.what(), Catch::Matchers::Contains("device 99 of rank 1"));
+  }
 }
 
 TEST_CASE("after a mark and a pass a rank sees what the others had queued") {

@@ -1,4 +1,9 @@
 // The emulator itself: what the other tests rest on.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <string>
 #include <vector>
 
 #include "cuda/launch.h"
@@ -33,6 +38,56 @@ __global__ void mma_kernel(const bf16* a, const bf16* b, float* d) {
   for (int e = 0; e < 4; ++e) d[(g + e / 2 * 8) * 8 + 2 * t + e % 2] = out[e];
 }
 
+__global__ void reverse_without_barrier_kernel(int* data) {
+  __shared__ int copy[256];
+  const int i = static_cast<int>(threadIdx.x);
+  copy[i] = data[i];
+  data[i] = copy[255 - i];
+}
+
+__global__ void lanes_left_kernel(int* out) {
+  if (threadIdx.x % 32 >= 16) return;
+  out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, static_cast<int>(threadIdx.x), 1);
+}
+__global__ void lanes_elsewhere_kernel(int* out) {
+  if (threadIdx.x % 32 >= 16) __syncthreads();
+  else out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, static_cast<int>(threadIdx.x), 1);
+}
+__global__ void mask_without_caller_kernel(int* out) { out[threadIdx.x] = __shfl_sync(0xffffu, static_cast<int>(threadIdx.x), 0); }
+__global__ void masks_differ_kernel(int* out) {
+  out[threadIdx.x] = __shfl_sync(threadIdx.x == 0 ? 0x3u : 0xffffffffu, static_cast<int>(threadIdx.x), 0);
+}
+__global__ void functions_differ_kernel(int* out) {
+  if (threadIdx.x % 2 == 0) out[threadIdx.x] = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0);
+  else __syncwarp();
+}
+
+// What a kernel that ends the program says, found by a child process; empty when it runs to its end.
+std::string report_of(void (*kernel)(int*)) {
+  int ends[2];
+  REQUIRE(pipe(ends) == 0);
+  const pid_t child = fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    std::signal(SIGABRT, SIG_DFL);
+    alarm(10);
+    dup2(ends[1], STDERR_FILENO);
+    int out[64];
+    launch(kernel, 1, 64, 0, nullptr, +out);
+    _exit(0);
+  }
+  close(ends[1]);
+  std::string text;
+  char part[256];
+  for (ssize_t n; (n = read(ends[0], part, sizeof part)) > 0;) text.append(part, static_cast<size_t>(n));
+  close(ends[0]);
+  int status = 0;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(text.empty() == (status == 0));
+  CHECK((status == 0 || (WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT)));
+  return text;
+}
+
 }  // namespace
 
 TEST_CASE("barriers order the threads of a block") {
@@ -61,6 +116,37 @@ TEST_CASE("a tensor product is the plain one") {
       for (size_t k = 0; k < 16; ++k) sum += to_float(a[r * 16 + k]) * to_float(b[c * 16 + k]);
       CHECK(d[r * 8 + c] == sum);
     }
+}
+
+TEST_CASE("a missing barrier shows") {
+  std::vector<int> data(256);
+  for (int i = 0; i < 256; ++i) data[static_cast<size_t>(i)] = i;
+  launch(reverse_without_barrier_kernel, 1, 256, 0, nullptr, data.data());
+  int wrong = 0;
+  for (int i = 0; i < 256; ++i) wrong += data[static_cast<size_t>(i)] != 255 - i;
+  CHECK(wrong > 0);  // each thread comes before its partner with a chance of a half
+}
+
+TEST_CASE("lanes that do not meet as they must are reported") {
+  using Catch::Matchers::Contains;
+  CHECK_THAT(report_of(lanes_left_kernel), Contains("has ended"));
+  CHECK_THAT(report_of(lanes_elsewhere_kernel), Contains("others of its mask never call"));
+  CHECK_THAT(report_of(mask_without_caller_kernel), Contains("leaves it out"));
+  CHECK_THAT(report_of(masks_differ_kernel), Contains("others of its mask never call"));
+  CHECK_THAT(report_of(functions_differ_kernel), Contains("different warp functions"));
+}
+
+TEST_CASE("a stream with new work is not ready when it is asked at once, and that stays as the thread's error") {
+  cudaStream_t stream = nullptr;
+  REQUIRE(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) == cudaSuccess);
+  CHECK(cudaStreamQuery(stream) == cudaSuccess);
+  char byte = 1;
+  REQUIRE(cudaMemsetAsync(&byte, 0, 1, stream) == cudaSuccess);
+  CHECK(cudaStreamQuery(stream) == cudaErrorNotReady);
+  CHECK(cudaGetLastError() == cudaErrorNotReady);
+  CHECK(cudaStreamQuery(stream) == cudaSuccess);
+  CHECK(cudaGetLastError() == cudaSuccess);
+  CHECK(cudaStreamDestroy(stream) == cudaSuccess);
 }
 
 TEST_CASE("a launch that no device takes is an error of the thread that asked") {

@@ -57,8 +57,9 @@ const Place& here();  // of the thread that runs
 std::byte* dynamic_shared();
 
 void block_barrier();
-// Each lane of `mask` gives `bytes` (at most 64) and is handed those of all its lanes, at result + lane·64, until release_warp.
-const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes);
+// Each lane of `mask` gives `bytes` (at most 64) and is handed those of all its lanes, at result + lane·64, until release_warp. `function`
+// stands for the warp function that was called.
+const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes, const void* function);
 void release_warp(const std::byte* result);
 int lane();
 
@@ -68,7 +69,8 @@ bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 template <class T, class Read>
 auto exchange(unsigned mask, const T& mine, Read&& read) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 64);
-  const std::byte* all = meet_warp(mask, &mine, sizeof(T));
+  static const char function = 0;  // one for each T and Read, which is a warp function's own
+  const std::byte* all = meet_warp(mask, &mine, sizeof(T), &function);
   auto result = read([&](int of_lane) {
     T value;
     std::memcpy(&value, all + of_lane * 64, sizeof(T));
@@ -236,7 +238,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* out, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
-cudaError_t cudaStreamQuery(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);  // cudaErrorNotReady once after anything was queued, kept as the thread's last error
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned flags);

@@ -1,6 +1,7 @@
 #include <boost/context/fiber.hpp>
 #include <boost/context/fixedsize_stack.hpp>
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <memory>
 #include <mutex>
@@ -35,6 +36,7 @@ struct Thread {
   State state = State::kDone;
   // At a warp function:
   unsigned mask = 0;
+  const void* function = nullptr;
   std::byte mine[64];
   Exchange* result = nullptr;
 };
@@ -87,6 +89,7 @@ void release_lanes(size_t arrived, size_t n, std::vector<size_t>& ready) {
     if ((mask >> (i - first) & 1) == 0) continue;
     if (i >= last || threads[i]->state == State::kDone) report("a lane of a warp function's mask has ended or does not exist");
     if (threads[i]->state != State::kAtWarp || threads[i]->mask != mask) return;
+    if (threads[i]->function != threads[arrived]->function) report("the lanes of a mask call different warp functions");
   }
   if (free_exchanges.empty()) {
     exchanges.push_back(std::make_unique<Exchange>());
@@ -140,10 +143,11 @@ void block_barrier() {
   yield();
 }
 
-const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes) {
+const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes, const void* function) {
   Thread* t = current;
   std::memcpy(t->mine, mine, bytes);
   t->mask = mask;
+  t->function = function;
   t->state = State::kAtWarp;
   yield();
   return t->result->values;
@@ -195,7 +199,7 @@ int device_count() {
 }
 
 cudaError_t give(cudaError_t error) {
-  if (error != cudaSuccess && error != cudaErrorNotReady) last_error = error;
+  if (error != cudaSuccess) last_error = error;  // cudaErrorNotReady too, as CUDA's runtime does
   return error;
 }
 
@@ -286,6 +290,7 @@ cudaError_t cudaFreeHost(void* memory) {
 // that the captured events allow.
 struct CUstream_st {
   bool captured = false;
+  std::atomic<bool> busy = false;  // work was queued since it was last asked: the next answer is cudaErrorNotReady, as a device may give
 };
 struct CUevent_st {
   bool captured = false;      // recorded in a captured stream, last
@@ -305,6 +310,9 @@ std::vector<cudaStream_t> captured_streams;
 std::unordered_map<cudaStream_t, uint64_t> queued, joined;  // captured work of a stream, and what of it the origin waits for
 
 bool is_captured(cudaStream_t stream) { return stream != nullptr && stream->captured; }
+void set_busy(cudaStream_t stream) {
+  if (stream != nullptr) stream->busy = true;
+}
 
 }  // namespace
 
@@ -318,6 +326,7 @@ void moebius::emulation::queue(cudaStream_t stream, std::function<void()> work) 
     }
   }
   work();
+  set_busy(stream);
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
@@ -332,6 +341,7 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
   if (width > to_pitch || width > from_pitch) return give(cudaErrorInvalidValue);
   if (is_captured(stream)) return give(cudaErrorStreamCaptureUnsupported);
   for (size_t i = 0; i < height; ++i) std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch, width);
+  set_busy(stream);
   return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
@@ -349,8 +359,15 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamQuery(cudaStream_t stream) { return is_captured(stream) ? give(cudaErrorStreamCaptureUnsupported) : cudaSuccess; }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return cudaStreamQuery(stream); }
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  if (is_captured(stream)) return give(cudaErrorStreamCaptureUnsupported);
+  return stream != nullptr && stream->busy.exchange(false) ? give(cudaErrorNotReady) : cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (is_captured(stream)) return give(cudaErrorStreamCaptureUnsupported);
+  if (stream != nullptr) stream->busy = false;
+  return cudaSuccess;
+}
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   std::lock_guard lock(capture_mutex);
   if (event->captured && !is_captured(stream)) {  // it joins
@@ -409,6 +426,7 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsign
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
   if (is_captured(stream)) return give(cudaErrorStreamCaptureUnsupported);
   for (const auto& work : graph->work) work();
+  set_busy(stream);
   return cudaSuccess;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
