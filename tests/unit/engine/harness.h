@@ -14,11 +14,11 @@
 
 namespace moebius::test {
 
-// Under a sanitizer the longest sweeps take every fifth or seventh case: primes, so that none of the nested loops stands still.
+// Under a sanitizer the longest sweeps take every seventh or eleventh case: primes, so that none of the nested loops stands still.
 #if defined(__SANITIZE_THREAD__)
-inline constexpr int64_t kSweep = 7;
+inline constexpr int64_t kSweep = 11;
 #elif defined(__SANITIZE_ADDRESS__)
-inline constexpr int64_t kSweep = 5;
+inline constexpr int64_t kSweep = 7;
 #else
 inline constexpr int64_t kSweep = 1;
 #endif
