@@ -134,6 +134,10 @@ int32_t CudaDevice::read(int rank, void* to, int64_t to_pitch, const void* from,
                  "reading", rank, status);
 }
 
+int32_t CudaDevice::pin(void* host, int64_t bytes, ModuleStatus& status) {
+  return checked(cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterPortable), "pinning memory", 0, status);
+}
+
 int32_t CudaDevice::copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
   return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault, on(rank).stream), "copying", rank, status);
 }
@@ -190,14 +194,16 @@ int32_t CudaDevice::replay(int number, ModuleStatus& status) {
 }
 
 int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
-  const Rank& r = on(rank);
+  Rank& r = on(rank);
   if (checked(cudaGetLastError(), "starting a kernel", rank, status) < 0) return status.code;
   const cudaError_t error = cudaStreamQuery(r.stream);
   if (error == cudaErrorNotReady) {
     (void)cudaGetLastError();  // the runtime keeps it as an error of the thread; the next question would report it as a kernel's
     return 0;
   }
-  return checked(error, "the rank's work", rank, status) < 0 ? status.code : 1;
+  if (checked(error, "the rank's work", rank, status) < 0) return status.code;
+  r.num_marks = 0;  // where a region failed, ranks have set different numbers of marks; all are idle before the next one
+  return 1;
 }
 
 }  // namespace moebius::cuda

@@ -24,6 +24,7 @@ class CudaDevice {
   void* queue(int rank) const { return ranks_[static_cast<size_t>(rank)]->stream; }
   int32_t write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height, ModuleStatus& status);
+  int32_t pin(void* host, int64_t bytes, ModuleStatus& status);
   int32_t copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t copy_block(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t finish_blocks(int rank, ModuleStatus& status);

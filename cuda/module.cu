@@ -46,6 +46,8 @@ constexpr DeviceModule kModule{
     .write = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).write(rank, to, from, n, s); },
     .read = [](void* d, int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height,
                ModuleStatus& s) { return of(d).read(rank, to, to_pitch, from, from_pitch, width, height, s); },
+    .pin = [](void* d, void* host, int64_t bytes, ModuleStatus& s) { return of(d).pin(host, bytes, s); },
+    .unpin = [](void*, void* host) { (void)cudaHostUnregister(host); },
     .copy = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy(rank, to, from, n, s); },
     .copy_block = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy_block(rank, to, from, n, s); },
     .finish_blocks = [](void* d, int rank, ModuleStatus& s) { return of(d).finish_blocks(rank, s); },

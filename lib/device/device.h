@@ -30,10 +30,13 @@ class Device {
 
   // What ops queue on (Lane::queue).
   virtual void* queue(int rank) = 0;
-  // From the host's memory into the rank's; `from` may be used again on return.
+  // From the host's memory, which is not pinned, into the rank's; `from` may be used again on return.
   virtual void write(int rank, void* to, const void* from, int64_t bytes) = 0;
   // From the rank's memory into the host's: `height` rows of `width` bytes. What was read is there once the rank is idle().
   virtual void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) = 0;
+  // Host memory that is often read into: reading goes there directly, and read() never waits. (Elsewhere it may wait for the rank.)
+  virtual void pin(void* /*host*/, int64_t /*bytes*/) {}
+  virtual void unpin(void* /*host*/) noexcept {}
   // From any rank's memory into this rank's.
   virtual void copy(int rank, void* to, const void* from, int64_t bytes) = 0;
   // The same of a block that is written once and read much later (a switch): bytes a multiple of 64, addresses aligned to it. They
@@ -57,7 +60,8 @@ class Device {
   // leave as it was (CallersDevice).
   virtual int current() { return 0; }
   virtual void set_current(int /*current*/) {}
-  // Whether everything that the rank has queued is done. Throws what went wrong meanwhile.
+  // Whether everything that the rank has queued is done. Throws what went wrong meanwhile. Not asked between a mark and its pass; ranks
+  // ask it at the same places among their marks, or before their next ones.
   virtual bool idle(int rank) = 0;
 };
 

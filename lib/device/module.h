@@ -39,6 +39,8 @@ struct DeviceModule {
   int32_t (*write)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t (*read)(void* device, int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height,
                   ModuleStatus& status);
+  int32_t (*pin)(void* device, void* host, int64_t bytes, ModuleStatus& status);
+  void (*unpin)(void* device, void* host);
   int32_t (*copy)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t (*copy_block)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t (*finish_blocks)(void* device, int rank, ModuleStatus& status);

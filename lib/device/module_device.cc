@@ -92,6 +92,12 @@ class ModuleDevice final : public Device {
   void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) override {
     call(module_.read, rank, to, to_pitch, from, from_pitch, width, height);
   }
+  void pin(void* host, int64_t bytes) override {
+    ModuleStatus status;
+    module_.pin(device_, host, bytes, status);
+    check(status);
+  }
+  void unpin(void* host) noexcept override { module_.unpin(device_, host); }
   void copy(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy, rank, to, from, bytes); }
   void copy_block(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy_block, rank, to, from, bytes); }
   void finish_blocks(int rank) override { call(module_.finish_blocks, rank); }

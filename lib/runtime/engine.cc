@@ -124,6 +124,25 @@ std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages
 
 }  // namespace
 
+Readings::Readings(Device& device, const WorkspaceShape& shape, int64_t vocab, int ranks)
+    : device_(device), memory_(place(shape, vocab, ranks, nullptr)) {
+  place(shape, vocab, ranks, memory_.data());
+  device.pin(memory_.data(), memory_.bytes());
+}
+
+int64_t Readings::place(const WorkspaceShape& shape, int64_t vocab, int ranks, std::byte* base) {
+  int64_t at = 0;
+  const auto take = [&]<class T>(T*& pointer, int64_t count) {
+    pointer = base == nullptr ? nullptr : reinterpret_cast<T*>(base + at);
+    at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+  };
+  take(logits, shape.max_logit_rows * vocab);
+  take(chosen, shape.max_logit_rows);
+  take(choices, shape.max_rows * shape.top_k);
+  take(experts_reached, ranks);
+  return at;
+}
+
 // ---- construction
 
 Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& config)
@@ -144,7 +163,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
                  [this](Sequence& s) { emit_request(EventType::kPreempted, s); }},
                 config_.layout),
       plan_(shape_.max_rows, config_.max_batch, config_.ranks),
-      logits_(logits_bytes(shape_, model_)),
+      readings_(*device_, shape_, model_.vocab_size, config_.ranks),
       sampled_(static_cast<size_t>(config_.max_batch)),
       events_(kEventRing),
       stall_budget_ms_(config_.stall_budget_ms),
@@ -168,9 +187,6 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, policy_limits(config_));
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
-  choices_.resize(static_cast<size_t>(shape_.max_rows * shape_.top_k));
-  experts_reached_.resize(static_cast<size_t>(config_.ranks));
-  chosen_.resize(static_cast<size_t>(shape_.max_logit_rows));
   metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
                    config_.engine_id};
   for (int h = 0; h < kv_.num_homes(); ++h) metrics_info_.ep_pages += kv_.ep_capacity(h);
@@ -541,7 +557,7 @@ void Engine::Impl::run_plan(StepResult& result) {
   shape_now_ = &choose_shape();
   world_.run([this](int rank, int thread) { compute(rank, thread); });
   result.captured = captured_now_ != nullptr;
-  for (int32_t reached : experts_reached_) result.experts_reached += reached;
+  for (int r = 0; r < config_.ranks; ++r) result.experts_reached += readings_.experts_reached[r];
   result.compute_seconds = seconds_between(begin, Clock::now());
   scheduler_.commit(plan_);
   count_prompt_tokens();
@@ -590,7 +606,7 @@ void Engine::Impl::measure_expert_load() {
     const int64_t first = (plan_.shape.homes[h].begin + shape_now_->row_shift(plan_.shape, h)) * model_.top_k;
     const int64_t num = plan_.shape.homes[h].size() * model_.top_k;
     for (int64_t i = first; i < first + num; ++i)
-      if (static_cast<size_t>(choices_[i]) < expert_rows_.size()) ++expert_rows_[static_cast<size_t>(choices_[i])];  // a NaN row may have none
+      if (const auto e = static_cast<size_t>(readings_.choices[i]); e < expert_rows_.size()) ++expert_rows_[e];  // a NaN row may have none
   }
   const int32_t most = *std::max_element(expert_rows_.begin(), expert_rows_.end());
   const double experts = model_.shape.mlps[static_cast<size_t>(layer)].num_experts;
@@ -615,11 +631,11 @@ void Engine::Impl::compute(int rank, int thread) {
   const int lane_of_world = rank * threads_ + thread, lanes = config_.ranks * threads_;
   for (int64_t first = 0; first < total; first += shape_.max_logit_rows) {
     const Range group{first, std::min(total, first + shape_.max_logit_rows)};
-    if (device_->host_memory()) executor.logits(tables_[rank].view(), group, logits_.as<float>() + executor.columns().begin, model_.vocab_size, lane);
+    if (device_->host_memory()) executor.logits(tables_[rank].view(), group, readings_.logits + executor.columns().begin, model_.vocab_size, lane);
     else finish_logits(rank, group, lane);
     world_.world_barrier();  // every rank's share of the vocabulary before a row is read
     for (int64_t i = lane_of_world; i < group.size(); i += lanes)
-      sample_row(plan_.logit_rows[group.begin + i], logits_.as<float>() + i * model_.vocab_size, chosen_[static_cast<size_t>(i)], lane_of_world);
+      sample_row(plan_.logit_rows[group.begin + i], readings_.logits + i * model_.vocab_size, readings_.chosen[i], lane_of_world);
     if (group.end < total) world_.world_barrier();  // rows are read before the next group overwrites them
   }
   world_.wait_until([this, rank] { return device_->idle(rank); });
@@ -652,7 +668,7 @@ void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
   if (!mine.empty()) {
     device_->ops().choose_tokens({mine, config_.ranks, shares, columns, shape_.logit_columns, view.choices + group.begin, chosen}, lane);
     const int64_t bytes = mine.size() * static_cast<int64_t>(sizeof(int32_t));
-    device_->read(rank, chosen_.data() + mine.begin, bytes, chosen + mine.begin, bytes, bytes, 1);
+    device_->read(rank, readings_.chosen + mine.begin, bytes, chosen + mine.begin, bytes, bytes, 1);
   }
   const auto floats = [](int64_t n) { return n * static_cast<int64_t>(sizeof(float)); };
   for (int64_t i = 0, next; i < group.size(); i = next) {  // runs of rows
@@ -660,7 +676,7 @@ void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
     next = i + 1;
     if (!for_host(i)) continue;
     while (next < group.size() && for_host(next)) ++next;
-    device_->read(rank, logits_.as<float>() + i * model_.vocab_size + columns[rank].begin, floats(model_.vocab_size), own + i * shape_.logit_columns,
+    device_->read(rank, readings_.logits + i * model_.vocab_size + columns[rank].begin, floats(model_.vocab_size), own + i * shape_.logit_columns,
                   floats(shape_.logit_columns), floats(columns[rank].size()), next - i);
   }
   meet(rank);  // nobody overwrites its share before all have read it
@@ -751,8 +767,8 @@ void Engine::Impl::read_counts(int rank) {
     const int64_t bytes = n * static_cast<int64_t>(sizeof(int32_t));
     device_->read(rank, to, bytes, from, bytes, bytes, 1);
   };
-  read(&experts_reached_[static_cast<size_t>(rank)], b.experts_reached, 1);
-  if (rank == 0 && last_moe_layer() >= 0) read(choices_.data(), b.expert_ids, shape_now_->num_rows * model_.top_k);
+  read(readings_.experts_reached + rank, b.experts_reached, 1);
+  if (rank == 0 && last_moe_layer() >= 0) read(readings_.choices, b.expert_ids, shape_now_->num_rows * model_.top_k);
 }
 
 void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int32_t chosen, int lane) {

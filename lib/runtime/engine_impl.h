@@ -27,6 +27,26 @@
 
 namespace moebius {
 
+// What a step reads of the ranks' memory, in one piece of the host's, which devices read into directly.
+class Readings {
+ public:
+  Readings(Device& device, const WorkspaceShape& shape, int64_t vocab, int ranks);
+  ~Readings() { device_.unpin(memory_.data()); }
+  Readings(const Readings&) = delete;
+  Readings& operator=(const Readings&) = delete;
+
+  float* logits = nullptr;             // [logit group, vocab]
+  int32_t* chosen = nullptr;           // [logit group] tokens that the device chose
+  int32_t* choices = nullptr;          // [rows, top_k] experts, of the last MoE layer
+  int32_t* experts_reached = nullptr;  // [ranks]
+
+ private:
+  int64_t place(const WorkspaceShape& shape, int64_t vocab, int ranks, std::byte* base);
+
+  Device& device_;
+  HostBuffer memory_;
+};
+
 class Engine::Impl {
  public:
   Impl(const std::filesystem::path& model_dir, const EngineConfig& config);
@@ -133,17 +153,14 @@ class Engine::Impl {
   std::vector<ExchangeBuffers> exchange_;               // [ranks]
   std::vector<std::unique_ptr<LocalCommunicator>> comms_;
   std::vector<std::unique_ptr<RankExecutor>> executors_;
-  HostBuffer logits_;                                   // [logit_group, vocab]
+  Readings readings_;
   std::vector<SamplerScratch> sampler_scratch_;         // [ranks · threads]
   std::vector<SampleResult> sampled_;                   // [chunks]
 
   EventQueue events_;
   Metrics metrics_;
   MetricsInfo metrics_info_;
-  std::vector<int32_t> chosen_;           // [logit group] tokens that the device chose
-  std::vector<int32_t> experts_reached_;  // [ranks] in the last step
-  std::vector<int32_t> choices_;          // [rows, top_k] of the last step's last MoE layer
-  std::vector<int32_t> expert_rows_;      // [experts] of these
+  std::vector<int32_t> expert_rows_;      // [experts] of readings_.choices
   std::unique_ptr<Policy> policy_;
   bool policy_asked_ = false;    // for the switch under way or the last one; else the host did
   double stall_budget_ms_;
