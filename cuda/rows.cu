@@ -65,6 +65,10 @@ __global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args,
   }
 }
 
+// A V that is no number is stored as 0: tensor cores multiply what is masked by 0, and NaN would stay. Rows that see it are NaN all the
+// same, by its K, which comes of the same input.
+__device__ f16 value_half(float v) { return fabsf(v) < __uint_as_float(0x7f800000u) ? to_half(v) : f16{0}; }
+
 constexpr int kRopeWarps = 4;
 constexpr int kMaxHalf = 4;  // pairs of a lane: head_dim up to 256
 
@@ -111,8 +115,8 @@ __global__ void __launch_bounds__(kRopeWarps * 32) rope_store_kernel(RopeStoreAr
       kv[slice.k_index(slot, i)] = first;
       kv[slice.k_index(slot, i + half)] = second;
       const float* v = args.v + (row * kv_heads + j) * dim;
-      kv[slice.v_index(slot, i)] = to_half(v[i] * args.value_scale);
-      kv[slice.v_index(slot, i + half)] = to_half(v[i + half] * args.value_scale);
+      kv[slice.v_index(slot, i)] = value_half(v[i] * args.value_scale);
+      kv[slice.v_index(slot, i + half)] = value_half(v[i + half] * args.value_scale);
     } else {
       q[i] = first;
       q[i + half] = second;
