@@ -28,7 +28,6 @@ constexpr int kWarps = 4;         // of a block; they share the cache
 constexpr int kRows = 16;         // query rows of a warp
 constexpr int kStep = 64;         // tokens between two looks at the maximum
 constexpr int kGroupTokens = 32;  // two tiles of keys
-constexpr int kMaxKvHeads = 256;
 // Splits that may wait to be merged: some 4 for each warp that a device runs. (Few where kernels are emulated: tests want both ways.)
 #ifdef MOEBIUS_EMULATED
 constexpr int kMaxPartials = 64;
@@ -38,7 +37,7 @@ constexpr int kMaxPartials = 4096;
 constexpr int kMaxChunks = 4096;    // of one launch
 
 struct Heads {
-  int first[kMaxKvHeads], count[kMaxKvHeads];  // of each local KV head, its local query heads
+  int first[kGpuMaxKvHeads], count[kGpuMaxKvHeads];  // of each local KV head, its local query heads
 };
 
 // A row's running softmax: of rows g and g + 8, of this lane's part of the tokens (sum) and of the dimensions (output).
@@ -120,44 +119,24 @@ __device__ __forceinline__ int splits_of(int end) { return (end + kAttentionSpli
 __device__ __forceinline__ int splits_of(const SequenceChunk& chunk) { return splits_of(chunk.first_position + chunk.num_rows); }
 
 __device__ void block_list_work(Work& work, const AttentionArgs& args, int most_heads) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   if (threadIdx.x < 32) {
-    bool spread = true;
-    for (;;) {
-      int before = 0;
-      for (int first = 0; first < args.num_chunks; first += 32) {
-        int mine = 0;
-        if (first + lane < args.num_chunks) {
-          const SequenceChunk chunk = args.chunks[first + lane];
-          mine = units_of(chunk, most_heads) * args.kv.num_kv_heads * (spread ? splits_of(chunk) : 1);
-        }
-        int sum = mine;
-#pragma unroll
-        for (int by = 1; by < 32; by *= 2) {
-          const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
-          if (lane >= by) sum += other;
-        }
-        if (first + lane < args.num_chunks) work.begin[first + lane] = before + sum - mine;
-        before += __shfl_sync(kAllLanes, sum, 31);
-      }
-      if (lane == 0) work.begin[args.num_chunks] = before, work.spread = spread;
-      if (!spread || before <= kMaxPartials) break;
-      spread = false;
-    }
+    const auto list = [&](bool spread) {
+      if (threadIdx.x == 0) work.spread = spread;
+      return warp_lay_end_to_end(work.begin, args.num_chunks, [&](int c) {
+        const SequenceChunk chunk = args.chunks[c];
+        return units_of(chunk, most_heads) * args.kv.num_kv_heads * (spread ? splits_of(chunk) : 1);
+      });
+    };
+    if (list(true) > kMaxPartials) list(false);
   }
   __syncthreads();
 }
 
 // An item: a unit and, where they are spread, one of its chunk's splits.
 __device__ Unit unit_at(const Work& work, const AttentionArgs& args, const Heads& heads, int item, int* split) {
-  int low = 0;
-  for (int high = args.num_chunks; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    if (work.begin[middle] <= item) low = middle;
-    else high = middle;
-  }
-  const SequenceChunk chunk = args.chunks[low];
-  const int splits = work.spread ? splits_of(chunk) : 1, at = item - work.begin[low];
+  const int c = holder_of(args.num_chunks, [&](int i) { return work.begin[i]; }, item);
+  const SequenceChunk chunk = args.chunks[c];
+  const int splits = work.spread ? splits_of(chunk) : 1, at = item - work.begin[c];
   *split = at % splits;
   Unit u;
   u.kv_head = at / splits % args.kv.num_kv_heads;

@@ -5,31 +5,25 @@
 
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "lib/layout/owners.h"
 
 namespace moebius::cuda {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr int kTileTokens = 1024;
-constexpr int kMaxTiles = 2048;  // vocabularies of 2 Mi tokens
-constexpr int kMaxShares = 64;
+constexpr int kMaxTiles = kGpuMaxVocab / kTileTokens;
 
 struct Shares {
   int num;
-  const float* logits[kMaxShares];
-  Range columns[kMaxShares];
+  const float* logits[kMaxRanks];
+  Range columns[kMaxRanks];
 };
 
 __device__ float logit_at(const Shares& shares, int64_t stride, int64_t row, int64_t token) {
   int s = 0;
   while (token >= shares.columns[s].end) ++s;
   return shares.logits[s][row * stride + token - shares.columns[s].begin];
-}
-
-__device__ double warp_sum(double v) {
-#pragma unroll
-  for (int bits = 16; bits > 0; bits /= 2) v += __shfl_xor_sync(kAllLanes, v, bits);
-  return v;
 }
 
 __device__ double weight_of(float x, float most, const TokenChoice& choice) {
@@ -91,12 +85,7 @@ __global__ void __launch_bounds__(kThreads) choose_tokens_kernel(ChooseArgs args
   for (int j = 0; j < kTileTokens / 32; ++j) {
     const int64_t i = int64_t{tile} * kTileTokens + j * 32 + lane;
     const double mine = i < vocab ? weight_of(logit_at(shares, args.stride, row, i), most, choice) : 0;
-    double sum = mine;
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const double other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
-      if (lane >= by) sum += other;
-    }
+    const double sum = warp_running_sum(mine);
     const unsigned passing = __ballot_sync(kAllLanes, mine > 0 && before + sum > goal), some = __ballot_sync(kAllLanes, mine > 0);
     const int first = static_cast<int>(int64_t{tile} * kTileTokens + j * 32);
     if (passing != 0) {

@@ -35,10 +35,49 @@ __device__ __forceinline__ float exp_of(float x) {
 __device__ __forceinline__ float silu(float x) { return __fdiv_rn(x, 1.0f + exp_of(-x)); }
 
 // All lanes get the sum, by a fixed tree.
-__device__ __forceinline__ float warp_sum(float v) {
+template <class T>
+__device__ __forceinline__ T warp_sum(T v) {
 #pragma unroll
   for (int bits = 16; bits > 0; bits /= 2) v += __shfl_xor_sync(kAllLanes, v, bits);
   return v;
+}
+
+// Each lane gets the sum of its own and the lower lanes' values, in a fixed order.
+template <class T>
+__device__ __forceinline__ T warp_running_sum(T v) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int by = 1; by < 32; by *= 2) {
+    const T lower = __shfl_up_sync(kAllLanes, v, static_cast<unsigned>(by));
+    if (lane >= by) v += lower;
+  }
+  return v;
+}
+
+// begin[i] = the counts before i, begin[num] and the result all of them. By the whole warp.
+template <class Count>
+__device__ __forceinline__ int warp_lay_end_to_end(int* begin, int num, const Count& count_of) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int before = 0;
+  for (int first = 0; first < num; first += 32) {
+    const int i = first + lane, mine = i < num ? count_of(i) : 0, sum = warp_running_sum(mine);
+    if (i < num) begin[i] = before + sum - mine;
+    before += __shfl_sync(kAllLanes, sum, 31);
+  }
+  if (lane == 0) begin[num] = before;
+  return before;
+}
+
+// The last of `num` things laid end to end that begins at or before `at`, so the one that holds it: empty ones lie before their next.
+template <class Index, class Begin>
+__device__ __forceinline__ Index holder_of(Index num, const Begin& begin_of, Index at) {
+  Index low = 0;
+  for (Index high = num; high - low > 1;) {
+    const Index middle = (low + high) / 2;
+    if (begin_of(middle) <= at) low = middle;
+    else high = middle;
+  }
+  return low;
 }
 
 // The larger of two where neither is NaN, else the one that is none.

@@ -120,15 +120,10 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   // Units of the same outputs follow one another: warps side by side read the same weights.
   const int tiles_unit = unit / row_units, row_unit = unit % row_units;
   if (tiles_unit >= table.units[args.num_parts]) return;
-  int low = 0;
-  for (int high = args.num_parts; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    if (table.units[middle] <= tiles_unit) low = middle;
-    else high = middle;
-  }
-  const LinearPart& part = table.parts[low];
+  const int p = holder_of(args.num_parts, [&](int i) { return table.units[i]; }, tiles_unit);
+  const LinearPart& part = table.parts[p];
   const PackedMatrix matrix{part.n, args.k};
-  const int64_t tile = 2 * static_cast<int64_t>(tiles_unit - table.units[low]);
+  const int64_t tile = 2 * static_cast<int64_t>(tiles_unit - table.units[p]);
   const bf16* first = part.w + tile * matrix.tile_elements();
   const WeightStream weights(first, tile + 1 < matrix.tiles() ? first + matrix.tile_elements() : first, kTile);
 
@@ -174,8 +169,6 @@ void launch_linear(const LinearArgs& args, void* queue) {
 }
 
 // ---- O projection
-
-constexpr int kMaxGroups = 512;
 
 template <int kParts>
 struct ExactTable {
@@ -236,7 +229,6 @@ void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
 
 // ---- experts
 
-constexpr int kMaxLocalExperts = 1024;
 
 // Experts are worked on in four classes by their number of rows, each by a kernel of its own: with up to 8, 16 and 32 rows a unit has all
 // of an expert's rows, so its weights are read once; beyond, units of as many rows as the last argument says times 8.
@@ -250,27 +242,15 @@ constexpr RowClass kClasses[] = {{0, 8}, {8, 16}, {16, 32}, {32, 0x7fffffff}};
 // Which unit is whose: begin[e] is the first of expert e's. A unit is a group of outputs and some rows of an expert; those of the same
 // outputs follow one another. Made by every block for itself from begins[], which only the device knows.
 struct ExpertUnits {
-  int begin[kMaxLocalExperts + 1];
+  int begin[kGpuMaxExperts + 1];
 };
 
 __device__ void block_count_units(ExpertUnits& units, const ExpertsArgs& args, RowClass rows_of_class, int output_groups, int rows_of_unit) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if (threadIdx.x < 32) {
-    int before = 0;
-    for (int first = 0; first < args.num_experts; first += 32) {
-      const int e = first + lane, rows = e < args.num_experts ? args.begins[e + 1] - args.begins[e] : 0;
-      const int mine = rows_of_class.has(rows) ? output_groups * ((rows + rows_of_unit - 1) / rows_of_unit) : 0;
-      int sum = mine;
-#pragma unroll
-      for (int by = 1; by < 32; by *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
-        if (lane >= by) sum += other;
-      }
-      if (e < args.num_experts) units.begin[e] = before + sum - mine;
-      before += __shfl_sync(kAllLanes, sum, 31);
-    }
-    if (lane == 0) units.begin[args.num_experts] = before;
-  }
+  if (threadIdx.x < 32)
+    warp_lay_end_to_end(units.begin, args.num_experts, [&](int e) {
+      const int rows = args.begins[e + 1] - args.begins[e];
+      return rows_of_class.has(rows) ? output_groups * ((rows + rows_of_unit - 1) / rows_of_unit) : 0;
+    });
   __syncthreads();
 }
 
@@ -280,19 +260,14 @@ struct ExpertUnit {
 };
 
 __device__ ExpertUnit unit_at(const ExpertUnits& units, const ExpertsArgs& args, int unit, int rows_of_unit) {
-  int low = 0;
-  for (int high = args.num_experts; high - low > 1;) {
-    const int middle = (low + high) / 2;
-    if (units.begin[middle] <= unit) low = middle;
-    else high = middle;
-  }
-  const int rows = args.begins[low + 1] - args.begins[low], row_units = (rows + rows_of_unit - 1) / rows_of_unit;
+  const int e = holder_of(args.num_experts, [&](int i) { return units.begin[i]; }, unit);
+  const int rows = args.begins[e + 1] - args.begins[e], row_units = (rows + rows_of_unit - 1) / rows_of_unit;
   ExpertUnit u;
-  u.expert = low;
-  u.group = (unit - units.begin[low]) / row_units;
-  u.row0 = (unit - units.begin[low]) % row_units * rows_of_unit;
+  u.expert = e;
+  u.group = (unit - units.begin[e]) / row_units;
+  u.row0 = (unit - units.begin[e]) % row_units * rows_of_unit;
   u.num = min(rows - u.row0, rows_of_unit);
-  u.pair0 = args.begins[low] + u.row0;
+  u.pair0 = args.begins[e] + u.row0;
   return u;
 }
 
@@ -401,14 +376,14 @@ void linear(const LinearArgs& args, const Lane& lane) {
   if (args.rows.empty()) return;
   if (args.num_parts <= 16) launch_linear<16>(args, lane.queue);
   else if (args.num_parts <= 128) launch_linear<128>(args, lane.queue);
-  else launch_linear<kMaxGroups>(args, lane.queue);
+  else launch_linear<kMaxLinearParts>(args, lane.queue);
 }
 
 void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
   if (args.rows.empty() || args.num_parts == 0) return;
   if (args.num_parts <= 16) launch_exact_linear<16>(args, lane.queue);
   else if (args.num_parts <= 128) launch_exact_linear<128>(args, lane.queue);
-  else launch_exact_linear<kMaxGroups>(args, lane.queue);
+  else launch_exact_linear<kMaxLinearParts>(args, lane.queue);
 }
 
 void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {

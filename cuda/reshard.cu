@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "cuda/launch.h"
+#include "cuda/math.h"
 #include "cuda/ptx.h"
 #include "lib/base/numbers.h"
 
@@ -19,17 +20,6 @@ constexpr int kWarps = 8, kBlocksPerMultiprocessor = 4;
 // Neighbouring warps work on pieces this many parts of the table apart: its blocks come rank by rank, and all peers are to send at once.
 constexpr int64_t kParts = 8;
 
-// The entry that holds byte `at`: the last that begins at or before it. Warp-uniform.
-__device__ int64_t entry_of(const CopyEntry* table, int64_t num, int64_t at) {
-  int64_t low = 0, high = num;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (table[middle].begin <= at) low = middle;
-    else high = middle;
-  }
-  return low;
-}
-
 __global__ void __launch_bounds__(kWarps * 32) copy_blocks_kernel(const CopyEntry* table, int64_t num, int64_t begin, int64_t end) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, warps = static_cast<int64_t>(gridDim.x) * kWarps;
@@ -39,7 +29,7 @@ __global__ void __launch_bounds__(kWarps * 32) copy_blocks_kernel(const CopyEntr
     if (piece >= pieces) continue;
     int64_t at = begin + piece * kPieceBytes;
     const int64_t stop = min(end, at + kPieceBytes);
-    for (int64_t e = entry_of(table, num, at); at < stop; ++e) {
+    for (int64_t e = holder_of(num, [&](int64_t i) { return table[i].begin; }, at); at < stop; ++e) {
       const CopyEntry entry = table[e];
       const int64_t here = min(stop, table[e + 1].begin);
       const uint4* from = reinterpret_cast<const uint4*>(static_cast<const char*>(entry.from) + (at - entry.begin));

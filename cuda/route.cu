@@ -110,7 +110,6 @@ __global__ void __launch_bounds__(kRouterWarps * 32) choose_experts_kernel(Route
 
 constexpr int kGroupThreads = 1024, kGroupWarps = kGroupThreads / 32;
 constexpr int kMaxInBlock = 4096;   // choices that one block groups
-constexpr int kMaxExperts = 1024;
 
 // local number of choice i, or num_experts when it is not one of the rank's, or of no row.
 __device__ int local_of(const GroupArgs& args, int64_t i) {
@@ -127,8 +126,8 @@ __device__ void put_pair(const GroupArgs& args, int64_t to, int64_t choice) {
 
 // One block: counts, a scan of the counts, then each warp takes experts and finds their choices in order by ballots.
 __global__ void __launch_bounds__(kGroupThreads) group_small_kernel(GroupArgs args) {
-  __shared__ int counts[kMaxExperts + 1];
-  __shared__ int begins[kMaxExperts + 1];
+  __shared__ int counts[kGpuMaxExperts + 1];
+  __shared__ int begins[kGpuMaxExperts + 1];
   __shared__ int16_t locals[kMaxInBlock];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int num = static_cast<int>(args.rows.size()) * args.top_k;
@@ -140,26 +139,15 @@ __global__ void __launch_bounds__(kGroupThreads) group_small_kernel(GroupArgs ar
     atomicAdd(&counts[local], 1);
   }
   __syncthreads();
-  if (warp == 0) {  // 32 experts at a time
-    int before = 0, reached = 0;
-    for (int first = 0; first < args.num_experts; first += 32) {
-      const int e = first + lane, mine = e < args.num_experts ? counts[e] : 0;
-      int sum = mine;
-#pragma unroll
-      for (int by = 1; by < 32; by *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, static_cast<unsigned>(by));
-        if (lane >= by) sum += other;
-      }
-      if (e < args.num_experts) begins[e] = args.begins[e] = before + sum - mine;
-      before += __shfl_sync(kAllLanes, sum, 31);
-      reached += __popc(__ballot_sync(kAllLanes, mine > 0));
-    }
-    if (lane == 0) {
-      args.begins[args.num_experts] = before;
-      *args.experts_reached += reached;
-    }
+  if (warp == 0) {
+    warp_lay_end_to_end(begins, args.num_experts, [&](int e) { return counts[e]; });
+    int reached = 0;
+    for (int e = lane; e < args.num_experts; e += 32) reached += counts[e] > 0;
+    reached = warp_sum(reached);
+    if (lane == 0) *args.experts_reached += reached;
   }
   __syncthreads();
+  for (int e = thread; e <= args.num_experts; e += kGroupThreads) args.begins[e] = begins[e];
   for (int e = warp; e < args.num_experts; e += kGroupWarps) {
     if (counts[e] == 0) continue;
     int to = begins[e];
@@ -218,7 +206,7 @@ void route(const RouteArgs& args, const Lane& lane) {
   else launch(router_logits_kernel<kManyRows>, blocks(kManyRows), kRouterWarps * 32, 0, lane.queue, args, logits, stride);
   if (args.num_experts <= 128) choose<4>(args, logits, stride, lane.queue);
   else if (args.num_experts <= 256) choose<8>(args, logits, stride, lane.queue);
-  else choose<kMaxExperts / 32>(args, logits, stride, lane.queue);
+  else choose<kGpuMaxExperts / 32>(args, logits, stride, lane.queue);
 }
 
 void group_experts(const GroupArgs& args, const Lane& lane) {

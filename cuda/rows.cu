@@ -3,13 +3,13 @@
 
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "lib/layout/owners.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius::cuda {
 namespace {
 
 constexpr int kRowThreads = 256;  // of a row's block: fixed, since it sets the order of the row's sum of squares
-constexpr int kMaxPartials = 64;  // ranks: sets of ranks are 64 bits wide
 
 __global__ void __launch_bounds__(kRowThreads) embed_kernel(EmbedArgs args) {
   const int64_t row = args.rows.begin + blockIdx.x, token = args.tokens[row];
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(kRowThreads) embed_kernel(EmbedArgs args) {
 
 struct Partials {
   int num;
-  const int64_t* sums[kMaxPartials];
-  const uint8_t* flags[kMaxPartials];
+  const int64_t* sums[kMaxRanks];
+  const uint8_t* flags[kMaxRanks];
 };
 
 // The block's sum by a fixed tree: over lanes, then over warps.
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args,
 __device__ f16 value_half(float v) { return fabsf(v) < __uint_as_float(0x7f800000u) ? to_half(v) : f16{0}; }
 
 constexpr int kRopeWarps = 4;
-constexpr int kMaxHalf = 4;  // pairs of a lane: head_dim up to 256
+constexpr int kMaxHalf = kGpuMaxHeadDim / 2 / 32;  // pairs of a lane
 
 // A warp a (row, head): lane l has the pairs (i, i + half) with i = l, l + 32, ….
 __global__ void __launch_bounds__(kRopeWarps * 32) rope_store_kernel(RopeStoreArgs args) {

@@ -80,6 +80,7 @@ double median(std::vector<double> x) {
 class Bench {
  public:
   explicit Bench(const Options& options) : o_(options) {
+    if (o_.profile && o_.device != "cpu") throw std::runtime_error("--profile times ops where they are called; another device only queues them there");
     if (o_.model.empty()) folder_.emplace(o_.shape, o_.layers);
     dir_ = o_.model.empty() ? folder_->path() : o_.model;
     layout_now_ = o_.layout == "tp" ? Layout::kTp : Layout::kEp;

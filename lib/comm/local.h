@@ -10,6 +10,11 @@
 
 namespace moebius {
 
+// Waits for all that a rank has queued, with World::wait_until's deadline.
+inline void wait_until_idle(World& world, Device& device, int rank) {
+  world.wait_until([&] { return device.idle(rank); });
+}
+
 // One rank's buffers that peers read; indexed by the step's row.
 struct ExchangeBuffers {
   bf16* x = nullptr;            // [max_rows, hidden]
@@ -32,9 +37,9 @@ class LocalCommunicator final : public Communicator {
   void dispatch(const Range* homes, const Lane& lane) override;
   PartialSums combine(Accumulator which) override { return all_reduce(which); }
   void gather_rows(const Range* homes, const Lane& lane) override;
+  void meet();  // what every rank did before comes before what any does afterwards
 
  private:
-  void meet();  // what every rank did before comes before what any does afterwards
   template <class T>
   void copy_rows(T* to, const T* from, Range rows, int64_t width, const Lane& lane);
   PartialSums view(Accumulator which, int first, int num) const;

@@ -79,12 +79,7 @@ class ModuleDevice final : public Device {
   int64_t total_bytes(int rank) const override { return memory(rank).total; }
   int64_t free_bytes(int rank) const override { return memory(rank).free; }
 
-  std::byte* allocate(int rank, int64_t bytes) override {
-    ModuleStatus status;
-    std::byte* memory = module_.allocate(device_, rank, bytes, status);
-    check(status);
-    return memory;
-  }
+  std::byte* allocate(int rank, int64_t bytes) override { return call(module_.allocate, rank, bytes); }
   void release(int rank, std::byte* memory, int64_t) noexcept override { module_.release(device_, rank, memory); }
 
   void* queue(int rank) override { return module_.queue(device_, rank); }
@@ -92,11 +87,7 @@ class ModuleDevice final : public Device {
   void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) override {
     call(module_.read, rank, to, to_pitch, from, from_pitch, width, height);
   }
-  void pin(void* host, int64_t bytes) override {
-    ModuleStatus status;
-    module_.pin(device_, host, bytes, status);
-    check(status);
-  }
+  void pin(void* host, int64_t bytes) override { call(module_.pin, host, bytes); }
   void unpin(void* host) noexcept override { module_.unpin(device_, host); }
   void copy(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy, rank, to, from, bytes); }
   void copy_block(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy_block, rank, to, from, bytes); }
@@ -118,15 +109,13 @@ class ModuleDevice final : public Device {
   };
   Memory memory(int rank) const {
     Memory m;
-    ModuleStatus status;
-    module_.memory(device_, rank, &m.total, &m.free, status);
-    check(status);
+    call(module_.memory, rank, &m.total, &m.free);
     return m;
   }
-  template <class F, class... Args>
-  int32_t call(F* function, Args... args) {
+  template <class R, class... Parameters, class... Args>
+  R call(R (*function)(void*, Parameters...), Args... args) const {
     ModuleStatus status;
-    const int32_t result = function(device_, args..., status);
+    const R result = function(device_, args..., status);
     check(status);
     return result;
   }

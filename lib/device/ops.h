@@ -79,6 +79,7 @@ struct LinearPart {
   float* y = nullptr;       // row r at y + r·ldy
   int64_t ldy = 0;
 };
+inline constexpr int kMaxLinearParts = 512;  // of a projection: Q groups, and K and V of each KV head of a layer
 struct LinearArgs {
   Range rows;
   const bf16* x = nullptr;  // row r at x + r·ldx
@@ -234,6 +235,9 @@ struct ChooseArgs {
   const TokenChoice* choices = nullptr;  // [rows]
   int32_t* tokens = nullptr;             // [rows]
 };
+
+// What the kernels of a GPU are made for; models beyond are refused when the device is opened.
+inline constexpr int kGpuMaxHeadDim = 256, kGpuHeadDimUnit = 8, kGpuMaxKvHeads = 256, kGpuMaxExperts = 1024, kGpuMaxVocab = 2 << 20;
 
 // The kernels of one backend. One world uses one table: equality of bits holds among runs on the same table.
 struct Ops {

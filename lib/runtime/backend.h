@@ -4,12 +4,13 @@
 #include <memory>
 
 #include "lib/device/device.h"
+#include "lib/model/config.h"
 #include "lib/runtime/engine.h"
 
 namespace moebius {
 
 // Throws kInvalidArgument for a name or a number that cannot be, kUnsupported when the module is not there, is of another build, or
-// finds no device.
-std::unique_ptr<Device> open_device(const EngineConfig& config);
+// finds no device, or when the model is beyond its kernels.
+std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfig& model);
 
 }  // namespace moebius

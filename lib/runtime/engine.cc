@@ -150,7 +150,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
       config_(complete(config, model_)),
       threads_(threads_per_rank(config_, model_)),
       host_ops_(cpu_ops(config_.isa)),
-      device_(open_device(config_)),
+      device_(open_device(config_, model_)),
       caller_(*device_),
       world_(config_.ranks, threads_, config_.wait_deadline_ms),
       shape_(workspace_shape(model_, config_, threads_, *device_)),
@@ -555,6 +555,8 @@ void Engine::Impl::run_plan(StepResult& result) {
   }
   if (device_->ops().choose_tokens != nullptr) list_choices();
   shape_now_ = &choose_shape();
+  for (StepTables& tables : tables_)
+    if (device_->host_memory()) tables.send(plan_, *shape_now_);
   world_.run([this](int rank, int thread) { compute(rank, thread); });
   result.captured = captured_now_ != nullptr;
   for (int r = 0; r < config_.ranks; ++r) result.experts_reached += readings_.experts_reached[r];
@@ -619,11 +621,7 @@ void Engine::Impl::compute(int rank, int thread) {
   if (step_hook) step_hook(rank, thread);
   const Lane lane{thread, threads_, workspaces_[rank]->scratch(thread), device_->queue(rank)};
   RankExecutor& executor = *executors_[rank];
-  if (thread == 0) {
-    tables_[rank].send(plan_, *shape_now_);
-    executor.context().tokens = nullptr;
-  }
-  world_.rank_barrier(rank);
+  if (!device_->host_memory()) tables_[rank].send(plan_, *shape_now_);  // by the rank's one thread
   if (captured_now_ != nullptr) replay(rank);
   else executor.forward(*shape_now_, tables_[rank].view(), lane);
   if (thread == 0) read_counts(rank);
@@ -638,7 +636,7 @@ void Engine::Impl::compute(int rank, int thread) {
       sample_row(plan_.logit_rows[group.begin + i], readings_.logits + i * model_.vocab_size, readings_.chosen[i], lane_of_world);
     if (group.end < total) world_.world_barrier();  // rows are read before the next group overwrites them
   }
-  world_.wait_until([this, rank] { return device_->idle(rank); });
+  wait_until_idle(world_, *device_, rank);
 }
 
 // Which rows' tokens the device chooses, and how.
@@ -646,7 +644,7 @@ void Engine::Impl::list_choices() {
   for (LogitRow& row : plan_.logit_rows) {
     const Sequence& s = *plan_.chunks[row.chunk].sequence;
     std::optional<TokenChoice> choice;
-    if (row.sample && !s.request->spec.keep_logits) choice = device_choice(s.request->spec.sampling, s.sampler);
+    if (row.sample) choice = device_choice(s.request->spec.sampling, s.sampler);
     row.on_device = choice.has_value();
     plan_.choices.push_back(choice.value_or(TokenChoice{}));
   }
@@ -659,7 +657,7 @@ void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
   const StepView& view = tables_[rank].view();
   float* const own = workspaces_[rank]->logits();
   executor.logits(view, group, own, shape_.logit_columns, lane);
-  meet(rank);  // every share before any is read
+  comms_[rank]->meet();  // every share before any is read
   const float* shares[kMaxRanks];
   Range columns[kMaxRanks];
   for (int r = 0; r < config_.ranks; ++r) shares[r] = workspaces_[r]->logits(), columns[r] = executors_[r]->columns();
@@ -672,22 +670,18 @@ void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
   }
   const auto floats = [](int64_t n) { return n * static_cast<int64_t>(sizeof(float)); };
   for (int64_t i = 0, next; i < group.size(); i = next) {  // runs of rows
-    const auto for_host = [&](int64_t r) { return !plan_.logit_rows[static_cast<size_t>(group.begin + r)].on_device; };
+    const auto for_host = [&](int64_t r) {
+      const LogitRow& row = plan_.logit_rows[static_cast<size_t>(group.begin + r)];
+      return !row.on_device || plan_.chunks[row.chunk].sequence->request->spec.keep_logits;
+    };
     next = i + 1;
     if (!for_host(i)) continue;
     while (next < group.size() && for_host(next)) ++next;
     device_->read(rank, readings_.logits + i * model_.vocab_size + columns[rank].begin, floats(model_.vocab_size), own + i * shape_.logit_columns,
                   floats(shape_.logit_columns), floats(columns[rank].size()), next - i);
   }
-  meet(rank);  // nobody overwrites its share before all have read it
-  world_.wait_until([this, rank] { return device_->idle(rank); });
-}
-
-// What every rank has queued comes before what any queues next.
-void Engine::Impl::meet(int rank) {
-  device_->mark(rank);
-  world_.world_barrier();
-  device_->pass(rank);
+  comms_[rank]->meet();  // nobody overwrites its share before all have read it
+  wait_until_idle(world_, *device_, rank);
 }
 
 // ---- captured steps
@@ -757,7 +751,7 @@ void Engine::Impl::replay(int rank) {
     device_->pass(0);
     device_->replay(captured_now_->number);
   }
-  meet(rank);
+  comms_[rank]->meet();
 }
 
 // What a rank has counted and chosen in a step, for the metrics.
@@ -773,17 +767,15 @@ void Engine::Impl::read_counts(int rank) {
 
 void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int32_t chosen, int lane) {
   Sequence& s = *plan_.chunks[row.chunk].sequence;
+  if (s.request->spec.keep_logits && row.position >= s.logits_kept)
+    std::memcpy(s.logits.data() + (row.position - s.logits_taken) * model_.vocab_size, logits,
+                static_cast<size_t>(model_.vocab_size) * sizeof(float));
   if (row.on_device) {
     SampleResult& result = sampled_[row.chunk] = {};
     result.failed = chosen < 0;
     result.token = chosen;
     if (!result.failed) s.sampler.add_generated(chosen);
-    return;
-  }
-  if (s.request->spec.keep_logits && row.position >= s.logits_kept)
-    std::memcpy(s.logits.data() + (row.position - s.logits_taken) * model_.vocab_size, logits,
-                static_cast<size_t>(model_.vocab_size) * sizeof(float));
-  if (row.sample)
+  } else if (row.sample)
     sampled_[row.chunk] = sample(logits, model_.vocab_size, s.request->spec.sampling, s.sampler, host_ops_, sampler_scratch_[lane],
                                  model_.eos_token_ids);
 }

@@ -105,7 +105,6 @@ class Engine::Impl {
   void read_counts(int rank);
   void list_choices();
   void finish_logits(int rank, Range group, const Lane& lane);
-  void meet(int rank);
   void sample_row(const LogitRow& row, const float* logits, int32_t chosen, int lane);
   void accept_tokens();
   void accept(Sequence& sequence, const SampleResult& result);

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "lib/base/error.h"
+#include "lib/comm/local.h"
 #include "lib/device/buffer.h"
 #include "lib/model/scale.h"
 #include "lib/runtime/rank_executor.h"
@@ -116,7 +117,7 @@ ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, con
   shared_bytes_ = shared_.bytes() + rope_bytes(model, positions);
   load(source, model, config, world, positions);
   for (int r = 0; r < config.ranks; ++r) make_tables(model, config.page_tokens, r);
-  for (int r = 0; r < config.ranks; ++r) world.wait_until([&] { return device.idle(r); });
+  for (int r = 0; r < config.ranks; ++r) wait_until_idle(world, device, r);
 }
 
 std::vector<std::byte*> ModelStore::arenas() const {
@@ -228,7 +229,7 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
         advance(bytes);
       }
     }
-    world.wait_until([&] { return device_.idle(rank); });
+    wait_until_idle(world, device_, rank);
   });
   fill_rope(model, positions, reinterpret_cast<float*>(shared + shared_.bytes()));
   share(config.ranks, shared);

@@ -20,10 +20,6 @@ struct ForwardModel {
   const float* rope = nullptr;         // [max_context][cos, sin][head_dim/2]
 };
 
-// Most packed matrices that one projection step reads: Q groups and K and V of each KV head of a layer
-// (ModelStore refuses a model with more).
-inline constexpr int kMaxLinearParts = 512;
-
 class RankExecutor {
  public:
   // layers: [Layout][num_layers], this rank's tables. All borrowed.

@@ -45,7 +45,7 @@ class SamplerState {
 };
 
 // How a device chooses the sequence's next token, where nothing is asked for that only sample() does (log-probabilities, top_k, top_p, and
-// what changes logits). The token must then be told to the state (add_generated).
+// what changes logits): whether the logits are kept changes nothing. The token must then be told to the state (add_generated).
 std::optional<TokenChoice> device_choice(const SamplingParams& params, const SamplerState& state);
 
 struct SamplerScratch {

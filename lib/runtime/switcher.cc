@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "lib/base/error.h"
+#include "lib/comm/local.h"
 
 namespace moebius {
 namespace {
@@ -397,7 +398,7 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
 // The rank's copies are done and can be seen by all.
 void Switcher::settle(int rank) const {
   parts_.device.finish_blocks(rank);
-  parts_.world.wait_until([this, rank] { return parts_.device.idle(rank); });
+  wait_until_idle(parts_.world, parts_.device, rank);
 }
 
 // A rank that slept, or that others have given up, writes nothing more.

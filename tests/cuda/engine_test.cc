@@ -1,5 +1,6 @@
 // The whole engine on the device. Longer runs of the same kind are the engine's own tests with MOEBIUS_TEST_DEVICE (label gpu).
 #include "tests/unit/engine/harness.h"
+#include "tests/unit/engine/model_copy.h"
 
 #include <cstdlib>
 
@@ -83,6 +84,20 @@ TEST_CASE("captured steps: used by decode steps of pure layouts, and they change
     }
 }
 
+TEST_CASE("keeping the logits changes no token") {
+  std::vector<int32_t> tokens[2];
+  for (int keep : {0, 1}) {
+    Script script;
+    script.requests.push_back({greedy_request("a", prompt_of(4, 6), 8, keep != 0)});
+    script.requests[0].spec.sampling.temperature = 1.3;
+    const Output output = run_script(kQwen, device_config(2, Layout::kEp), script).outputs.at("a");
+    tokens[keep] = output.tokens;
+    CHECK(output.logits.empty() == (keep == 0));
+  }
+  CHECK(tokens[0].size() == 8);
+  CHECK(tokens[0] == tokens[1]);
+}
+
 TEST_CASE("switches at once and a little in every step, there and back, change no bit") {
   Script script = short_script();
   const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
@@ -117,9 +132,9 @@ TEST_CASE("a fault at any item of any rank is rolled back, and no bit changes") 
 }
 
 TEST_CASE("what a device cannot do is refused before anything is loaded") {
-  const auto refusal = [](const EngineConfig& config) {
+  const auto refusal = [](const EngineConfig& config, const std::filesystem::path& model = kQwen) {
     try {
-      Engine engine(kQwen, config);
+      Engine engine(model, config);
     } catch (const Error& e) {
       return std::string(e.what());
     }
@@ -141,6 +156,11 @@ TEST_CASE("what a device cannot do is refused before anything is loaded") {
   CHECK(refusal(config) == "accepted");
   config.memory_bytes = int64_t{1} << 60;
   CHECK_THAT(refusal(config), Contains("memory_bytes"));
+  config.memory_bytes = 0;
+  ModelCopy narrow(kQwen);
+  narrow.set("config.json", "head_dim", 20);
+  config.dummy_weights = true;
+  CHECK_THAT(refusal(config, narrow.path()), Contains("head_dim is 20, on a GPU it must be a multiple of 8"));
   config.device = "no-such";
   CHECK_THAT(refusal(config), Contains("libmoebius-no-such.so was not found"));
 }
