@@ -14,6 +14,10 @@ expect() {  # expect STATUS TEXT-ON-STDERR COMMAND…
   grep -qF -- "$text" "$work/err" || fail "stderr lacks '$text': $* ($(head -c 300 "$work/err"))"
   if [ "$status" -eq 2 ] && [ -s "$work/out" ]; then fail "printed a result although it did not run: $*"; fi
 }
+prints() {  # prints PATTERN NAME COMMAND…: it ends well and its output has the pattern (all of it is read: grep -q in a pipe leaves early)
+  local pattern=$1 name=$2; shift 2
+  "$@" >"$work/printed" && grep -q -- "$pattern" "$work/printed" || fail "$name"
+}
 generate="$bin/moebius-generate --model $model"
 
 for program in moebius-generate moebius-demo moebius-bench; do
@@ -118,7 +122,7 @@ most=150; long=$(one --temperature 0 --ignore-eos)
 for flag in --presence-penalty --frequency-penalty --repetition-penalty; do
   [ "$(one --temperature 0 --ignore-eos $flag 2)" != "$long" ] || fail "$flag has no effect"
 done
-$generate --prompt-ids 1 --format json --logprobs 2 2>/dev/null | grep -q '"logprobs":\[{' || fail "--logprobs"
+prints '"logprobs":\[{' "--logprobs" $generate --prompt-ids 1 --format json --logprobs 2 2>/dev/null
 expect 2 "--n" $generate --prompt-ids 1 --n
 expect 2 "n is 2" $generate --prompt-ids 1 --n 2
 expect 2 "logit_bias" $generate --prompt-ids 1 --logit-bias 5
@@ -180,15 +184,15 @@ grep -q 'TP → EP under load' "$work/progress" && grep -q 'EP → TP under load
 grep -q 'running' "$work/progress" || fail "the demo's live table is not on stderr"
 grep -q 'running' "$work/demo" && fail "the demo's live table is on stdout"
 [ "$(tail -n 1 "$work/demo")" = "tokens: identical in 3 of 3 runs" ] || fail "the demo's last line"
-"$bin/moebius-c-example" "$model" | grep -q 'now in EP' || fail "the C example does not switch"
+prints 'now in EP' "the C example does not switch" "$bin/moebius-c-example" "$model"
 "$bin/moebius-c-example" "$work" >/dev/null 2>"$work/err"; [ $? -eq 2 ] || fail "the C example's status for a bad path"
 grep -q 'config.json' "$work/err" || fail "the C example's message for a bad path"
-"$bin/moebius-bench" decode --model "$model" --batch 2 --steps 4 --format json | grep -q '"share_of_floor"' || fail "bench decode"
-"$bin/moebius-bench" prefill --model "$model" --tokens 40 --rounds 1 --format json | grep -q '"floor_tokens_per_second"' || fail "bench prefill"
-"$bin/moebius-bench" switch --model "$model" --ranks 2 --requests 3 --context 20 --rounds 1 --format json | grep -q '"part":"kv"' || fail "bench switch"
+prints '"share_of_floor"' "bench decode" "$bin/moebius-bench" decode --model "$model" --batch 2 --steps 4 --format json
+prints '"floor_tokens_per_second"' "bench prefill" "$bin/moebius-bench" prefill --model "$model" --tokens 40 --rounds 1 --format json
+prints '"part":"kv"' "bench switch" "$bin/moebius-bench" switch --model "$model" --ranks 2 --requests 3 --context 20 --rounds 1 --format json
 "$bin/moebius-bench" load --model "$model" --rounds 1 --format json >"$work/load" || fail "bench load"
 grep -q '"memcpy_seconds"' "$work/load" && grep -q '"floor_tokens_per_second"' "$work/load" || fail "bench load: keys"
-"$bin/moebius-bench" load --model "$model" --rounds 1 --compare "$work/load" | grep -q 'earlier' || fail "bench --compare"
+prints 'earlier' "bench --compare" "$bin/moebius-bench" load --model "$model" --rounds 1 --compare "$work/load"
 expect 2 "demo:1 is no line" "$bin/moebius-bench" load --model "$model" --compare "$work/demo"
 for full in "moebius-bench load --rounds 1 --model $model" "moebius-demo --requests 2" "moebius-c-example $model"; do
   "$bin"/$full >/dev/full 2>/dev/null; [ $? -eq 1 ] || fail "a full disk is no status 1: $full"
