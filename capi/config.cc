@@ -18,13 +18,17 @@ using moebius::ThresholdVariant;
 using SetI64 = void (*)(EngineConfig&, int64_t);
 using SetF64 = void (*)(EngineConfig&, double);
 using SetStr = void (*)(EngineConfig&, const std::string&);
+using SetHandles = void (*)(EngineConfig&, const std::vector<void*>&);
 
 struct Key {
   const char* name;
   const char* default_text;
   const char* doc;
-  std::variant<SetI64, SetF64, SetStr> set;
-  const char* type() const { return set.index() == 0 ? "i64" : set.index() == 1 ? "f64" : "str"; }
+  std::variant<SetI64, SetF64, SetStr, SetHandles> set;
+  const char* type() const {
+    constexpr const char* kTypes[] = {"i64", "f64", "str", "handles"};
+    return kTypes[set.index()];
+  }
 };
 
 int narrow(const char* key, int64_t value) {
@@ -79,6 +83,12 @@ const Key kKeys[] = {
         SetStr([](EngineConfig& c, const std::string& v) { c.device = v; })},
     Key{"device_ids", "", "devices of the ranks, such as 0,1 or 0,0; empty: ranks take turns on all there are",
         SetStr([](EngineConfig& c, const std::string& v) { c.device_ids = device_list(v); })},
+    Key{"communicator", "peer", "how ranks on devices exchange: peer (they read each other's memory) or nccl (a device for each rank)",
+        SetStr([](EngineConfig& c, const std::string& v) { c.communicator = v; })},
+    Key{"streams", "", "cudaStream_t of the ranks; none: the engine's own",
+        SetHandles([](EngineConfig& c, const std::vector<void*>& v) { c.streams = v; })},
+    Key{"nccl_comms", "", "ncclComm_t of the ranks, where communicator is nccl; none: the engine's own",
+        SetHandles([](EngineConfig& c, const std::vector<void*>& v) { c.nccl_comms = v; })},
     FLAG_KEY(capture_steps, "capture_steps", "1", "decode steps are captured at start-up where the device can (CUDA graphs)"),
     Key{"isa", "", "kernel path: avx512bf16, avx512, avx2, portable; empty: the best there is",
         SetStr([](EngineConfig& c, const std::string& v) { c.isa = v; })},
@@ -159,6 +169,13 @@ moebius_status moebius_config_set_f64(moebius_config* config, const char* key, d
 moebius_status moebius_config_set_str(moebius_config* config, const char* key, const char* value, moebius_error** err) {
   if (value == nullptr) return moebius::capi::report(MOEBIUS_E_INVALID_ARGUMENT, "value is NULL", err);
   return set<SetStr>(config, key, value, err);
+}
+
+moebius_status moebius_config_set_handles(moebius_config* config, const char* key, void* const* handles, size_t num, moebius_error** err) {
+  if (num > 0 && handles == nullptr) return moebius::capi::report(MOEBIUS_E_INVALID_ARGUMENT, "handles is NULL", err);
+  std::vector<void*> list;
+  const moebius_status copied = moebius::capi::guarded(err, [&] { list.assign(handles, handles + num); });
+  return copied != MOEBIUS_OK ? copied : set<SetHandles>(config, key, list, err);
 }
 
 moebius_status moebius_config_set_progress(moebius_config* config, moebius_progress_fn fn, void* user, moebius_error** err) {

@@ -1,22 +1,11 @@
 #include "cuda/device.h"
 
 #include <algorithm>
-#include <cstdarg>
-#include <cstdio>
 
-#include "lib/base/code.h"
+#include "cuda/status.h"
 
 namespace moebius::cuda {
 namespace {
-
-int32_t refuse(ModuleStatus& status, Code code, const char* format, ...) {
-  status.code = static_cast<int32_t>(code);
-  va_list args;
-  va_start(args, format);
-  std::vsnprintf(status.text, sizeof status.text, format, args);
-  va_end(args);
-  return status.code;
-}
 
 // 0, or what CUDA says of `what`.
 int32_t checked(cudaError_t error, const char* what, int rank, ModuleStatus& status) {
@@ -53,36 +42,50 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     device->ranks_.push_back(std::make_unique<Rank>());
     device->ranks_.back()->device = number;
     Rank& rank = device->on(r);
-    if (checked(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "a stream", r, status) < 0) return nullptr;
+    if (options.queues != nullptr) {
+      rank.stream = static_cast<cudaStream_t>(options.queues[r]);
+      rank.own_stream = false;
+      if (rank.stream == nullptr) {
+        refuse(status, Code::kInvalidArgument, "stream of rank %d is the default stream, on which no step can be captured", r);
+        return nullptr;
+      }
+    } else if (checked(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "a stream", r, status) < 0)
+      return nullptr;
     for (cudaEvent_t& mark : rank.marks)
       if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "an event", r, status) < 0) return nullptr;
   }
-  for (int one : used)
-    for (int peer : used) {
+  if (options.collectives == 0) return device->enable_peer_access(used, status) < 0 ? nullptr : std::move(device);
+  if (static_cast<int>(used.size()) < options.ranks) {
+    refuse(status, Code::kUnsupported, "%d ranks on %d devices: NCCL needs a device for each; communicator peer does not", options.ranks, static_cast<int>(used.size()));
+    return nullptr;
+  }
+  device->nccl_ = open_nccl(options, status);
+  return device->nccl_ != nullptr ? std::move(device) : nullptr;
+}
+
+int32_t CudaDevice::enable_peer_access(const std::vector<int>& devices, ModuleStatus& status) {
+  for (int one : devices)
+    for (int peer : devices) {
       if (one == peer) continue;
       int can = 0;
       (void)cudaSetDevice(one);
-      if (checked(cudaDeviceCanAccessPeer(&can, one, peer), "peer access", 0, status) < 0) return nullptr;
-      if (can == 0) {
-        refuse(status, Code::kUnsupported, "device %d cannot read the memory of device %d: ranks of one process need peer access", one, peer);
-        return nullptr;
-      }
+      if (checked(cudaDeviceCanAccessPeer(&can, one, peer), "peer access", 0, status) < 0) return status.code;
+      if (can == 0)
+        return refuse(status, Code::kUnsupported, "device %d cannot read the memory of device %d, as communicator peer needs it; communicator nccl does not", one, peer);
       const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
       if (error == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
-      else if (checked(error, "peer access", 0, status) < 0) return nullptr;
+      else if (checked(error, "peer access", 0, status) < 0) return status.code;
     }
-  return device;
+  return 0;
 }
 
 CudaDevice::~CudaDevice() {
-  for (cudaGraphExec_t graph : captured_) (void)cudaGraphExecDestroy(graph);
   if (fork_ != nullptr) (void)cudaEventDestroy(fork_);
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = on(static_cast<int>(r));
-    if (rank.stream != nullptr) {
-      (void)cudaStreamSynchronize(rank.stream);
-      (void)cudaStreamDestroy(rank.stream);
-    }
+    if (rank.stream != nullptr) (void)cudaStreamSynchronize(rank.stream);
+    for (cudaGraphExec_t graph : rank.captured) (void)cudaGraphExecDestroy(graph);
+    if (rank.stream != nullptr && rank.own_stream) (void)cudaStreamDestroy(rank.stream);
     for (cudaEvent_t mark : rank.marks)
       if (mark != nullptr) (void)cudaEventDestroy(mark);
   }
@@ -165,32 +168,42 @@ int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
   return 0;
 }
 
-// One graph holds the work of all ranks: their marks become its edges, also between devices.
-int32_t CudaDevice::begin_capture(ModuleStatus& status) {
-  Rank& first = on(0);
-  if (fork_ == nullptr && checked(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "an event", 0, status) < 0) return status.code;
-  if (checked(cudaStreamBeginCapture(first.stream, cudaStreamCaptureModeRelaxed), "beginning a capture", 0, status) < 0) return status.code;
-  return checked(cudaEventRecord(fork_, first.stream), "beginning a capture", 0, status);
+// Where others join, one graph holds the work of all ranks: their marks become its edges, also between devices.
+int32_t CudaDevice::begin_capture(int rank, ModuleStatus& status) {
+  Rank& r = on(rank);
+  if (checked(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeRelaxed), "beginning a capture", rank, status) < 0) return status.code;
+  if (nccl_ != nullptr) return 0;
+  if (fork_ == nullptr && checked(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "an event", rank, status) < 0) return status.code;
+  return checked(cudaEventRecord(fork_, r.stream), "beginning a capture", rank, status);
 }
 
 int32_t CudaDevice::join_capture(int rank, ModuleStatus& status) {
   return checked(cudaStreamWaitEvent(on(rank).stream, fork_, 0), "joining a capture", rank, status);
 }
 
-int32_t CudaDevice::end_capture(ModuleStatus& status) {
-  Rank& first = on(0);
+int32_t CudaDevice::end_capture(int rank, ModuleStatus& status) {
+  Rank& r = on(rank);
   cudaGraph_t graph = nullptr;
-  if (checked(cudaStreamEndCapture(first.stream, &graph), "ending a capture", 0, status) < 0) return status.code;
+  if (checked(cudaStreamEndCapture(r.stream, &graph), "ending a capture", rank, status) < 0) return status.code;
   cudaGraphExec_t ready = nullptr;
   const cudaError_t error = cudaGraphInstantiate(&ready, graph, 0);
   (void)cudaGraphDestroy(graph);
-  if (checked(error, "a captured step", 0, status) < 0) return status.code;
-  captured_.push_back(ready);
-  return static_cast<int32_t>(captured_.size()) - 1;
+  if (checked(error, "a captured step", rank, status) < 0) return status.code;
+  r.captured.push_back(ready);
+  return static_cast<int32_t>(r.captured.size()) - 1;
 }
 
-int32_t CudaDevice::replay(int number, ModuleStatus& status) {
-  return checked(cudaGraphLaunch(captured_[static_cast<size_t>(number)], on(0).stream), "replaying a captured step", 0, status);
+int32_t CudaDevice::replay(int rank, int number, ModuleStatus& status) {
+  Rank& r = on(rank);
+  return checked(cudaGraphLaunch(r.captured[static_cast<size_t>(number)], r.stream), "replaying a captured step", rank, status);
+}
+
+// What was captured goes first: a communicator ends only when no graph refers to it any more.
+void CudaDevice::give_up(int rank) {
+  Rank& r = on(rank);
+  for (cudaGraphExec_t graph : r.captured) (void)cudaGraphExecDestroy(graph);
+  r.captured.clear();
+  nccl_->give_up(rank);
 }
 
 int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
@@ -202,6 +215,7 @@ int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
     return 0;
   }
   if (checked(error, "the rank's work", rank, status) < 0) return status.code;
+  if (nccl_ != nullptr && nccl_->exchanged(rank, status) < 0) return status.code;
   r.num_marks = 0;  // where a region failed, ranks have set different numbers of marks; all are idle before the next one
   return 1;
 }

@@ -1,4 +1,5 @@
-// The functions of a DeviceModule over CUDA: one stream a rank; ranks share a device or have one each, in one process with peer access.
+// The functions of a DeviceModule over CUDA: one stream a rank, in one process. Ranks read each other's memory (they share a device, or have one
+// each with peer access), or exchange by NCCL.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/nccl.h"
 #include "cuda/reshard.h"
 #include "lib/device/module.h"
 
@@ -30,25 +32,35 @@ class CudaDevice {
   int32_t finish_blocks(int rank, ModuleStatus& status);
   int32_t mark(int rank, ModuleStatus& status);
   int32_t pass(int rank, ModuleStatus& status);
-  int32_t begin_capture(ModuleStatus& status);
+  int32_t begin_capture(int rank, ModuleStatus& status);
   int32_t join_capture(int rank, ModuleStatus& status);
-  int32_t end_capture(ModuleStatus& status);
-  int32_t replay(int number, ModuleStatus& status);
+  int32_t end_capture(int rank, ModuleStatus& status);
+  int32_t replay(int rank, int number, ModuleStatus& status);
   int32_t idle(int rank, ModuleStatus& status);
+  Exchange& nccl() const { return *nccl_; }
+  void give_up(int rank);
+  Exchange& nccl_on(int rank) {
+    on(rank);
+    return *nccl_;
+  }
+  int32_t exchange(int rank, ModuleStatus& status) { return nccl_->exchange(rank, on(rank).stream, status); }
 
  private:
   struct Rank {
     int device = 0;
     cudaStream_t stream = nullptr;
+    bool own_stream = true;
     cudaEvent_t marks[2] = {};  // in turn: a rank may set its next mark while others still pass this one
     unsigned num_marks = 0;
     BlockCopies blocks;
+    std::vector<cudaGraphExec_t> captured;
   };
   Rank& on(int rank);  // makes the rank's device the calling thread's
+  int32_t enable_peer_access(const std::vector<int>& devices, ModuleStatus& status);
 
   std::vector<std::unique_ptr<Rank>> ranks_;
-  cudaEvent_t fork_ = nullptr;              // in rank 0's stream where a capture begins
-  std::vector<cudaGraphExec_t> captured_;
+  cudaEvent_t fork_ = nullptr;               // in rank 0's stream where a capture begins that others join
+  std::unique_ptr<Exchange> nccl_;           // or null: ranks read each other's memory
 };
 
 }  // namespace moebius::cuda

@@ -23,6 +23,14 @@ R guarded(ModuleStatus& status, R failed, F&& f) noexcept {
   }
 }
 
+template <class F>
+int32_t asked(ModuleStatus& status, F&& f) noexcept {
+  return guarded(status, -1, [&] {
+    f();
+    return 0;
+  });
+}
+
 constexpr DeviceModule kModule{
     .version = kModuleVersion,
     .bytes = sizeof(DeviceModule),
@@ -53,10 +61,10 @@ constexpr DeviceModule kModule{
     .finish_blocks = [](void* d, int rank, ModuleStatus& s) { return of(d).finish_blocks(rank, s); },
     .mark = [](void* d, int rank, ModuleStatus& s) { return of(d).mark(rank, s); },
     .pass = [](void* d, int rank, ModuleStatus& s) { return of(d).pass(rank, s); },
-    .begin_capture = [](void* d, ModuleStatus& s) { return of(d).begin_capture(s); },
+    .begin_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).begin_capture(rank, s); },
     .join_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).join_capture(rank, s); },
-    .end_capture = [](void* d, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).end_capture(s); }); },
-    .replay = [](void* d, int number, ModuleStatus& s) { return of(d).replay(number, s); },
+    .end_capture = [](void* d, int rank, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).end_capture(rank, s); }); },
+    .replay = [](void* d, int rank, int number, ModuleStatus& s) { return of(d).replay(rank, number, s); },
     .current = [](void*) -> int32_t {
       int device = 0;
       (void)cudaGetDevice(&device);
@@ -64,6 +72,24 @@ constexpr DeviceModule kModule{
     },
     .set_current = [](void*, int32_t device) { (void)cudaSetDevice(device); },
     .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
+    .connection = [](void* d) -> int32_t { return of(d).nccl().connection(); },
+    .prepare = [](void* d, ModuleStatus& s) { return of(d).nccl_on(0).prepare(s); },
+    .connect = [](void* d, int rank, ModuleStatus& s) { return of(d).nccl_on(rank).connect(rank, s); },
+    .all_reduce = [](void* d, int rank, void* data, int64_t count, Element element, ModuleStatus& s) {
+      return asked(s, [&] { of(d).nccl().all_reduce(rank, data, count, element); });
+    },
+    .reduce = [](void* d, int rank, void* data, int64_t count, Element element, int root, ModuleStatus& s) {
+      return asked(s, [&] { of(d).nccl().reduce(rank, data, count, element, root); });
+    },
+    .send = [](void* d, int rank, const void* data, int64_t bytes, int to, ModuleStatus& s) {
+      return asked(s, [&] { of(d).nccl().send(rank, data, bytes, to); });
+    },
+    .receive = [](void* d, int rank, void* data, int64_t bytes, int from, ModuleStatus& s) {
+      return asked(s, [&] { of(d).nccl().receive(rank, data, bytes, from); });
+    },
+    .exchange = [](void* d, int rank, ModuleStatus& s) { return of(d).exchange(rank, s); },
+    .exchanged = [](void* d, int rank, ModuleStatus& s) { return of(d).nccl().exchanged(rank, s); },
+    .give_up = [](void* d, int rank) { of(d).give_up(rank); },
 };
 
 }  // namespace

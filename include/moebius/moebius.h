@@ -93,7 +93,8 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);
  * Keys: ranks, threads, layout ("tp", "ep"), memory_bytes, kv_tokens, isa, slices_per_expert, page_tokens, chunk_tokens,
  * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
  * plain_sums, policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
- * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id. moebius_config_key enumerates them with types, defaults and
+ * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id; for devices: device ("cpu", "cuda"), device_ids, communicator
+ * ("peer", "nccl"), capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types, defaults and
  * meaning. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
 
 MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);
@@ -101,6 +102,11 @@ MOEBIUS_API void moebius_config_destroy(moebius_config *config);
 MOEBIUS_API moebius_status moebius_config_set_i64(moebius_config *config, const char *key, int64_t value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_config_set_f64(moebius_config *config, const char *key, double value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_config_set_str(moebius_config *config, const char *key, const char *value, moebius_error **err);
+/* Things of the host's, one for each rank, which must outlive the engine; 0 of them: the engine makes its own. Keys: streams (cudaStream_t,
+ * not the default stream; the engine's work is in order with what the host queues there) and nccl_comms (ncclComm_t of one world with the
+ * same ranks; where a rank fails they are aborted, and the engine then stays failed). */
+MOEBIUS_API moebius_status moebius_config_set_handles(moebius_config *config, const char *key, void *const *handles, size_t num,
+                                                      moebius_error **err);
 
 /* Progress of a load: bytes done and in all; a value other than 0 cancels it (MOEBIUS_E_CANCELLED). Called on the loading
  * threads, one at a time. */

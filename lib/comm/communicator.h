@@ -30,16 +30,20 @@ class Communicator {
 
   // Orders what this rank's threads wrote before what they read.
   virtual void rank_barrier() = 0;
-  // TP: every rank's partial sums of all rows.
-  virtual PartialSums all_reduce(Accumulator which) = 0;
+  // TP: every rank's partial sums of rows [0, num_rows).
+  virtual PartialSums all_reduce(Accumulator which, int64_t num_rows) = 0;
   // EP, inside a rank: this rank's own sum, complete as it is.
   virtual PartialSums local_sum(Accumulator which) = 0;
   // EP: brings the normed rows and routing choices of every home to this rank. homes[r] = rows of rank r.
   virtual void dispatch(const Range* homes, const Lane& lane) = 0;
-  // EP: the partial sums for this rank's own rows, from every rank that ran experts for them.
-  virtual PartialSums combine(Accumulator which) = 0;
+  // EP: the partial sums for this rank's own rows, from every rank that ran experts for them. homes as above.
+  virtual PartialSums combine(Accumulator which, const Range* homes) = 0;
   // Brings the final rows of every home to this rank (LM head shares).
   virtual void gather_rows(const Range* homes, const Lane& lane) = 0;
+  // Logits that lie with the ranks that computed them, by shares of the vocabulary. The result has an entry for each rank: its share of row
+  // share_of(num_rows, rank(), size()).begin + i at i · the row's stride. They are left alone until release_logits(). By the rank's one thread.
+  virtual const float* const* collect_logits(int64_t num_rows) = 0;
+  virtual void release_logits() = 0;
 };
 
 }  // namespace moebius

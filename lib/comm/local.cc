@@ -2,9 +2,9 @@
 
 namespace moebius {
 
-LocalCommunicator::LocalCommunicator(World& world, Device& device, int rank, const std::vector<ExchangeBuffers>& buffers, int64_t hidden,
-                                     int64_t top_k)
-    : world_(world), device_(device), rank_(rank), buffers_(buffers), hidden_(hidden), top_k_(top_k) {
+LocalCommunicator::LocalCommunicator(World& world, Device& device, int rank, const std::vector<ExchangeBuffers>& buffers,
+                                     const ExchangeWidths& widths)
+    : world_(world), device_(device), rank_(rank), buffers_(buffers), widths_(widths), logits_(buffers.size()) {
   for (int which = 0; which < kNumAccumulators; ++which)
     for (const ExchangeBuffers& b : buffers) {
       sums_[which].push_back(b.sums[which]);
@@ -23,7 +23,7 @@ PartialSums LocalCommunicator::view(Accumulator which, int first, int num) const
   return {num, sums_[w].data() + first, flags_[w].data() + first};
 }
 
-PartialSums LocalCommunicator::all_reduce(Accumulator which) {
+PartialSums LocalCommunicator::all_reduce(Accumulator which, int64_t) {
   meet();
   return view(which, 0, size());
 }
@@ -45,7 +45,7 @@ void LocalCommunicator::copy_rows(T* to, const T* from, Range rows, int64_t widt
 void LocalCommunicator::gather_rows(const Range* homes, const Lane& lane) {
   meet();
   for (int r = 0; r < size(); ++r)
-    if (r != rank_) copy_rows(buffers_[rank_].x, buffers_[r].x, homes[r], hidden_, lane);
+    if (r != rank_) copy_rows(buffers_[rank_].x, buffers_[r].x, homes[r], widths_.hidden, lane);
   rank_barrier();
 }
 
@@ -54,11 +54,18 @@ void LocalCommunicator::dispatch(const Range* homes, const Lane& lane) {
   const ExchangeBuffers& mine = buffers_[rank_];
   for (int r = 0; r < size(); ++r) {
     if (r == rank_) continue;
-    copy_rows(mine.x, buffers_[r].x, homes[r], hidden_, lane);
-    copy_rows(mine.expert_ids, buffers_[r].expert_ids, homes[r], top_k_, lane);
-    copy_rows(mine.expert_weights, buffers_[r].expert_weights, homes[r], top_k_, lane);
+    copy_rows(mine.x, buffers_[r].x, homes[r], widths_.hidden, lane);
+    copy_rows(mine.expert_ids, buffers_[r].expert_ids, homes[r], widths_.top_k, lane);
+    copy_rows(mine.expert_weights, buffers_[r].expert_weights, homes[r], widths_.top_k, lane);
   }
   rank_barrier();
+}
+
+const float* const* LocalCommunicator::collect_logits(int64_t num_rows) {
+  meet();
+  const int64_t first = share_of(num_rows, rank_, size()).begin * widths_.logit_columns;
+  for (size_t r = 0; r < buffers_.size(); ++r) logits_[r] = buffers_[r].logits + first;
+  return logits_.data();
 }
 
 }  // namespace moebius

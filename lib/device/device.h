@@ -1,7 +1,7 @@
 // Where ranks keep their memory and do their work: host memory and the threads that call (the CPU), or devices and streams (CUDA).
 //
 // A Device serves one world. What a rank asks for is done in the order asked, on its queue; where host_memory(), when it is asked.
-// Memory of one rank can be read and written by what any rank queues; by the host only where host_memory().
+// Memory of one rank can be read and written by what any rank queues, unless there are collectives(); by the host only where host_memory().
 // Every function may be called by the threads of its rank; those of several ranks at once.
 #pragma once
 
@@ -10,6 +10,7 @@
 #include <exception>
 #include <utility>
 
+#include "lib/device/collectives.h"
 #include "lib/device/ops.h"
 
 namespace moebius {
@@ -44,18 +45,22 @@ class Device {
   virtual void copy_block(int rank, void* to, const void* from, int64_t bytes) = 0;
   virtual void finish_blocks(int rank) = 0;
 
+  // Where ranks do not read each other's memory, what they use instead; else null.
+  virtual Collectives* collectives() { return nullptr; }
+
   // Orders ranks: what any rank queued before its mark comes before what this one queues after passing. Between mark and pass stands
   // a barrier of all ranks' threads.
   virtual void mark(int rank) = 0;
   virtual void pass(int rank) = 0;
-  // Captured work: what all ranks queue between is kept, to be done again and again, and not done now. Rank 0's thread begins and ends
-  // it; the other ranks join after it has begun, and rank 0 passes their last marks before it ends. Reading, writing and idle() are not
-  // for captured work. Where can_capture() is false nothing of it may be called.
+  // Captured work: what a rank queues between is kept, to be done again and again, and not done now. Where ranks are ordered by marks it is
+  // one for all of them: rank 0 begins and ends it; the others join after it has begun, and rank 0 passes their last marks before it ends.
+  // Where there are collectives each rank begins and ends its own. Reading, writing and idle() are not for captured work. Where
+  // can_capture() is false nothing of it may be called.
   virtual bool can_capture() const { return false; }
-  virtual void begin_capture() {}
-  virtual void join_capture(int /*rank*/) {}
-  virtual int end_capture() { return -1; }     // its number
-  virtual void replay(int /*number*/) {}       // queues all of it on rank 0's queue
+  virtual void begin_capture(int /*rank*/) {}
+  virtual void join_capture(int /*rank*/) {}            // rank 0's
+  virtual int end_capture(int /*rank*/) { return -1; }  // its number, counted for each rank
+  virtual void replay(int /*rank*/, int /*number*/) {}  // queues what this rank began and ended
   // What the runtime of the device keeps for the calling thread (CUDA's current device): the host's, which a call into the library must
   // leave as it was (CallersDevice).
   virtual int current() { return 0; }
@@ -73,6 +78,7 @@ class DrainOnError {
   ~DrainOnError() {
     if (std::uncaught_exceptions() == exceptions_) return;
     try {
+      if (Collectives* collectives = device_.collectives()) collectives->give_up(rank_);
       device_.finish_blocks(rank_);
       while (!device_.idle(rank_)) {
       }

@@ -5,12 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "lib/device/collectives.h"
 #include "lib/device/ops.h"
 
 namespace moebius {
 
 // Changed with every change to what follows or to ops.h that a size does not show.
-inline constexpr const char* kModuleVersion = "0.1.0";
+inline constexpr const char* kModuleVersion = "0.1.1";
 
 // Set by whoever returns a Code below 0; a text ends with NUL.
 struct ModuleStatus {
@@ -21,9 +22,12 @@ struct ModuleStatus {
 struct ModuleOptions {
   int32_t ranks = 1;
   const int32_t* devices = nullptr;  // [ranks] the device of each rank; null: rank r on device r mod number of devices
+  int32_t collectives = 0;           // 1: ranks exchange by these and read no peer's memory
+  void* const* queues = nullptr;     // [ranks] the host's own (cudaStream_t), which must outlive the device; null: the device makes them
+  void* const* comms = nullptr;      // [ranks] the host's own (ncclComm_t, of one world with the same ranks); null: the device makes them
 };
 
-// One function for each of Device's, with the same meaning. `device` is what open() gave.
+// One function for each of Device's, then of Collectives', with the same meaning. `device` is what open() gave.
 struct DeviceModule {
   const char* version;
   size_t bytes;  // sizeof(DeviceModule)
@@ -46,13 +50,23 @@ struct DeviceModule {
   int32_t (*finish_blocks)(void* device, int rank, ModuleStatus& status);
   int32_t (*mark)(void* device, int rank, ModuleStatus& status);
   int32_t (*pass)(void* device, int rank, ModuleStatus& status);
-  int32_t (*begin_capture)(void* device, ModuleStatus& status);
+  int32_t (*begin_capture)(void* device, int rank, ModuleStatus& status);
   int32_t (*join_capture)(void* device, int rank, ModuleStatus& status);
-  int32_t (*end_capture)(void* device, ModuleStatus& status);
-  int32_t (*replay)(void* device, int number, ModuleStatus& status);
+  int32_t (*end_capture)(void* device, int rank, ModuleStatus& status);
+  int32_t (*replay)(void* device, int rank, int number, ModuleStatus& status);
   int32_t (*current)(void* device);
   void (*set_current)(void* device, int32_t current);
   int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet
+  int32_t (*connection)(void* device);
+  int32_t (*prepare)(void* device, ModuleStatus& status);
+  int32_t (*connect)(void* device, int rank, ModuleStatus& status);
+  int32_t (*all_reduce)(void* device, int rank, void* data, int64_t count, Element element, ModuleStatus& status);
+  int32_t (*reduce)(void* device, int rank, void* data, int64_t count, Element element, int root, ModuleStatus& status);
+  int32_t (*send)(void* device, int rank, const void* data, int64_t bytes, int to, ModuleStatus& status);
+  int32_t (*receive)(void* device, int rank, void* data, int64_t bytes, int from, ModuleStatus& status);
+  int32_t (*exchange)(void* device, int rank, ModuleStatus& status);
+  int32_t (*exchanged)(void* device, int rank, ModuleStatus& status);  // 1: taken up; 0: not yet
+  void (*give_up)(void* device, int rank);
 };
 
 // The one symbol of a module.

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <filesystem>
 #include <string_view>
+#include <vector>
 
 #include "lib/base/error.h"
 #include "lib/device/module.h"
@@ -63,9 +64,9 @@ const DeviceModule& load_module(const std::string& name) {
        tried.empty() ? "any folder" : tried);
 }
 
-class ModuleDevice final : public Device {
+class ModuleDevice final : public Device, private Collectives {
  public:
-  ModuleDevice(const DeviceModule& module, const ModuleOptions& options) : module_(module) {
+  ModuleDevice(const DeviceModule& module, const ModuleOptions& options) : module_(module), has_collectives_(options.collectives != 0) {
     ModuleStatus status;
     device_ = module.open(options, status);
     check(status);
@@ -95,15 +96,27 @@ class ModuleDevice final : public Device {
   void mark(int rank) override { call(module_.mark, rank); }
   void pass(int rank) override { call(module_.pass, rank); }
   bool can_capture() const override { return true; }
-  void begin_capture() override { call(module_.begin_capture); }
+  void begin_capture(int rank) override { call(module_.begin_capture, rank); }
   void join_capture(int rank) override { call(module_.join_capture, rank); }
-  int end_capture() override { return call(module_.end_capture); }
-  void replay(int number) override { call(module_.replay, number); }
+  int end_capture(int rank) override { return call(module_.end_capture, rank); }
+  void replay(int rank, int number) override { call(module_.replay, rank, number); }
   int current() override { return module_.current(device_); }
   void set_current(int current) override { module_.set_current(device_, current); }
   bool idle(int rank) override { return call(module_.idle, rank) != 0; }
+  Collectives* collectives() override { return has_collectives_ ? this : nullptr; }
 
  private:
+  int connection() const override { return module_.connection(device_); }
+  void prepare() override { call(module_.prepare); }
+  void connect(int rank) override { call(module_.connect, rank); }
+  void all_reduce(int rank, void* data, int64_t count, Element element) override { call(module_.all_reduce, rank, data, count, element); }
+  void reduce(int rank, void* data, int64_t count, Element element, int root) override { call(module_.reduce, rank, data, count, element, root); }
+  void send(int rank, const void* data, int64_t bytes, int to) override { call(module_.send, rank, data, bytes, to); }
+  void receive(int rank, void* data, int64_t bytes, int from) override { call(module_.receive, rank, data, bytes, from); }
+  void exchange(int rank) override { call(module_.exchange, rank); }
+  bool exchanged(int rank) override { return call(module_.exchanged, rank) != 0; }
+  void give_up(int rank) noexcept override { module_.give_up(device_, rank); }
+
   struct Memory {
     int64_t total = 0, free = 0;
   };
@@ -121,15 +134,13 @@ class ModuleDevice final : public Device {
   }
 
   const DeviceModule& module_;
+  const bool has_collectives_;
   void* device_ = nullptr;
 };
 
 }  // namespace
 
-std::unique_ptr<Device> open_module_device(const std::string& name, int ranks, const std::vector<int32_t>& device_ids) {
-  ModuleOptions options;
-  options.ranks = ranks;
-  if (!device_ids.empty()) options.devices = device_ids.data();
+std::unique_ptr<Device> open_module_device(const std::string& name, const ModuleOptions& options) {
   return std::make_unique<ModuleDevice>(load_module(name), options);
 }
 

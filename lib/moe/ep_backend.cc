@@ -9,7 +9,7 @@ class EpBackend final : public LayerBackend {
  public:
   Range rows(const RankContext& rank, const Range* homes, int64_t) const override { return homes[rank.comm->rank()]; }
 
-  PartialSums finish_attention(RankContext& rank) const override { return rank.comm->local_sum(Accumulator::kAttention); }
+  PartialSums finish_attention(RankContext& rank, int64_t) const override { return rank.comm->local_sum(Accumulator::kAttention); }
 
   PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range* homes, int64_t num_rows,
                       const Lane& lane) const override {
@@ -20,7 +20,7 @@ class EpBackend final : public LayerBackend {
     route_rows(rank, layer, rows, lane);
     rank.comm->dispatch(homes, lane);
     run_experts(rank, layer, {0, num_rows}, Accumulator::kMlp, lane);
-    return rank.comm->combine(Accumulator::kMlp);
+    return rank.comm->combine(Accumulator::kMlp, homes);
   }
 };
 

@@ -8,16 +8,18 @@ class TpBackend final : public LayerBackend {
  public:
   Range rows(const RankContext&, const Range*, int64_t num_rows) const override { return {0, num_rows}; }
 
-  PartialSums finish_attention(RankContext& rank) const override { return rank.comm->all_reduce(Accumulator::kAttention); }
+  PartialSums finish_attention(RankContext& rank, int64_t num_rows) const override {
+    return rank.comm->all_reduce(Accumulator::kAttention, num_rows);
+  }
 
-  PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range*, int64_t,
+  PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range*, int64_t num_rows,
                       const Lane& lane) const override {
     if (!layer.dense()) {
       route_rows(rank, layer, rows, lane);
       rank.comm->rank_barrier();
     }
     run_experts(rank, layer, rows, Accumulator::kMlp, lane);
-    return rank.comm->all_reduce(Accumulator::kMlp);
+    return rank.comm->all_reduce(Accumulator::kMlp, num_rows);
   }
 };
 

@@ -24,15 +24,30 @@ void check_for_gpu(const ModelConfig& model) {
 }  // namespace
 
 std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfig& model) {
+  const bool nccl = config.communicator == "nccl";
+  if (!nccl && config.communicator != "peer") fail(Code::kInvalidArgument, "communicator is '{}', must be peer or nccl", config.communicator);
   if (config.device == "cpu") {
     if (!config.device_ids.empty()) fail(Code::kInvalidArgument, "device_ids are of another device than the cpu");
+    if (nccl) fail(Code::kInvalidArgument, "communicator nccl is of another device than the cpu");
+    if (!config.streams.empty() || !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "streams and nccl_comms are of another device than the cpu");
     return std::make_unique<CpuDevice>(config.ranks, cpu_ops(config.isa));
   }
   if (config.plain_sums) fail(Code::kUnsupported, "plain_sums is of the cpu; device is '{}'", config.device);
-  if (!config.device_ids.empty() && static_cast<int>(config.device_ids.size()) != config.ranks)
-    fail(Code::kInvalidArgument, "device_ids has {} entries, there are {} ranks", config.device_ids.size(), config.ranks);
+  if (!nccl && !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "nccl_comms are of communicator nccl; it is '{}'", config.communicator);
+  // [ranks] entries or none.
+  const auto list = [&](const char* name, const auto& values) {
+    if (!values.empty() && static_cast<int>(values.size()) != config.ranks)
+      fail(Code::kInvalidArgument, "{} has {} entries, there are {} ranks", name, values.size(), config.ranks);
+    return values.empty() ? nullptr : values.data();
+  };
   check_for_gpu(model);
-  return open_module_device(config.device, config.ranks, config.device_ids);
+  ModuleOptions options;
+  options.ranks = config.ranks;
+  options.devices = list("device_ids", config.device_ids);
+  options.collectives = nccl;
+  options.queues = list("streams", config.streams);
+  options.comms = list("nccl_comms", config.nccl_comms);
+  return open_module_device(config.device, options);
 }
 
 }  // namespace moebius

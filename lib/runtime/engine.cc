@@ -5,6 +5,9 @@
 
 #include "lib/base/error.h"
 #include "lib/base/time.h"
+#include "lib/comm/collective.h"
+#include "lib/comm/local.h"
+#include "lib/comm/waits.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/backend.h"
 #include "lib/runtime/engine_impl.h"
@@ -69,7 +72,7 @@ EngineConfig complete(EngineConfig config, const ModelConfig& model) {
   return config;
 }
 
-WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, const Device& device) {
+WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, Device& device) {
   const Ops& ops = device.ops();
   const SliceCounts counts = slice_counts(model.shape, config.slices_per_expert);
   WorkspaceShape s;
@@ -95,6 +98,7 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   s.scratch_bytes = ops.scratch_bytes(limits);
   s.plain_sums = config.plain_sums;
   if (!device.host_memory()) s.logit_columns = div_up(div_up(model.vocab_size, kTile), config.ranks) * kTile;
+  if (device.collectives() != nullptr) s.collected_rows = div_up(s.max_logit_rows, config.ranks) * config.ranks;
   return s;
 }
 
@@ -173,8 +177,10 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     tables_.emplace_back(*device_, r, step_limits(shape_, config_));
     exchange_.push_back(workspaces_.back()->exchange());
   }
+  const ExchangeWidths widths{shape_.hidden, shape_.top_k, shape_.logit_columns};
   for (int r = 0; r < config_.ranks; ++r) {
-    comms_.push_back(std::make_unique<LocalCommunicator>(world_, *device_, r, exchange_, shape_.hidden, shape_.top_k));
+    if (device_->collectives() == nullptr) comms_.push_back(std::make_unique<LocalCommunicator>(world_, *device_, r, exchange_, widths));
+    else comms_.push_back(std::make_unique<CollectiveCommunicator>(world_, *device_, r, exchange_[static_cast<size_t>(r)], widths));
     RankContext context;
     context.ops = &device_->ops();
     context.comm = comms_.back().get();
@@ -183,7 +189,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     executors_.push_back(std::make_unique<RankExecutor>(store_.forward(r), store_.tables(r), context));
   }
   compare_ranks();
-  capture_steps();
+  prepare_ranks();
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, policy_limits(config_));
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
@@ -554,6 +560,7 @@ void Engine::Impl::run_plan(StepResult& result) {
     }
   }
   if (device_->ops().choose_tokens != nullptr) list_choices();
+  prepare_ranks();
   shape_now_ = &choose_shape();
   for (StepTables& tables : tables_)
     if (device_->host_memory()) tables.send(plan_, *shape_now_);
@@ -657,16 +664,16 @@ void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
   const StepView& view = tables_[rank].view();
   float* const own = workspaces_[rank]->logits();
   executor.logits(view, group, own, shape_.logit_columns, lane);
-  comms_[rank]->meet();  // every share before any is read
-  const float* shares[kMaxRanks];
+  const float* const* shares = comms_[rank]->collect_logits(group.size());
   Range columns[kMaxRanks];
-  for (int r = 0; r < config_.ranks; ++r) shares[r] = workspaces_[r]->logits(), columns[r] = executors_[r]->columns();
+  for (int r = 0; r < config_.ranks; ++r) columns[r] = executors_[r]->columns();
   const Range mine = share_of(group.size(), rank, config_.ranks);
   int32_t* const chosen = workspaces_[rank]->chosen();
   if (!mine.empty()) {
-    device_->ops().choose_tokens({mine, config_.ranks, shares, columns, shape_.logit_columns, view.choices + group.begin, chosen}, lane);
+    device_->ops().choose_tokens(
+        {{0, mine.size()}, config_.ranks, shares, columns, shape_.logit_columns, view.choices + group.begin + mine.begin, chosen}, lane);
     const int64_t bytes = mine.size() * static_cast<int64_t>(sizeof(int32_t));
-    device_->read(rank, readings_.chosen + mine.begin, bytes, chosen + mine.begin, bytes, bytes, 1);
+    device_->read(rank, readings_.chosen + mine.begin, bytes, chosen, bytes, bytes, 1);
   }
   const auto floats = [](int64_t n) { return n * static_cast<int64_t>(sizeof(float)); };
   for (int64_t i = 0, next; i < group.size(); i = next) {  // runs of rows
@@ -680,15 +687,26 @@ void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
     device_->read(rank, readings_.logits + i * model_.vocab_size + columns[rank].begin, floats(model_.vocab_size), own + i * shape_.logit_columns,
                   floats(shape_.logit_columns), floats(columns[rank].size()), next - i);
   }
-  comms_[rank]->meet();  // nobody overwrites its share before all have read it
+  comms_[rank]->release_logits();
   wait_until_idle(world_, *device_, rank);
 }
 
 // ---- captured steps
 
+// Ranks that exchange by collectives are connected; a connection that replaces one whose rank failed needs the steps captured again.
+void Engine::Impl::prepare_ranks() {
+  connect_ranks(world_, *device_);
+  const Collectives* collectives = device_->collectives();
+  const int connection = collectives != nullptr ? collectives->connection() : 1;
+  if (connection == captured_connection_) return;
+  captured_connection_ = connection;
+  capture_steps();
+}
+
 // Captured are decode steps in pure layouts for 1, 2, 4, … rows (in EP rows of each home, in TP of all). Nothing is computed: weights may be in either
 // layout, and what the rank's tables hold does not matter.
 void Engine::Impl::capture_steps() {
+  for (auto& steps : captured_) steps.clear();
   if (!config_.capture_steps || !device_->can_capture()) return;
   for (Layout layout : {Layout::kTp, Layout::kEp}) {
     const int homes = layout == Layout::kTp ? 1 : config_.ranks;
@@ -712,18 +730,20 @@ void Engine::Impl::capture_steps() {
 }
 
 void Engine::Impl::capture(const StepShape& shape, int rank, int* number) {
-  if (rank == 0) device_->begin_capture();
+  const bool alone = device_->collectives() != nullptr;  // each rank its own part
+  if (rank == 0 || alone) device_->begin_capture(rank);
   world_.world_barrier();
-  if (rank != 0) device_->join_capture(rank);
+  if (rank != 0 && !alone) device_->join_capture(rank);
   RankContext& context = executors_[rank]->context();
   context.tokens = tables_[rank].view().tokens;
   executors_[rank]->forward(shape, tables_[rank].view(), {0, 1, workspaces_[rank]->scratch(0), device_->queue(rank)});
   context.tokens = nullptr;
-  device_->mark(rank);
+  if (!alone) device_->mark(rank);
   world_.world_barrier();
-  if (rank != 0) return;
-  device_->pass(0);
-  *number = device_->end_capture();
+  if (rank != 0 && !alone) return;
+  if (!alone) device_->pass(0);
+  const int captured = device_->end_capture(rank);
+  if (rank == 0) *number = captured;
 }
 
 // The smallest captured shape that holds the step, or the step's own.
@@ -743,15 +763,23 @@ const StepShape& Engine::Impl::choose_shape() {
   return own;
 }
 
-// Rank 0 queues the captured work of all ranks, after what each has queued and before what it queues next.
+// Queues the captured work: of all ranks by rank 0, after what each has queued and before what it queues next, or each rank's by itself.
 void Engine::Impl::replay(int rank) {
-  device_->mark(rank);
-  world_.world_barrier();
+  if (device_->collectives() != nullptr) {
+    device_->replay(rank, captured_now_->number);
+    return;
+  }
+  const auto meet = [&] {
+    device_->mark(rank);
+    world_.world_barrier();
+  };
+  meet();
   if (rank == 0) {
     device_->pass(0);
-    device_->replay(captured_now_->number);
+    device_->replay(0, captured_now_->number);
   }
-  comms_[rank]->meet();
+  meet();
+  device_->pass(rank);
 }
 
 // What a rank has counted and chosen in a step, for the metrics.

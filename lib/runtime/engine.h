@@ -29,6 +29,9 @@ struct EngineConfig {
   int64_t kv_tokens = 0;           // KV tokens at most, over all ranks; 0: as many as the memory holds
   std::string device = "cpu";      // or the name of a module, "cuda": libmoebius-<name>.so
   std::vector<int32_t> device_ids; // [ranks] the device of each rank; empty: ranks take turns
+  std::string communicator = "peer";  // or "nccl": how ranks on devices exchange; peer reads their memory, nccl needs a device for each
+  std::vector<void*> streams;      // [ranks] the host's cudaStream_t to work on, not the default stream; empty: its own
+  std::vector<void*> nccl_comms;   // [ranks] the host's ncclComm_t of one world; aborted where a rank fails; empty: its own
   bool capture_steps = true;       // decode steps are captured at start-up where the device can (CUDA graphs)
   std::string isa;                 // empty: the best this machine has
   int slices_per_expert = 0;       // 0: the default rule

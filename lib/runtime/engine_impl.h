@@ -11,7 +11,7 @@
 #include <thread>
 #include <unordered_map>
 
-#include "lib/comm/local.h"
+#include "lib/comm/communicator.h"
 #include "lib/comm/world.h"
 #include "lib/device/buffer.h"
 #include "lib/kv/kv_manager.h"
@@ -94,6 +94,7 @@ class Engine::Impl {
   void expire(Clock::time_point now);
   void run_plan(StepResult& result);
   void compute(int rank, int thread);
+  void prepare_ranks();
   void capture_steps();
   void capture(const StepShape& shape, int rank, int* number);
   const StepShape& choose_shape();
@@ -144,13 +145,14 @@ class Engine::Impl {
     int number = -1;
   };
   std::vector<CapturedStep> captured_[2];  // [Layout]
+  int captured_connection_ = 0;
   const CapturedStep* captured_now_ = nullptr;
   const StepShape* shape_now_ = nullptr;
 
   std::vector<std::unique_ptr<Workspace>> workspaces_;  // [ranks]
   std::vector<StepTables> tables_;                      // [ranks]
   std::vector<ExchangeBuffers> exchange_;               // [ranks]
-  std::vector<std::unique_ptr<LocalCommunicator>> comms_;
+  std::vector<std::unique_ptr<Communicator>> comms_;
   std::vector<std::unique_ptr<RankExecutor>> executors_;
   Readings readings_;
   std::vector<SamplerScratch> sampler_scratch_;         // [ranks · threads]

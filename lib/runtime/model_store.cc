@@ -8,7 +8,7 @@
 #include <mutex>
 
 #include "lib/base/error.h"
-#include "lib/comm/local.h"
+#include "lib/comm/waits.h"
 #include "lib/device/buffer.h"
 #include "lib/model/scale.h"
 #include "lib/runtime/rank_executor.h"

@@ -135,7 +135,7 @@ void RankExecutor::forward(const StepShape& shape, const StepView& view, const L
     add_norm(rows, pending, layer.input_norm, false, lane);
     context_.comm->rank_barrier();
     attend(shape, view, layer, layout, rows, lane);
-    const PartialSums attention = backend.finish_attention(context_);
+    const PartialSums attention = backend.finish_attention(context_, num_rows);
 
     add_norm(rows, {attention, layer.attention_scale}, layer.post_attention_norm, !layer.dense(), lane);
     context_.comm->rank_barrier();

@@ -4,7 +4,7 @@
 #include <numeric>
 
 #include "lib/base/error.h"
-#include "lib/comm/local.h"
+#include "lib/comm/waits.h"
 
 namespace moebius {
 namespace {
@@ -354,6 +354,7 @@ PagePair Switcher::pair_of(int32_t b) const {
 // ---- copying: one region, its return is the fence
 
 void Switcher::run_copies(Range pieces, int64_t num_pieces) {
+  connect_ranks(parts_.world, parts_.device);
   const auto start = Clock::now();
   const CopyPoint region{next_item(), direction(), undoing_};
   copied_.assign(copied_.size(), {});
@@ -365,10 +366,11 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
     reach(point, CopyPoint::kBefore);
     Copied done;
     const auto begin = Clock::now();
-    if (!pieces.empty()) copy_weights(point, pieces, num_pieces, done.weights);
+    if (!pieces.empty())
+      for_destinations(rank, [&](int to) { copy_weights(point, to, pieces, num_pieces, done.weights); });
     settle(rank);
     done.weights.seconds = seconds_since(begin);
-    copy_blocks(point, done.kv);
+    for_destinations(rank, [&](int to) { copy_blocks(point, to, done.kv); });
     settle(rank);
     done.kv.seconds = seconds_since(begin) - done.weights.seconds;
     reach(point, CopyPoint::kAfter);
@@ -398,6 +400,7 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
 // The rank's copies are done and can be seen by all.
 void Switcher::settle(int rank) const {
   parts_.device.finish_blocks(rank);
+  if (Collectives* collectives = parts_.device.collectives()) exchange(parts_.world, *collectives, rank);
   wait_until_idle(parts_.world, parts_.device, rank);
 }
 
@@ -408,11 +411,35 @@ void Switcher::reach(CopyPoint point, CopyPoint::When when) const {
   parts_.world.check_abort();
 }
 
-// This thread's share of weight pieces [pieces.begin, pieces.end) of num_pieces: a range of the rank's bytes of the item.
-void Switcher::copy_weights(const CopyPoint& point, Range pieces, int64_t num_pieces, Part& done) const {
-  const std::vector<BlockCopy>& copies = plan_to(point.to).items[point.item].to[point.rank];
+// Whose copies a rank has a part in: its own, by reading from others. Where it cannot read their memory it also sends, and all ranks go
+// through all copies in one order.
+template <class F>
+void Switcher::for_destinations(int rank, F&& f) const {
+  if (parts_.device.collectives() == nullptr) f(rank);
+  else
+    for (int to = 0; to < parts_.world.ranks(); ++to) f(to);
+}
+
+// The rank's part in a copy to rank `to`.
+void Switcher::copy_block(const CopyPoint& point, int to, const BlockCopy& c, bool local, Part& done) const {
+  if (to == point.rank) {
+    reach(point, CopyPoint::kBetween);
+    done.bytes += c.bytes;
+    if (!local) done.bytes_changed += c.bytes;
+  }
+  std::byte* const dst = parts_.arenas[to] + c.dst_offset;
+  const std::byte* const src = parts_.arenas[c.src_rank] + c.src_offset;
+  Collectives* const collectives = parts_.device.collectives();
+  if (to == point.rank && (collectives == nullptr || c.src_rank == to)) parts_.device.copy_block(to, dst, src, c.bytes);
+  else if (to == point.rank) collectives->receive(to, dst, c.bytes, c.src_rank);
+  else if (c.src_rank == point.rank) collectives->send(c.src_rank, src, c.bytes, to);
+}
+
+// This thread's share of weight pieces [pieces.begin, pieces.end) of num_pieces: a range of the bytes of the item that go to rank `to`.
+void Switcher::copy_weights(const CopyPoint& point, int to, Range pieces, int64_t num_pieces, Part& done) const {
+  const std::vector<BlockCopy>& copies = plan_to(point.to).items[point.item].to[to];
   if (copies.empty()) return;
-  const std::vector<int64_t>& ends = ends_[static_cast<int>(point.to)][point.item][point.rank];
+  const std::vector<int64_t>& ends = ends_[static_cast<int>(point.to)][point.item][to];
   const int64_t begin = share_of(ends.back(), pieces.begin, num_pieces, 64).begin;
   const int64_t end = share_of(ends.back(), pieces.end - 1, num_pieces, 64).end;
   const Range share = share_of(end - begin, point.thread, parts_.world.threads(), 64);
@@ -422,23 +449,16 @@ void Switcher::copy_weights(const CopyPoint& point, Range pieces, int64_t num_pi
     const BlockCopy& c = copies[i];
     const int64_t into = at - (ends[i] - c.bytes);
     const int64_t bytes = std::min(c.bytes - into, begin + share.end - at);
-    reach(point, CopyPoint::kBetween);
-    parts_.device.copy_block(point.rank, parts_.arenas[point.rank] + c.dst_offset + into, parts_.arenas[c.src_rank] + c.src_offset + into, bytes);
+    copy_block(point, to, {c.src_rank, c.src_offset + into, c.dst_offset + into, bytes}, false, done);
     at += bytes;
   }
-  done.bytes += share.size();
-  done.bytes_changed += share.size();
 }
 
-void Switcher::copy_blocks(const CopyPoint& point, Part& done) const {
+void Switcher::copy_blocks(const CopyPoint& point, int to, Part& done) const {
   const auto threads = static_cast<size_t>(parts_.world.threads());
   for (size_t i = static_cast<size_t>(point.thread); i < list_.size(); i += threads)
-    for_each_kv_block(parts_.arena, point.to, point.item, point.rank, pair_of(list_[i]), [&](const BlockCopy& c, bool local) {
-      reach(point, CopyPoint::kBetween);
-      parts_.device.copy_block(point.rank, parts_.arenas[point.rank] + c.dst_offset, parts_.arenas[c.src_rank] + c.src_offset, c.bytes);
-      done.bytes += c.bytes;
-      if (!local) done.bytes_changed += c.bytes;
-    });
+    for_each_kv_block(parts_.arena, point.to, point.item, to, pair_of(list_[i]),
+                      [&](const BlockCopy& c, bool local) { copy_block(point, to, c, local, done); });
 }
 
 std::pair<int64_t, int64_t> Switcher::bytes_to(Layout to) const {

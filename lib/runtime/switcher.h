@@ -127,8 +127,11 @@ class Switcher {
   void run_copies(Range pieces, int64_t num_pieces);
   void settle(int rank) const;
   void reach(CopyPoint point, CopyPoint::When when) const;
-  void copy_weights(const CopyPoint& point, Range pieces, int64_t num_pieces, Part& done) const;
-  void copy_blocks(const CopyPoint& point, Part& done) const;
+  template <class F>
+  void for_destinations(int rank, F&& f) const;
+  void copy_block(const CopyPoint& point, int to, const BlockCopy& copy, bool local, Part& done) const;
+  void copy_weights(const CopyPoint& point, int to, Range pieces, int64_t num_pieces, Part& done) const;
+  void copy_blocks(const CopyPoint& point, int to, Part& done) const;
 
   Parts parts_;
   int num_layers_;

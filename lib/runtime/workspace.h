@@ -1,7 +1,7 @@
 // One rank's activation buffers, sized once for the largest step and carved from one allocation.
 #pragma once
 
-#include "lib/comm/local.h"
+#include "lib/comm/exchange_buffers.h"
 #include "lib/device/device.h"
 #include "lib/moe/layer_backend.h"
 
@@ -13,6 +13,7 @@ struct WorkspaceShape {
   int64_t max_act_elements = 0;   // rows·choices × padded neurons that a rank may have, over layers and layouts
   int64_t max_pairs = 0, num_experts = 0;
   int64_t logit_columns = 0;      // of its share of the vocabulary, where it keeps logits itself (not in the host's memory)
+  int64_t collected_rows = 0;     // logit rows with all shares that it collects from ranks whose memory it does not read
   int64_t mlp_addends = 0, attention_addends = 0;
   int threads = 1;
   size_t scratch_bytes = 0;       // per thread
@@ -35,7 +36,7 @@ class Workspace {
   int32_t* chosen() const { return chosen_; }           // [max_logit_rows] tokens that the device chose
   std::byte* scratch(int thread) const { return scratch_ + static_cast<size_t>(thread) * scratch_stride_; }
   ExchangeBuffers exchange() const {
-    ExchangeBuffers e{buffers.x, buffers.expert_ids, buffers.expert_weights, {}, {}};
+    ExchangeBuffers e{buffers.x, buffers.expert_ids, buffers.expert_weights, {}, {}, logits_, shares_};
     for (int i = 0; i < kNumAccumulators; ++i) e.sums[i] = buffers.sums[i].sum, e.flags[i] = buffers.sums[i].flags;
     return e;
   }
@@ -46,6 +47,7 @@ class Workspace {
 
   DeviceBuffer memory_;
   float* logits_ = nullptr;
+  float* shares_ = nullptr;
   int32_t* chosen_ = nullptr;
   std::byte* scratch_ = nullptr;
   size_t scratch_stride_ = 0;

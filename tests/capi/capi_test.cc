@@ -117,6 +117,7 @@ TEST_CASE("config keys are enumerated; an unknown one names the nearest, a wrong
     if (std::string(type) == "f64") status = moebius_config_set_f64(c.get(), name, 1, nullptr);
     if (std::string(type) == "str" && *fallback) status = moebius_config_set_str(c.get(), name, fallback, nullptr);
     if (std::string(type) == "str" && !*fallback) status = MOEBIUS_OK;
+    if (std::string(type) == "handles") status = moebius_config_set_handles(c.get(), name, nullptr, 0, nullptr);
     INFO(name);
     CHECK(status == MOEBIUS_OK);
   }
@@ -128,6 +129,16 @@ TEST_CASE("config keys are enumerated; an unknown one names the nearest, a wrong
   CHECK(moebius_config_set_str(c.get(), "threads", "two", &wrong.error) == MOEBIUS_E_INVALID_ARGUMENT);
   CHECK_THAT(wrong.text(), Catch::Contains("i64"));
   CHECK(moebius_config_set_str(c.get(), "layout", "pp", nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  void* handle = &c;
+  CHECK(moebius_config_set_handles(c.get(), "streams", nullptr, 1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_config_set_handles(c.get(), "ranks", &handle, 1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_config_set_handles(nullptr, "streams", &handle, 1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  moebius_cpp::Config other;
+  CHECK(moebius_config_set_handles(other.get(), "streams", &handle, 1, nullptr) == MOEBIUS_OK);
+  moebius_engine* engine = nullptr;
+  Message refused;
+  CHECK(moebius_engine_create(MOEBIUS_TEST_DATA "/tiny-qwen3-moe", other.get(), &engine, &refused.error) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK_THAT(refused.text(), Catch::Contains("streams and nccl_comms are of another device than the cpu"));
   CHECK(moebius_config_set_i64(c.get(), "ranks", -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
 }
 

@@ -57,7 +57,8 @@ TEST_CASE("a rank that is still at work is asked again and again, which is no er
 
 TEST_CASE("a device that there is not is refused with both numbers") {
   try {
-    open_module_device(MOEBIUS_TEST_DEVICE, 2, {0, 99});
+    const int32_t devices[] = {0, 99};
+    open_module_device(MOEBIUS_TEST_DEVICE, {.ranks = 2, .devices = devices});
     FAIL("it was opened");
   } catch (const Error& e) {
     CHECK(e.code() == Code::kInvalidArgument);

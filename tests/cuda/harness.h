@@ -12,7 +12,7 @@
 
 namespace moebius {
 
-// Opened once, with four ranks that share devices by turns.
+// Opened once, with four ranks.
 Device& test_device();
 
 inline void finish(int rank = 0) {

@@ -215,7 +215,7 @@ const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
-cudaError_t cudaGetDeviceCount(int* count);  // MOEBIUS_EMULATED_DEVICES, else 2
+cudaError_t cudaGetDeviceCount(int* count);  // MOEBIUS_EMULATED_DEVICES, else 4
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
@@ -262,6 +262,8 @@ namespace moebius::emulation {
 void keep_error(cudaError_t error);
 // Does the work, or keeps it where the stream is being captured.
 void queue(cudaStream_t stream, std::function<void()> work);
+bool is_captured(cudaStream_t stream);
+int device_of(const void* memory);  // −1: of none
 
 // A refusal stays as the thread's last error. f holds its arguments: it may be kept.
 template <class F>

@@ -195,7 +195,7 @@ thread_local cudaError_t last_error = cudaSuccess;
 
 int device_count() {
   const char* text = std::getenv("MOEBIUS_EMULATED_DEVICES");
-  return text != nullptr ? std::atoi(text) : 2;
+  return text != nullptr ? std::atoi(text) : 4;
 }
 
 cudaError_t give(cudaError_t error) {
@@ -288,40 +288,53 @@ cudaError_t cudaFreeHost(void* memory) {
 
 // Streams do their work when it is queued, but for those that are being captured: there it is kept, in the order of the calls, which is one
 // that the captured events allow.
+struct Capture;
 struct CUstream_st {
-  bool captured = false;
+  Capture* capture = nullptr;
   std::atomic<bool> busy = false;  // work was queued since it was last asked: the next answer is cudaErrorNotReady, as a device may give
 };
 struct CUevent_st {
-  bool captured = false;      // recorded in a captured stream, last
+  Capture* capture = nullptr;  // of the stream where it was recorded last
   cudaStream_t stream = nullptr;
-  uint64_t at = 0;            // how much of its stream's captured work it covers
+  uint64_t at = 0;             // how much of its stream's captured work it covers
 };
 struct CUgraph_st {
   std::vector<std::function<void()>> work;
+};
+struct Capture {
+  cudaStream_t origin = nullptr;
+  std::vector<std::function<void()>> work;
+  std::vector<cudaStream_t> streams;
+  std::unordered_map<cudaStream_t, uint64_t> queued, joined;  // captured work of a stream, and what of it the origin waits for
 };
 
 namespace {
 
 std::mutex capture_mutex;
-cudaStream_t capture_origin = nullptr;
-std::vector<std::function<void()>> captured_work;
-std::vector<cudaStream_t> captured_streams;
-std::unordered_map<cudaStream_t, uint64_t> queued, joined;  // captured work of a stream, and what of it the origin waits for
+std::vector<std::unique_ptr<Capture>> captures;  // also those that have ended: events may remember them
 
-bool is_captured(cudaStream_t stream) { return stream != nullptr && stream->captured; }
+bool is_captured(cudaStream_t stream) { return stream != nullptr && stream->capture != nullptr; }
 void set_busy(cudaStream_t stream) {
   if (stream != nullptr) stream->busy = true;
 }
 
 }  // namespace
 
+bool moebius::emulation::is_captured(cudaStream_t stream) { return ::is_captured(stream); }
+
+int moebius::emulation::device_of(const void* memory) {
+  std::lock_guard lock(memory_mutex);
+  for (const auto& [begin, allocation] : allocations)
+    if (memory >= begin && memory < static_cast<const std::byte*>(begin) + allocation.second) return allocation.first;
+  return -1;
+}
+
 void moebius::emulation::queue(cudaStream_t stream, std::function<void()> work) {
   {
     std::lock_guard lock(capture_mutex);
-    if (is_captured(stream)) {
-      captured_work.push_back(std::move(work));
-      ++queued[stream];
+    if (::is_captured(stream)) {
+      stream->capture->work.push_back(std::move(work));
+      ++stream->capture->queued[stream];
       return;
     }
   }
@@ -370,12 +383,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   std::lock_guard lock(capture_mutex);
-  if (event->captured && !is_captured(stream)) {  // it joins
-    stream->captured = true;
-    captured_streams.push_back(stream);
+  if (event->capture != nullptr && !is_captured(stream)) {  // it joins
+    stream->capture = event->capture;
+    event->capture->streams.push_back(stream);
   }
-  if (is_captured(stream) && !event->captured) return give(cudaErrorStreamCaptureIsolation);
-  if (stream == capture_origin && is_captured(stream)) joined[event->stream] = std::max(joined[event->stream], event->at);
+  if (!is_captured(stream)) return cudaSuccess;
+  Capture& capture = *stream->capture;
+  if (event->capture != &capture) return give(cudaErrorStreamCaptureIsolation);
+  if (stream == capture.origin) capture.joined[event->stream] = std::max(capture.joined[event->stream], event->at);
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* out, unsigned) {
@@ -388,7 +403,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   std::lock_guard lock(capture_mutex);
-  *event = {is_captured(stream), stream, is_captured(stream) ? queued[stream] : 0};
+  *event = {is_captured(stream) ? stream->capture : nullptr, stream, is_captured(stream) ? stream->capture->queued[stream] : 0};
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
@@ -396,27 +411,25 @@ cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   std::lock_guard lock(capture_mutex);
-  if (capture_origin != nullptr) return give(cudaErrorStreamCaptureUnsupported);  // one at a time is enough here
-  capture_origin = stream;
-  stream->captured = true;
-  captured_streams = {stream};
-  captured_work.clear();
-  queued.clear();
-  joined.clear();
+  if (stream == nullptr || is_captured(stream)) return give(cudaErrorStreamCaptureUnsupported);
+  captures.push_back(std::make_unique<Capture>());
+  stream->capture = captures.back().get();
+  stream->capture->origin = stream;
+  stream->capture->streams = {stream};
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) {
   std::lock_guard lock(capture_mutex);
   *out = nullptr;
-  if (stream != capture_origin) return give(cudaErrorStreamCaptureUnsupported);
+  if (!is_captured(stream) || stream->capture->origin != stream) return give(cudaErrorStreamCaptureUnsupported);
+  Capture& capture = *stream->capture;
   bool all_joined = true;
-  for (cudaStream_t s : captured_streams) {
-    s->captured = false;
-    all_joined = all_joined && (s == stream || joined[s] == queued[s]);
+  for (cudaStream_t s : capture.streams) {
+    s->capture = nullptr;
+    all_joined = all_joined && (s == stream || capture.joined[s] == capture.queued[s]);
   }
-  capture_origin = nullptr;
   if (!all_joined) return give(cudaErrorStreamCaptureUnjoined);
-  *out = new CUgraph_st{std::move(captured_work)};
+  *out = new CUgraph_st{std::exchange(capture.work, {})};
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long) {

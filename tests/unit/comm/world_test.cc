@@ -242,7 +242,7 @@ TEST_CASE("dispatch brings every home's rows and choices, gather its rows") {
       for (int64_t i = 0; i < top_k; ++i) ids[r][row * top_k + i] = static_cast<int32_t>(row), weights[r][row * top_k + i] = row * 0.5f;
     }
   std::vector<std::unique_ptr<LocalCommunicator>> comms;
-  for (int r = 0; r < 3; ++r) comms.push_back(std::make_unique<LocalCommunicator>(world, device, r, buffers, hidden, top_k));
+  for (int r = 0; r < 3; ++r) comms.push_back(std::make_unique<LocalCommunicator>(world, device, r, buffers, ExchangeWidths{hidden, top_k, 0}));
   world.run([&](int r, int t) { comms[r]->dispatch(homes, Lane{t, 2, nullptr}); });
   for (int r = 0; r < 3; ++r)
     for (int64_t row = 0; row < rows; ++row) {

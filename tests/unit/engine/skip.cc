@@ -9,7 +9,7 @@ const char* why_skipped() {
   const char* device = std::getenv("MOEBIUS_TEST_DEVICE");
   if (device == nullptr) return nullptr;
   try {
-    moebius::open_module_device(device, 1, {});
+    moebius::open_module_device(device, {});
   } catch (const std::exception& e) {
     why = e.what();
   }

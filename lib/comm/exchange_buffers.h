@@ -1,0 +1,25 @@
+// A rank's buffers that others read or are sent; indexed by the step's row.
+#pragma once
+
+#include <cstdint>
+
+#include "lib/comm/communicator.h"
+
+namespace moebius {
+
+struct ExchangeBuffers {
+  bf16* x = nullptr;               // [max_rows, hidden]
+  int32_t* expert_ids = nullptr;   // [max_rows, top_k]
+  float* expert_weights = nullptr; // [max_rows, top_k]
+  int64_t* sums[kNumAccumulators] = {};  // [max_rows, hidden], by Accumulator
+  uint8_t* flags[kNumAccumulators] = {}; // [max_rows]
+  float* logits = nullptr;         // [max_logit_rows, logit_columns] its share of the vocabulary; null in the host's memory
+  float* shares = nullptr;         // [ranks][share of max_logit_rows][logit_columns] others' logits of its rows; null where it reads them
+};
+
+// Elements of a row.
+struct ExchangeWidths {
+  int64_t hidden = 0, top_k = 0, logit_columns = 0;
+};
+
+}  // namespace moebius

@@ -1,0 +1,32 @@
+// Waits of a rank's thread for its device, inside a region of the world: with its deadline, until it is aborted.
+#pragma once
+
+#include "lib/comm/world.h"
+#include "lib/device/device.h"
+
+namespace moebius {
+
+// For all that a rank has queued.
+inline void wait_until_idle(World& world, Device& device, int rank) {
+  world.wait_until([&] { return device.idle(rank); });
+}
+
+// Starts what the rank has asked for, and waits until it has been taken up.
+inline void exchange(World& world, Collectives& collectives, int rank) {
+  collectives.exchange(rank);
+  world.wait_until([&] { return collectives.exchanged(rank); });
+}
+
+// Connects all ranks where they are not, by a region of its own: before the first exchange, and after one that failed.
+inline void connect_ranks(World& world, Device& device) {
+  Collectives* collectives = device.collectives();
+  if (collectives == nullptr || collectives->connection() != 0) return;
+  collectives->prepare();
+  world.run_long([&world, &device, collectives](int rank, int) {
+    const DrainOnError drain(device, rank);
+    collectives->connect(rank);
+    world.wait_until([&] { return collectives->exchanged(rank); });
+  });
+}
+
+}  // namespace moebius
