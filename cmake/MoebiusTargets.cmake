@@ -19,9 +19,13 @@ function(moebius_component name)
   target_link_libraries(moebius_${name} PUBLIC moebius_flags ${ARG_DEPENDS})
 endfunction()
 
-# moebius_test(name SOURCES … LINKS … LABELS …): one Catch2 executable, one CTest entry per test case.
+# moebius_test(name SOURCES … LINKS … LABELS … [ONE_THREAD]): one Catch2 executable, one CTest entry. ONE_THREAD: nothing for the thread
+# sanitizer, under which it is left out.
 function(moebius_test name)
-  cmake_parse_arguments(ARG "" "" "SOURCES;LINKS;LABELS" ${ARGN})
+  cmake_parse_arguments(ARG "ONE_THREAD" "" "SOURCES;LINKS;LABELS" ${ARGN})
+  if(ARG_ONE_THREAD AND MOEBIUS_SANITIZE MATCHES thread)
+    return()
+  endif()
   add_executable(test_${name} ${ARG_SOURCES})
   target_link_libraries(test_${name} PRIVATE moebius_test_main ${ARG_LINKS})
   target_compile_definitions(test_${name} PRIVATE

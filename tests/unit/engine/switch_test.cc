@@ -133,10 +133,12 @@ TEST_CASE("a turn-round after copying ahead changes no bit") {
 }
 
 TEST_CASE("weights and KV, of cached blocks too, are the same bytes after a round trip from either end, at once or copied ahead") {
+  int64_t turn = 0;
   for (const std::string& model : {kQwen, kDense, kMixtral})
     for (int ranks : {2, 3, 8})
       for (Layout start : {Layout::kTp, Layout::kEp})
         for (double budget : {0.0, 1e-6}) {
+          if (turn++ % kSweep != 0) continue;
           Engine engine(model, small_config(ranks, 1, start));
           for (int i = 0; i < 9; ++i)
             engine.submit(greedy_request("r" + std::to_string(i), prompt_of(60 + i, 5 + 9 * i), i % 3 == 2 ? 2 : 60));
