@@ -106,7 +106,8 @@ const Key kKeys[] = {
     REAL_KEY(wait_deadline_ms, "wait_deadline_ms", "30000", "every wait of one rank for another"),
     INT_KEY(engine_id, "engine_id", "0", "label `engine` of the metrics: tells several engines of one model apart"),
     FLAG_KEY(dummy_weights, "dummy_weights", "0", "seeded random weights; only config.json is read"),
-    FLAG_KEY(plain_sums, "plain_sums", "0", "benchmarks only: ordinary float sums, without equal bits"),
+    Key{"mode", "", "exact: equal bits whatever the layout; fast: sums in any order; empty: exact on the cpu, fast on devices",
+        SetStr([](EngineConfig& c, const std::string& v) { c.mode = v; })},
     Key{"policy", "manual", "who decides on switches: manual or threshold", SetStr([](EngineConfig& c, const std::string& v) {
           c.policy.kind = one_of<PolicyKind>("policy", v, {{"manual", PolicyKind::kManual}, {"threshold", PolicyKind::kThreshold}});
         })},

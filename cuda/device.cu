@@ -1,7 +1,10 @@
 #include "cuda/device.h"
 
 #include <algorithm>
+#include <utility>
 
+#include "cuda/dense.h"
+#include "cuda/launch.h"
 #include "cuda/status.h"
 
 namespace moebius::cuda {
@@ -53,6 +56,10 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
       return nullptr;
     for (cudaEvent_t& mark : rank.marks)
       if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "an event", r, status) < 0) return nullptr;
+  }
+  for (int r = 0; r < options.ranks && options.row_major != 0; ++r) {
+    device->on(r);
+    if (open_dense(status) < 0) return nullptr;
   }
   if (options.collectives == 0) return device->enable_peer_access(used, status) < 0 ? nullptr : std::move(device);
   if (static_cast<int>(used.size()) < options.ranks) {
@@ -209,6 +216,7 @@ void CudaDevice::give_up(int rank) {
 int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
   if (checked(cudaGetLastError(), "starting a kernel", rank, status) < 0) return status.code;
+  if (const char* what = std::exchange(failed_op, nullptr); what != nullptr) return refuse(status, Code::kRankFailed, "CUDA, rank %d: %s was refused", rank, what);
   const cudaError_t error = cudaStreamQuery(r.stream);
   if (error == cudaErrorNotReady) {
     (void)cudaGetLastError();  // the runtime keeps it as an error of the thread; the next question would report it as a kernel's

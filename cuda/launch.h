@@ -7,6 +7,9 @@
 
 namespace moebius::cuda {
 
+// What an op could not start that CUDA's runtime knows nothing of; Device::idle asks.
+inline thread_local const char* failed_op = nullptr;
+
 // Queues a kernel on a stream (Lane::queue); nothing when the grid is empty. An error stays with the host's thread (cudaGetLastError),
 // which Device::idle asks.
 template <class... P, class... A>

@@ -4,6 +4,7 @@
 
 #include "cuda/attention.h"
 #include "cuda/choose.h"
+#include "cuda/dense.h"
 #include "cuda/products.h"
 #include "cuda/route.h"
 #include "cuda/rows.h"
@@ -11,7 +12,9 @@
 namespace moebius::cuda {
 namespace {
 
-size_t scratch_bytes(const OpLimits& limits) { return std::max(scratch_bytes_attention(limits), scratch_bytes_route(limits)); }
+size_t scratch_bytes(const OpLimits& limits) {
+  return std::max({scratch_bytes_attention(limits), scratch_bytes_route(limits), limits.row_major ? kDenseScratch : 0});
+}
 
 }  // namespace
 

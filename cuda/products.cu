@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "cuda/dense.h"
 #include "cuda/fragments.h"
 #include "cuda/launch.h"
 #include "cuda/math.h"
@@ -71,9 +72,10 @@ __device__ __forceinline__ void clear(float (&acc)[kBlocks][2][4]) {
       for (int e = 0; e < 4; ++e) acc[j][p][e] = 0;
 }
 
-// The integer sums of a warp's unit, as its accumulators lie.
+// The sums of a warp's unit, as its accumulators lie: integers whose order does not matter, or ordinary floats.
 template <int kBlocks>
 struct FixedSums {
+  using Value = int64_t;
   int64_t sum[kBlocks][2][4] = {};
   unsigned bad = 0;  // bit 2·j + e mod 2: a contribution of that row was none
 
@@ -90,6 +92,22 @@ struct FixedSums {
           if (!good) bad |= 1u << (2 * j + e % 2);
           sum[j][p][e] += good ? __float2ll_rn(c) : 0;
         }
+  }
+};
+
+template <int kBlocks>
+struct FloatSums {
+  using Value = float;
+  float sum[kBlocks][2][4] = {};
+  static constexpr unsigned bad = 0;  // what is no number shows by itself
+
+  __device__ __forceinline__ void add(const float (&acc)[kBlocks][2][4], const float (&factors)[kBlocks][2], float) {
+#pragma unroll
+    for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+      for (int p = 0; p < 2; ++p)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[j][p][e] = __fmaf_rn(acc[j][p][e], factors[j][e % 2], sum[j][p][e]);
   }
 };
 
@@ -175,14 +193,14 @@ struct ExactTable {
   ExactLinearPart parts[kParts];
 };
 
-template <int kParts, int kBlocks>
+template <int kParts, int kBlocks, class Sums>
 __global__ void __launch_bounds__(kWarps * 32) exact_linear_kernel(ExactLinearArgs args, const __grid_constant__ ExactTable<kParts> table, int row_units) {
   const int unit = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
   const int64_t tile = 2 * static_cast<int64_t>(unit / row_units);
   const PackedMatrix matrix{args.hidden, args.k};
   if (tile >= matrix.tiles()) return;
   const int64_t row0 = static_cast<int64_t>(unit % row_units) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
-  FixedSums<kBlocks> sums;
+  Sums sums;
   float factors[kBlocks][2];
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j) factors[j][0] = factors[j][1] = args.out.scale;
@@ -201,12 +219,14 @@ __global__ void __launch_bounds__(kWarps * 32) exact_linear_kernel(ExactLinearAr
     sums.add(acc, factors, args.out.limit);
   }
   const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const int64_t (&v)[4]) {
+  using Value = typename Sums::Value;
+  Value* const out = reinterpret_cast<Value*>(args.out.sum);
+  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const Value (&v)[4]) {
     if (r >= num) return;
     const int64_t row = args.rows.begin + row0 + r;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (n0 + output + i < args.hidden) args.out.sum[row * args.hidden + n0 + output + i] = v[i];
+      if (n0 + output + i < args.hidden) out[row * args.hidden + n0 + output + i] = v[i];
     if (sums.bad >> (2 * j + odd) & 1) args.out.flags[row] = 1;
   });
 }
@@ -217,7 +237,9 @@ void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
   std::copy_n(args.parts, args.num_parts, table.parts);
   const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
   const int64_t units = div_up(args.hidden, kWarpOutputs) * row_units;
-  launch(exact_linear_kernel<kParts, kBlocks>, static_cast<unsigned>(div_up(units, kWarps)), kWarps * 32, 0, queue, args, table, row_units);
+  const auto blocks = static_cast<unsigned>(div_up(units, kWarps));
+  if (args.out.plain) launch(exact_linear_kernel<kParts, kBlocks, FloatSums<kBlocks>>, blocks, kWarps * 32, 0, queue, args, table, row_units);
+  else launch(exact_linear_kernel<kParts, kBlocks, FixedSums<kBlocks>>, blocks, kWarps * 32, 0, queue, args, table, row_units);
 }
 
 template <int kParts>
@@ -228,7 +250,6 @@ void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
 }
 
 // ---- experts
-
 
 // Experts are worked on in four classes by their number of rows, each by a kernel of its own: with up to 8, 16 and 32 rows a unit has all
 // of an expert's rows, so its weights are read once; beyond, units of as many rows as the last argument says times 8.
@@ -312,7 +333,7 @@ __global__ void __launch_bounds__(kWarps * 32) gate_up_kernel(ExpertsArgs args, 
 }
 
 // 32 outputs of the hidden size: the sum over the rank's cuts for the unit's rows.
-template <int kBlocks>
+template <int kBlocks, class Sums>
 __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertUnit& u) {
   const MlpCut cut{args.neurons_per_cut, args.hidden};
   const PackedMatrix down = cut.down();
@@ -323,7 +344,7 @@ __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertU
   for (int j = 0; j < kBlocks; ++j)
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) factors[j][odd] = args.pair_weights[u.pair0 + min(j * 8 + 2 * t + odd, u.num - 1)] * args.out.scale;
-  FixedSums<kBlocks> sums;
+  Sums sums;
   for (int c = 0; c < args.num_cuts; ++c) {
     const bf16* first = args.cuts[static_cast<int64_t>(u.expert) * args.num_cuts + c] + cut.gate_up_elements() + tile * down.tile_elements();
     const WeightStream weights(first, tile + 1 < down.tiles() ? first + down.tile_elements() : first, kTile);
@@ -339,23 +360,25 @@ __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertU
     sums.add(acc, factors, args.out.limit);
   }
   const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const int64_t (&v)[4]) {
+  using Value = typename Sums::Value;
+  Value* const out = reinterpret_cast<Value*>(args.out.sum);
+  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const Value (&v)[4]) {
     if (r >= u.num) return;
     const int64_t row = args.pair_rows[u.pair0 + r];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (n0 + output + i < args.hidden) add_relaxed(args.out.sum + row * args.hidden + n0 + output + i, v[i]);
+      if (n0 + output + i < args.hidden) add_relaxed(out + row * args.hidden + n0 + output + i, v[i]);
     if (sums.bad >> (2 * j + odd) & 1) args.out.flags[row] = 1;
   });
 }
 
-template <int kBlocks>
+template <int kBlocks, template <int> class Sums>
 __global__ void __launch_bounds__(kWarps * 32) down_kernel(ExpertsArgs args, RowClass rows) {
   __shared__ ExpertUnits units;
   block_count_units(units, args, rows, static_cast<int>(div_up(args.hidden, kWarpOutputs)), kBlocks * 8);
   const int warps = static_cast<int>(gridDim.x) * kWarps;
   for (int i = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32; i < units.begin[args.num_experts]; i += warps)
-    warp_down<kBlocks>(args, unit_at(units, args, i, kBlocks * 8));
+    warp_down<kBlocks, Sums<kBlocks>>(args, unit_at(units, args, i, kBlocks * 8));
 }
 
 // Starts the kernels of the classes that an expert may be in; the host knows no more than how many rows there are.
@@ -374,13 +397,16 @@ void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], 
 
 void linear(const LinearArgs& args, const Lane& lane) {
   if (args.rows.empty()) return;
+  if (args.row_major) return dense_linear(args, lane);
   if (args.num_parts <= 16) launch_linear<16>(args, lane.queue);
   else if (args.num_parts <= 128) launch_linear<128>(args, lane.queue);
   else launch_linear<kMaxLinearParts>(args, lane.queue);
 }
 
-void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
-  if (args.rows.empty() || args.num_parts == 0) return;
+void exact_linear(const ExactLinearArgs& given, const Lane& lane) {
+  if (given.rows.empty() || given.num_parts == 0) return;
+  ExactLinearArgs args = given;
+  if (args.out.plain) args.out.scale = 1;
   if (args.num_parts <= 16) launch_exact_linear<16>(args, lane.queue);
   else if (args.num_parts <= 128) launch_exact_linear<128>(args, lane.queue);
   else launch_exact_linear<kMaxLinearParts>(args, lane.queue);
@@ -391,11 +417,19 @@ void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
                  args.num_cuts * MlpCut{args.neurons_per_cut, args.hidden}.tiles(), lane.queue);
 }
 
-void experts_down(const ExpertsArgs& args, const Lane& lane) {
-  if (args.rows.empty()) return;
-  (void)cudaMemsetAsync(args.out.sum + args.rows.begin * args.hidden, 0, static_cast<size_t>(args.rows.size() * args.hidden) * sizeof(int64_t),
+void experts_down(const ExpertsArgs& given, const Lane& lane) {
+  if (given.rows.empty()) return;
+  ExpertsArgs args = given;
+  if (args.out.plain) args.out.scale = 1;
+  const int64_t row = args.hidden * static_cast<int64_t>(args.out.plain ? sizeof(float) : sizeof(int64_t));
+  (void)cudaMemsetAsync(reinterpret_cast<std::byte*>(args.out.sum) + args.rows.begin * row, 0, static_cast<size_t>(args.rows.size() * row),
                         static_cast<cudaStream_t>(lane.queue));
-  launch_classes(args, {down_kernel<1>, down_kernel<2>, down_kernel<4>, down_kernel<4>}, {1, 2, 4, 4}, div_up(args.hidden, kWarpOutputs), lane.queue);
+  const int64_t groups = div_up(args.hidden, kWarpOutputs);
+  const int blocks[] = {1, 2, 4, 4};
+  if (args.out.plain)
+    launch_classes(args, {down_kernel<1, FloatSums>, down_kernel<2, FloatSums>, down_kernel<4, FloatSums>, down_kernel<4, FloatSums>}, blocks, groups, lane.queue);
+  else
+    launch_classes(args, {down_kernel<1, FixedSums>, down_kernel<2, FixedSums>, down_kernel<4, FixedSums>, down_kernel<4, FixedSums>}, blocks, groups, lane.queue);
 }
 
 }  // namespace moebius::cuda

@@ -1,7 +1,7 @@
 // Matrix products on tensor cores, straight from the packed weights.
 //
-// Every product adds along k in one order, whatever the number of rows (fragments.h), so a result's bits depend on its row alone. Sums over
-// slices are integers (ExactSum); ordinary float sums (ExactSum::plain) are of the CPU.
+// Every product adds along k in one order, whatever the number of rows (fragments.h), so a result's bits depend on its row alone, also where
+// slices are added: as integers (ExactSum). In mode fast slices are added as floats, in any order.
 #pragma once
 
 #include "lib/device/ops.h"

@@ -56,6 +56,7 @@ __device__ __forceinline__ void store_streaming(uint4* p, uint4 v) {
 __device__ __forceinline__ void add_relaxed(int64_t* p, int64_t v) {
   asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+__device__ __forceinline__ void add_relaxed(float* p, float v) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
 
 // Two floats to bf16 pairs and f16 pairs, `low` in the lower half; to nearest, ties to even.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {

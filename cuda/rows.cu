@@ -48,9 +48,13 @@ __global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args,
   for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads) {
     float v = h[i];
     if (partials.num > 0) {
-      uint64_t sum = 0;  // wraps freely: only whole contributions were tested
-      for (int p = 0; p < partials.num; ++p) sum += static_cast<uint64_t>(partials.sums[p][at + i]);
-      v = bad ? __uint_as_float(0x7fc00000u) : v + static_cast<float>(static_cast<double>(static_cast<int64_t>(sum)) * inv_scale);
+      if (args.plain) {
+        for (int p = 0; p < partials.num; ++p) v += reinterpret_cast<const float*>(partials.sums[p])[at + i];
+      } else {
+        uint64_t sum = 0;  // wraps freely: only whole contributions were tested
+        for (int p = 0; p < partials.num; ++p) sum += static_cast<uint64_t>(partials.sums[p][at + i]);
+        v = bad ? __uint_as_float(0x7fc00000u) : v + static_cast<float>(static_cast<double>(static_cast<int64_t>(sum)) * inv_scale);
+      }
       h[i] = v;
     }
     squares = __fmaf_rn(v, v, squares);

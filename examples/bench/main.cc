@@ -28,8 +28,8 @@ namespace {
 using nlohmann::json;
 
 struct Options {
-  std::string shape = "m", model, layout = "tp", format = "table", device = "cpu", rates, isa, compare;
-  bool dummy = false, plain_sums = false, profile = false, capture = true;
+  std::string shape = "m", model, layout = "tp", format = "table", device = "cpu", communicator = "peer", mode, rates, isa, compare;
+  bool dummy = false, profile = false, capture = true;
   int ranks = 1, threads = 0, layers = 0, slices = 0, steps = 32, requests = 64, rounds = 5;
   std::vector<int> batches = {1, 8, 32};
   std::vector<double> budgets;
@@ -95,13 +95,14 @@ class Bench {
     c.threads = o_.threads;
     c.layout = o_.layout == "tp" ? Layout::kTp : Layout::kEp;
     c.device = o_.device;
+    c.communicator = o_.communicator;
     c.isa = o_.isa;
     c.slices_per_expert = o_.slices;
     c.memory_bytes = o_.memory_bytes;
     c.prefix_cache = false;
     c.max_batch = max_batch;
     c.dummy_weights = o_.model.empty() || o_.dummy;
-    c.plain_sums = o_.plain_sums;
+    c.mode = o_.mode;
     c.capture_steps = o_.capture;
     c.max_context = std::min<int64_t>(context, read_config(dir_).max_position_embeddings);
     if (o_.memory_bytes == 0) c.kv_tokens = (max_batch + o_.ranks) * round_up(context, 16);
@@ -139,7 +140,7 @@ class Bench {
             {"layout", o_.layout},
             {"isa", ops.name},
             {"slices_per_expert", slices_per_expert},
-            {"plain_sums", o_.plain_sums},
+            {"mode", !o_.mode.empty() ? o_.mode : o_.device == "cpu" ? "exact" : "fast"},
             {"tokens_per_second", nullptr},
             {"floor_tokens_per_second", nullptr},  // null: not measured by this command
             {"read_bytes_per_second", nullptr},
@@ -570,12 +571,13 @@ int run(int argc, char** argv) {
     sub->add_option("--ranks", o.ranks, "ranks")->check(CLI::Range(1, 64))->capture_default_str();
     sub->add_option("--threads", o.threads, "threads per rank (0: cores ÷ ranks)")->check(CLI::Range(0, 1024))->capture_default_str();
     sub->add_option("--device", o.device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();
+    sub->add_option("--communicator", o.communicator, "how ranks on devices exchange")->check(CLI::IsMember({"peer", "nccl"}))->capture_default_str();
     sub->add_option("--rates", o.rates, "with another device: a file with the output of moebius-gpu-rates, for the floors")->check(CLI::ExistingFile)->default_str("none: no floors");
     sub->add_option("--isa", o.isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
     sub->add_option("--slices-per-expert", o.slices, "cuts of each MLP (0: the default rule)")->capture_default_str();
     sub->add_option("--memory-bytes", o.memory_bytes, "per rank (0: what the run needs)")->capture_default_str();
     sub->add_flag("!--no-capture", o.capture, "decode steps queue their kernels one by one, to measure what capturing them saves");
-    sub->add_flag("--plain-sums", o.plain_sums, "ordinary float sums instead of exact ones, to measure what exactness costs");
+    sub->add_option("--mode", o.mode, "exact (the default on the cpu) or fast (elsewhere): what exactness costs")->check(CLI::IsMember({"exact", "fast"}));
     sub->add_option("--format", o.format, "table or json (one object a line)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
     sub->add_option("--compare", o.compare, "an earlier run's JSON lines: adds the ratio and the spread of those")->default_str("none");
     sub->add_option("--rounds", o.rounds, "repetitions where a figure is a median")->check(CLI::Range(1, 1000))->capture_default_str();

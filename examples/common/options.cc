@@ -30,6 +30,8 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--device", device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();
+  app.add_option("--communicator", communicator, "how ranks on devices exchange: peer, or nccl (a device for each)")->capture_default_str();
+  app.add_option("--mode", mode, "exact: equal bits whatever the layout; fast: sums in any order (default: exact on the cpu, fast elsewhere)");
   app.add_option("--isa", isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
   app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
       ->check(at_least(0))
@@ -57,7 +59,8 @@ moebius_cpp::Config EngineOptions::config() const {
   c.set("page_tokens", page_tokens).set("seed", seed).set("prefix_cache", prefix_cache).set("preempt_to_fit", preempt_to_fit);
   c.set("max_queue", max_queue).set("kv_tokens", kv_tokens);
   c.set_real("stall_budget_ms", stall_budget_ms);
-  c.set("device", device);
+  c.set("device", device).set("communicator", communicator);
+  if (!mode.empty()) c.set("mode", mode);
   if (!isa.empty()) c.set("isa", isa);
   return c;
 }

@@ -31,7 +31,7 @@ CLI::Validator at_least(int64_t least);
 
 // Unset flags keep the library's defaults.
 struct EngineOptions {
-  std::string model, layout = "tp", device = "cpu", isa;
+  std::string model, layout = "tp", device = "cpu", communicator = "peer", mode, isa;
   int64_t ranks = 1, threads = 0, memory_bytes = 0, slices_per_expert = 0, chunk_tokens = 512, max_batch = 64, seed = 0, page_tokens = 16,
           kv_tokens = 0, max_queue = 65536;
   double stall_budget_ms = 0;

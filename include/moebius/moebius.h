@@ -92,7 +92,7 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);
 /* ---- configuration: keys and values. One owner. Since 0.1.
  * Keys: ranks, threads, layout ("tp", "ep"), memory_bytes, kv_tokens, isa, slices_per_expert, page_tokens, chunk_tokens,
  * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
- * plain_sums, policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
+ * mode ("exact", "fast"), policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
  * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id; for devices: device ("cpu", "cuda"), device_ids, communicator
  * ("peer", "nccl"), capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types, defaults and
  * meaning. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */

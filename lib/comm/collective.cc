@@ -18,7 +18,7 @@ PartialSums CollectiveCommunicator::local_sum(Accumulator which) {
 
 PartialSums CollectiveCommunicator::all_reduce(Accumulator which, int64_t num_rows) {
   const int w = static_cast<int>(which);
-  collectives_.all_reduce(rank_, mine_.sums[w], num_rows * widths_.hidden, Element::kInt64);
+  collectives_.all_reduce(rank_, mine_.sums[w], num_rows * widths_.hidden, element());
   collectives_.all_reduce(rank_, mine_.flags[w], num_rows, Element::kUint8);
   exchange();
   return local_sum(which);
@@ -28,7 +28,9 @@ PartialSums CollectiveCommunicator::all_reduce(Accumulator which, int64_t num_ro
 PartialSums CollectiveCommunicator::combine(Accumulator which, const Range* homes) {
   const int w = static_cast<int>(which);
   for (int r = 0; r < size(); ++r) {
-    collectives_.reduce(rank_, mine_.sums[w] + homes[r].begin * widths_.hidden, homes[r].size() * widths_.hidden, Element::kInt64, r);
+    const int64_t begin = homes[r].begin * widths_.hidden;
+    void* const sums = widths_.plain_sums ? static_cast<void*>(reinterpret_cast<float*>(mine_.sums[w]) + begin) : mine_.sums[w] + begin;
+    collectives_.reduce(rank_, sums, homes[r].size() * widths_.hidden, element(), r);
     collectives_.reduce(rank_, mine_.flags[w] + homes[r].begin, homes[r].size(), Element::kUint8, r);
   }
   exchange();

@@ -31,6 +31,7 @@ class CollectiveCommunicator final : public Communicator {
   template <class T>
   void swap_rows(T* rows, const Range* homes, int64_t width);
   void exchange();
+  Element element() const { return widths_.plain_sums ? Element::kFloat : Element::kInt64; }
 
   World& world_;
   Collectives& collectives_;

@@ -17,9 +17,10 @@ struct ExchangeBuffers {
   float* shares = nullptr;         // [ranks][share of max_logit_rows][logit_columns] others' logits of its rows; null where it reads them
 };
 
-// Elements of a row.
+// Elements of a row, and what the sums are.
 struct ExchangeWidths {
   int64_t hidden = 0, top_k = 0, logit_columns = 0;
+  bool plain_sums = false;  // floats
 };
 
 }  // namespace moebius

@@ -22,6 +22,7 @@ struct ModuleStatus {
 struct ModuleOptions {
   int32_t ranks = 1;
   const int32_t* devices = nullptr;  // [ranks] the device of each rank; null: rank r on device r mod number of devices
+  int32_t row_major = 0;             // 1: LinearArgs::row_major will be asked for
   int32_t collectives = 0;           // 1: ranks exchange by these and read no peer's memory
   void* const* queues = nullptr;     // [ranks] the host's own (cudaStream_t), which must outlive the device; null: the device makes them
   void* const* comms = nullptr;      // [ranks] the host's own (ncclComm_t, of one world with the same ranks); null: the device makes them

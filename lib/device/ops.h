@@ -33,6 +33,7 @@ struct OpLimits {
   int64_t num_heads = 0;       // query heads
   int64_t num_experts = 0;
   int64_t top_k = 1;
+  bool row_major = false;      // LinearArgs::row_major will be asked for
 };
 
 // The one accumulator of sums that cross slices (design: exact sums). A contribution c (float) is added as the integer
@@ -43,7 +44,7 @@ struct ExactSum {
   uint8_t* flags = nullptr;  // [rows]
   float scale = 1;           // a power of two
   float limit = 0;           // a power of two ≤ 2^63 ÷ number of addends
-  bool plain = false;        // benchmark only: ordinary float sums, [rows, hidden] floats in the same memory
+  bool plain = false;        // mode fast: ordinary float sums, in any order
 };
 
 // h[row] = embedding of tokens[row], 0 for a row that only fills a step up (token −1). Shares: rows.
@@ -87,6 +88,7 @@ struct LinearArgs {
   int64_t k = 0;
   int num_parts = 0;
   const LinearPart* parts = nullptr;  // host
+  bool row_major = false;             // w is no packed matrix but [n, k]: on a GPU in mode fast
 };
 
 // Where a row's KV lives: page `position / page_tokens` of its sequence's page table.

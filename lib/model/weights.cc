@@ -424,10 +424,11 @@ int64_t router_elements(const ModelConfig& model, int layer) {
 
 }  // namespace
 
-SharedWeights::SharedWeights(const ModelConfig& model) : model_(model) {
+SharedWeights::SharedWeights(const ModelConfig& model, bool row_major) : model_(model), row_major_(row_major) {
   const auto place = [&](int64_t bytes) { return std::exchange(bytes_, bytes_ + round_up(bytes, 64)); };  // cache lines
-  place(PackedMatrix{model.vocab_size, model.shape.hidden}.bytes());
-  if (!model.tie_word_embeddings) embedding_ = place(int64_t{model.vocab_size} * model.shape.hidden * 2);
+  const int64_t rows_bytes = int64_t{model.vocab_size} * model.shape.hidden * 2;
+  place(row_major ? rows_bytes : PackedMatrix{model.vocab_size, model.shape.hidden}.bytes());
+  if (!model.tie_word_embeddings) embedding_ = place(rows_bytes);
   norms_ = place((model.shape.hidden + model.shape.num_layers() * norm_stride()) * 4);
   for (int l = 0; l < model.shape.num_layers(); ++l) {
     const int64_t elements = router_elements(model, l);
@@ -436,7 +437,8 @@ SharedWeights::SharedWeights(const ModelConfig& model) : model_(model) {
 }
 
 const bf16* SharedWeights::embedding(const std::byte* base) const {
-  return embedding_ < 0 ? nullptr : reinterpret_cast<const bf16*>(base + embedding_);
+  if (embedding_ < 0) return row_major_ ? lm_head(base) : nullptr;
+  return reinterpret_cast<const bf16*>(base + embedding_);
 }
 
 SharedLayer SharedWeights::layer(const std::byte* base, int l) const {
@@ -460,7 +462,9 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers, st
   if (!rows.empty()) {
     const auto embedding = source.matrix("model.embed_tokens.weight", model_.vocab_size, s.hidden);
     const std::unique_ptr<MatrixReader> lm = model_.tie_word_embeddings ? nullptr : source.matrix("lm_head.weight", model_.vocab_size, s.hidden);
-    pack_matrix(lm ? *lm : *embedding, rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + tiles.begin * head.tile_elements());
+    const MatrixReader& m = lm ? *lm : *embedding;
+    if (row_major_) m.read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + rows.begin * s.hidden);
+    else pack_matrix(m, rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + tiles.begin * head.tile_elements());
     if (lm) embedding->read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory + embedding_) + rows.begin * s.hidden);
   }
   const auto copy = [&](const std::string& name, int64_t size, float* out) {

@@ -69,14 +69,16 @@ struct SharedLayer {
 // share one copy; this says what lies where in it.
 class SharedWeights {
  public:
-  explicit SharedWeights(const ModelConfig& model);
+  // row_major: the LM head is kept as [vocab, hidden], not packed; where tied it is the embedding too.
+  SharedWeights(const ModelConfig& model, bool row_major);
   int64_t bytes() const { return bytes_; }
 
   // Loads this worker's share of all of it into the block at `base`; call with every worker 0 … workers − 1.
   void load(const WeightSource& source, int worker, int workers, std::byte* base) const;
 
-  const bf16* embedding(const std::byte* base) const;  // [vocab, hidden]; null when tied to the LM head
-  const bf16* lm_head(const std::byte* base) const { return reinterpret_cast<const bf16*>(base); }  // packed n = vocab, k = hidden
+  const bf16* embedding(const std::byte* base) const;  // [vocab, hidden]; null when tied to a packed LM head
+  const bf16* lm_head(const std::byte* base) const { return reinterpret_cast<const bf16*>(base); }
+  bool row_major() const { return row_major_; }
   const float* final_norm(const std::byte* base) const { return reinterpret_cast<const float*>(base + norms_); }
   SharedLayer layer(const std::byte* base, int l) const;
 
@@ -84,6 +86,7 @@ class SharedWeights {
   int64_t norm_stride() const { return 2 * model_.shape.hidden + 2 * model_.shape.head_dim; }  // floats of one layer
 
   const ModelConfig& model_;
+  const bool row_major_;
   int64_t embedding_ = -1, norms_ = 0, bytes_ = 0;  // offsets; −1: tied
   std::vector<int64_t> routers_;                    // [layers] offsets; −1: dense
 };

@@ -32,7 +32,6 @@ std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfi
     if (!config.streams.empty() || !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "streams and nccl_comms are of another device than the cpu");
     return std::make_unique<CpuDevice>(config.ranks, cpu_ops(config.isa));
   }
-  if (config.plain_sums) fail(Code::kUnsupported, "plain_sums is of the cpu; device is '{}'", config.device);
   if (!nccl && !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "nccl_comms are of communicator nccl; it is '{}'", config.communicator);
   // [ranks] entries or none.
   const auto list = [&](const char* name, const auto& values) {
@@ -44,6 +43,7 @@ std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfi
   ModuleOptions options;
   options.ranks = config.ranks;
   options.devices = list("device_ids", config.device_ids);
+  options.row_major = row_major_head(config);
   options.collectives = nccl;
   options.queues = list("streams", config.streams);
   options.comms = list("nccl_comms", config.nccl_comms);

@@ -9,6 +9,9 @@
 
 namespace moebius {
 
+// Whether the LM head is kept as rows, which cuBLASLt multiplies by, and not packed.
+inline bool row_major_head(const EngineConfig& config) { return config.device != "cpu" && config.fast(); }
+
 // Throws kInvalidArgument for a name or a number that cannot be, kUnsupported when the module is not there, is of another build, or
 // finds no device, or when the model is beyond its kernels.
 std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfig& model);

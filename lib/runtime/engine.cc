@@ -61,11 +61,13 @@ void check_config(const EngineConfig& c) {
   if (!(c.wait_deadline_ms > 0)) fail(Code::kInvalidArgument, "wait_deadline_ms is {}, must be above 0", c.wait_deadline_ms);
   in_range("page_tokens", c.page_tokens, static_cast<int>(kTile), 1 << 16);
   if (c.page_tokens % kTile != 0) fail(Code::kInvalidArgument, "page_tokens is {}, must be a multiple of {}", c.page_tokens, kTile);
+  if (!c.mode.empty() && c.mode != "exact" && c.mode != "fast") fail(Code::kInvalidArgument, "mode is '{}', must be exact or fast", c.mode);
   make_policy(c.policy, policy_limits(c));  // refuses a bad one
 }
 
 EngineConfig complete(EngineConfig config, const ModelConfig& model) {
   check_config(config);
+  if (config.mode.empty()) config.mode = config.device == "cpu" ? "exact" : "fast";
   if (config.max_context == 0) config.max_context = model.max_position_embeddings;
   if (config.max_context > model.max_position_embeddings)
     fail(Code::kInvalidArgument, "max_context is {}, the model was made for {}", config.max_context, model.max_position_embeddings);
@@ -92,11 +94,12 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
     s.num_experts = std::max<int64_t>(s.num_experts, mlp.num_experts);
   }
   limits.num_experts = std::max<int64_t>(1, s.num_experts);
+  limits.row_major = row_major_head(config);
   s.mlp_addends = s.top_k * counts.cuts;
   s.attention_addends = counts.head_groups;
   s.threads = threads;
   s.scratch_bytes = ops.scratch_bytes(limits);
-  s.plain_sums = config.plain_sums;
+  s.plain_sums = config.fast();
   if (!device.host_memory()) s.logit_columns = div_up(div_up(model.vocab_size, kTile), config.ranks) * kTile;
   if (device.collectives() != nullptr) s.collected_rows = div_up(s.max_logit_rows, config.ranks) * config.ranks;
   return s;
@@ -177,7 +180,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     tables_.emplace_back(*device_, r, step_limits(shape_, config_));
     exchange_.push_back(workspaces_.back()->exchange());
   }
-  const ExchangeWidths widths{shape_.hidden, shape_.top_k, shape_.logit_columns};
+  const ExchangeWidths widths{shape_.hidden, shape_.top_k, shape_.logit_columns, config_.fast()};
   for (int r = 0; r < config_.ranks; ++r) {
     if (device_->collectives() == nullptr) comms_.push_back(std::make_unique<LocalCommunicator>(world_, *device_, r, exchange_, widths));
     else comms_.push_back(std::make_unique<CollectiveCommunicator>(world_, *device_, r, exchange_[static_cast<size_t>(r)], widths));
@@ -590,7 +593,7 @@ void Engine::Impl::count_prompt_tokens() {
 // to every other rank and the experts' sums come back.
 void Engine::Impl::measure_exchanges() {
   const int64_t row_pairs = plan_.num_rows() * (config_.ranks - 1);
-  const int64_t sum = shape_.hidden * static_cast<int64_t>(sizeof(int64_t));
+  const int64_t sum = shape_.hidden * static_cast<int64_t>(config_.fast() ? sizeof(float) : sizeof(int64_t));
   const int64_t row = shape_.hidden * static_cast<int64_t>(sizeof(bf16)) + shape_.top_k * static_cast<int64_t>(sizeof(int32_t) + sizeof(float));
   int64_t all_reduce = 0, all_to_all = 0;
   for (int l = 0; l < model_.shape.num_layers(); ++l)

@@ -32,6 +32,7 @@ struct EngineConfig {
   std::string communicator = "peer";  // or "nccl": how ranks on devices exchange; peer reads their memory, nccl needs a device for each
   std::vector<void*> streams;      // [ranks] the host's cudaStream_t to work on, not the default stream; empty: its own
   std::vector<void*> nccl_comms;   // [ranks] the host's ncclComm_t of one world; aborted where a rank fails; empty: its own
+  std::string mode;                // exact: equal bits whatever the layout; fast: sums in any order; empty: exact on the cpu, fast elsewhere
   bool capture_steps = true;       // decode steps are captured at start-up where the device can (CUDA graphs)
   std::string isa;                 // empty: the best this machine has
   int slices_per_expert = 0;       // 0: the default rule
@@ -48,10 +49,11 @@ struct EngineConfig {
   PolicyConfig policy;
   int engine_id = 0;               // label `engine` of the metrics
   bool dummy_weights = false;      // seeded random weights, config.json only (benchmarks)
-  bool plain_sums = false;         // benchmarks only: ordinary float sums, without the promise of equal bits
   // bytes done, bytes in all; false cancels the load.
   std::function<bool(int64_t, int64_t)> progress;
   std::function<void(const std::string&)> warning;
+
+  bool fast() const { return mode == "fast"; }  // of a config that the engine has completed
 };
 
 struct RequestSpec {

@@ -11,6 +11,7 @@
 #include "lib/comm/waits.h"
 #include "lib/device/buffer.h"
 #include "lib/model/scale.h"
+#include "lib/runtime/backend.h"
 #include "lib/runtime/rank_executor.h"
 #include "lib/tensor/packed.h"
 
@@ -101,7 +102,7 @@ ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig
 ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
                        int64_t workspace_bytes)
     : device_(device),
-      shared_(model),
+      shared_(model, row_major_head(config)),
       counts_(bounded_slice_counts(model.shape, config.slices_per_expert)),
       slices_(model.shape, counts_),
       tp_((check_ranks(model.shape, counts_, config.ranks), tp_owners(slices_, config.ranks))),
@@ -271,6 +272,7 @@ void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank
                   1.0f / std::sqrt(static_cast<float>(model.shape.head_dim)),
                   shared_.embedding(mine.shared),
                   shared_.lm_head(mine.shared),
+                  shared_.row_major(),
                   shared_.final_norm(mine.shared),
                   reinterpret_cast<const float*>(mine.shared + shared_.bytes())};
   Lists lists;

@@ -160,13 +160,15 @@ void RankExecutor::logits(const StepView& view, Range group, float* logits, int6
   const PackedMatrix head{model_.vocab, model_.hidden};
   const Range mine = columns();
   if (mine.empty()) return;
-  const LinearPart part{model_.lm_head + mine.begin / kTile * head.tile_elements(), mine.size(), logits, stride};
+  const int64_t begin = model_.row_major_head ? mine.begin * model_.hidden : mine.begin / kTile * head.tile_elements();
+  const LinearPart part{model_.lm_head + begin, mine.size(), logits, stride};
   LinearArgs args;
   args.rows = {0, group.size()};
   args.x = b.head_x;
   args.ldx = args.k = model_.hidden;
   args.num_parts = 1;
   args.parts = &part;
+  args.row_major = model_.row_major_head;
   context_.ops->linear(args, lane);
 }
 

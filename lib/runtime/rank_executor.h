@@ -14,8 +14,9 @@ struct ForwardModel {
   int64_t hidden = 0, vocab = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
   float eps = 0;
   float softmax_scale = 0;
-  const bf16* embedding = nullptr;     // [vocab, hidden], or null when tied to lm_head
-  const bf16* lm_head = nullptr;       // packed n = vocab, k = hidden
+  const bf16* embedding = nullptr;     // [vocab, hidden], or null when tied to a packed lm_head
+  const bf16* lm_head = nullptr;       // packed n = vocab, k = hidden,
+  bool row_major_head = false;         // or [vocab, hidden]
   const float* final_norm = nullptr;   // [hidden]
   const float* rope = nullptr;         // [max_context][cos, sin][head_dim/2]
 };

@@ -145,9 +145,12 @@ TEST_CASE("what a device cannot do is refused before anything is loaded") {
   config.threads = 2;
   CHECK_THAT(refusal(config), Contains("threads is 2"));
   config.threads = 0;
-  config.plain_sums = true;
-  CHECK_THAT(refusal(config), Contains("plain_sums"));
-  config.plain_sums = false;
+  config.mode = "quick";
+  CHECK_THAT(refusal(config), Contains("mode is 'quick', must be exact or fast"));
+  config.mode = "fast";
+  config.communicator = "smoke";
+  CHECK_THAT(refusal(config), Contains("communicator is 'smoke', must be peer or nccl"));
+  config.communicator = "peer";
   config.device_ids = {0};
   CHECK_THAT(refusal(config), Contains("device_ids has 1 entries, there are 2 ranks"));
   config.device_ids = {0, 99};

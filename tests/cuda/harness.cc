@@ -9,7 +9,7 @@ std::string failure;
 void open_once() {
   if (device != nullptr || !failure.empty()) return;
   try {
-    device = open_module_device(MOEBIUS_TEST_DEVICE, {.ranks = 4});
+    device = open_module_device(MOEBIUS_TEST_DEVICE, {.ranks = 4, .row_major = 1});
   } catch (const std::exception& e) {
     failure = e.what();
   }

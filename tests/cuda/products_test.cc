@@ -22,6 +22,13 @@ struct Matrix {
   std::vector<bf16> plain, packed;
 };
 
+// The sums of mode fast: floats in the same memory.
+std::vector<float> as_floats(const std::vector<int64_t>& sums) {
+  std::vector<float> out(sums.size());
+  std::memcpy(out.data(), sums.data(), sums.size() * sizeof(float));
+  return out;
+}
+
 // The products of float sums of k terms: error ≤ k · 2^−24 · Σ|terms| in any order (a tensor core's internal sums may drop bits: twice that).
 double bound(int64_t k, double sum_of_sizes) { return 2.0 * static_cast<double>(k) * 0x1p-24 * sum_of_sizes; }
 
@@ -83,6 +90,43 @@ TEST_CASE("linear: every shape against the plain product, and a row's bits do no
   }
 }
 
+TEST_CASE("row-major weights: against the plain sum, rows and columns beside them untouched") {
+  Random random(9);
+  constexpr int64_t kHidden = 96, kColumns = 80, kRows = 33, kStride = 96;
+  const std::vector<bf16> w = random.bf16s(kColumns * kHidden), x = random.bf16s(kRows * kHidden);
+  const Array<bf16> w_there(w), x_there(x);
+  OpLimits limits{kRows, kHidden, 16, 1, 1, 1};
+  limits.row_major = true;
+  Lanes lanes(limits);
+  for (const Range rows : {Range{0, kRows}, Range{4, 5}, Range{8, 24}}) {
+    const Array<float> y(kRows * kStride);
+    const LinearPart part{w_there.get(), kColumns, y.get(), kStride};
+    LinearArgs args;
+    args.rows = rows;
+    args.x = x_there.get();
+    args.ldx = args.k = kHidden;
+    args.num_parts = 1;
+    args.parts = &part;
+    args.row_major = true;
+    test_device().ops().linear(args, lanes.device);
+    const std::vector<float> got = y.values();
+    for (int64_t r = 0; r < kRows; ++r)
+      for (int64_t n = 0; n < kStride; ++n) {
+        const float v = got[static_cast<size_t>(r * kStride + n)];
+        if (r < rows.begin || r >= rows.end || n >= kColumns) {
+          REQUIRE(std::isnan(v));
+          continue;
+        }
+        double sum = 0, size = 0;
+        for (int64_t i = 0; i < kHidden; ++i) {
+          const double term = static_cast<double>(to_float(w[static_cast<size_t>(n * kHidden + i)])) * to_float(x[static_cast<size_t>(r * kHidden + i)]);
+          sum += term, size += std::fabs(term);
+        }
+        REQUIRE(std::fabs(v - sum) <= bound(kHidden, size));
+      }
+  }
+}
+
 TEST_CASE("the O projection's sums are the integers of each group's contributions") {
   Random random(2);
   constexpr int64_t kHidden = 72, kRows = 70;
@@ -98,15 +142,18 @@ TEST_CASE("the O projection's sums are the integers of each group's contribution
     Lanes lanes({kRows, kHidden, 16, 1, 1, 1});
     std::vector<ExactLinearPart> parts;
     for (int g = 0; g < kGroups; ++g) parts.push_back({weights[static_cast<size_t>(g)].get(), g * k});
-    const auto run = [&](Range rows, std::vector<uint8_t>& flags) {
+    const auto run = [&](Range rows, std::vector<uint8_t>& flags, bool plain = false) {
       const Array<int64_t> sum(static_cast<size_t>(kRows * kHidden));
       const Array<uint8_t> flags_there(std::vector<uint8_t>(kRows, 0));
-      test_device().ops().exact_linear({rows, there.get(), k * kGroups, kHidden, k, kGroups, parts.data(), {sum.get(), flags_there.get(), 0x1p28f, 0x1p60f, false}},
+      test_device().ops().exact_linear({rows, there.get(), k * kGroups, kHidden, k, kGroups, parts.data(), {sum.get(), flags_there.get(), 0x1p28f, 0x1p60f, plain}},
                                        lanes.device);
       flags = flags_there.values();
       return sum.values();
     };
     std::vector<uint8_t> flags, some_flags;
+    const std::vector<float> plain = as_floats(run({0, kRows}, flags, true));
+    CHECK(std::count(flags.begin(), flags.end(), 0) == kRows);
+    CHECK(std::isnan(plain[static_cast<size_t>(20 * kHidden)]));
     const std::vector<int64_t> all = run({0, kRows}, flags);
     for (int64_t r = 0; r < kRows; ++r) {
       CHECK(flags[static_cast<size_t>(r)] == (r == 9 || r == 20));
@@ -119,6 +166,7 @@ TEST_CASE("the O projection's sums are the integers of each group's contribution
             sum += term, size += std::fabs(term);
           }
         REQUIRE(std::fabs(static_cast<double>(all[static_cast<size_t>(r * kHidden + h)]) * 0x1p-28 - sum) <= bound(k, size) + kGroups * 0x1p-28);
+        REQUIRE(std::fabs(plain[static_cast<size_t>(r * kHidden + h)] - sum) <= bound(k, size) + kGroups * 0x1p-24 * size);
       }
     }
     for (const Range rows : {Range{4, 5}, Range{8, 21}, Range{30, 62}}) {
@@ -167,7 +215,7 @@ TEST_CASE("experts: against the plain sum, one hot expert, empty ones, and a row
       if (s.experts > 2) chosen[static_cast<size_t>(1 + r % (s.experts - 2))].emplace_back(r, 0.4f);
     }
     Lanes lanes({s.rows, s.hidden, 16, 1, s.experts, 2});
-    const auto run = [&](Range rows) {
+    const auto run = [&](Range rows, bool plain = false) {
       std::vector<int32_t> begins{0}, pair_rows;
       std::vector<float> pair_weights;
       for (const auto& of_expert : chosen) {
@@ -193,13 +241,14 @@ TEST_CASE("experts: against the plain sum, one hot expert, empty ones, and a row
       args.x = x_there.get();
       args.act = act.get();
       args.rows = rows;
-      args.out = {sum.get(), flags.get(), 0x1p28f, 0x1p58f, false};
+      args.out = {sum.get(), flags.get(), 0x1p28f, 0x1p58f, plain};
       test_device().ops().experts_gate_up(args, lanes.device);
       test_device().ops().experts_down(args, lanes.device);
       for (uint8_t f : flags.values()) REQUIRE(f == 0);
       return sum.values();
     };
     const std::vector<int64_t> all = run({0, s.rows});
+    const std::vector<float> plain = as_floats(run({0, s.rows}, true));
     for (int r = 0; r < s.rows; r += 3) {
       std::vector<double> exact(static_cast<size_t>(s.hidden), 0), size(exact);
       for (int e = 0; e < s.experts; ++e)
@@ -222,9 +271,12 @@ TEST_CASE("experts: against the plain sum, one hot expert, empty ones, and a row
           }
         }
       // The activations are rounded to bf16: 2^−9 of each term, twice that with what gate and up lose before.
-      for (int64_t h = 0; h < s.hidden; ++h)
-        REQUIRE(std::fabs(static_cast<double>(all[static_cast<size_t>(r * s.hidden + h)]) * 0x1p-28 - exact[static_cast<size_t>(h)]) <=
-                0x1p-8 * size[static_cast<size_t>(h)] + 0x1p-20);
+      for (int64_t h = 0; h < s.hidden; ++h) {
+        const double fixed = static_cast<double>(all[static_cast<size_t>(r * s.hidden + h)]) * 0x1p-28;
+        REQUIRE(std::fabs(fixed - exact[static_cast<size_t>(h)]) <= 0x1p-8 * size[static_cast<size_t>(h)] + 0x1p-20);
+        // The same contributions: six sums in float are apart from it.
+        REQUIRE(std::fabs(plain[static_cast<size_t>(r * s.hidden + h)] - fixed) <= 6 * 0x1p-24 * size[static_cast<size_t>(h)] + 6 * 0x1p-28);
+      }
     }
     for (const Range rows : {Range{5, 6}, Range{0, 8}, Range{2, 19}, Range{3, std::min(s.rows, 40)}}) {
       const std::vector<int64_t> some = run(rows);

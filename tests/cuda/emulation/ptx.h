@@ -53,6 +53,7 @@ inline uint4 load_once(const uint4* p) { return *p; }
 inline uint4 load_streaming(const uint4* p) { return *p; }
 inline void store_streaming(uint4* p, uint4 v) { *p = v; }
 inline void add_relaxed(int64_t* p, int64_t v) { *p = static_cast<int64_t>(static_cast<uint64_t>(*p) + static_cast<uint64_t>(v)); }
+inline void add_relaxed(float* p, float v) { *p += v; }
 inline uint32_t pack_bf16(float low, float high) { return static_cast<uint32_t>(to_bf16(high)) << 16 | to_bf16(low); }
 inline uint32_t pack_f16(float low, float high) { return static_cast<uint32_t>(to_half(high)) << 16 | to_half(low); }
 

@@ -70,11 +70,18 @@ struct Outcome {
 // The device that the tests run on, by MOEBIUS_TEST_DEVICE; null: the CPU.
 inline const char* test_device() { return std::getenv("MOEBIUS_TEST_DEVICE"); }
 
+// MOEBIUS_TEST_MODE=fast is for tests against references only.
+inline const char* test_mode() {
+  const char* mode = std::getenv("MOEBIUS_TEST_MODE");
+  return mode != nullptr ? mode : "exact";
+}
+
 inline EngineConfig small_config(int ranks, int threads, Layout layout) {
   EngineConfig c;
   c.ranks = ranks;
   c.threads = threads;
   if (test_device() != nullptr) c.device = test_device(), c.threads = 1;
+  c.mode = test_mode();
   c.layout = layout;
   c.slices_per_expert = 8;
   c.kv_tokens = 4096;
