@@ -34,6 +34,7 @@ const Ops& ops() {
                              .pick_rows = pick_rows,
                              .clear = clear,
                              .choose_tokens = choose_tokens,
+                             .add_partials = add_partials,
                              .arg_max = nullptr,
                              .exp_sum = nullptr,
                              .probe_read = nullptr,

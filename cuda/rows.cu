@@ -24,7 +24,25 @@ struct Partials {
   int num;
   const int64_t* sums[kMaxRanks];
   const uint8_t* flags[kMaxRanks];
+
+  template <class Args>
+  explicit Partials(const Args& args) : num(args.num_partials), sums{}, flags{} {
+    for (int p = 0; p < num; ++p) sums[p] = args.partials[p], flags[p] = args.flags[p];
+  }
 };
+
+// The sum of element `at` over partials [first, last): integers wrap freely, only whole contributions were tested.
+template <class T>
+__device__ __forceinline__ T sum_of(const Partials& partials, int first, int last, int64_t at) {
+  T sum = 0;
+  for (int p = first; p < last; ++p) sum += reinterpret_cast<const T*>(partials.sums[p])[at];
+  return sum;
+}
+__device__ __forceinline__ bool any_flag(const Partials& partials, int first, int last, int64_t row) {
+  bool any = false;
+  for (int p = first; p < last; ++p) any = any || partials.flags[p][row] != 0;
+  return any;
+}
 
 // The block's sum by a fixed tree: over lanes, then over warps.
 __device__ float block_sum(float v) {
@@ -41,20 +59,18 @@ __device__ float block_sum(float v) {
 __global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args, const __grid_constant__ Partials partials) {
   const int64_t row = args.rows.begin + blockIdx.x, at = row * args.hidden;
   float* h = args.h + at;
-  bool bad = false;
-  for (int p = 0; p < partials.num; ++p) bad = bad || partials.flags[p][row] != 0;
+  int first = 0, last = partials.num;
+  if (args.whole_rows > 0) first = static_cast<int>(div_up((row + 1) * partials.num, args.whole_rows)) - 1, last = first + 1;  // who share_of says
+  const bool bad = any_flag(partials, first, last, row);
   const double inv_scale = args.inv_scale;
   float squares = 0;
   for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads) {
     float v = h[i];
     if (partials.num > 0) {
-      if (args.plain) {
-        for (int p = 0; p < partials.num; ++p) v += reinterpret_cast<const float*>(partials.sums[p])[at + i];
-      } else {
-        uint64_t sum = 0;  // wraps freely: only whole contributions were tested
-        for (int p = 0; p < partials.num; ++p) sum += static_cast<uint64_t>(partials.sums[p][at + i]);
-        v = bad ? __uint_as_float(0x7fc00000u) : v + static_cast<float>(static_cast<double>(static_cast<int64_t>(sum)) * inv_scale);
-      }
+      float sum;
+      if (args.plain) sum = sum_of<float>(partials, first, last, at + i);
+      else sum = static_cast<float>(static_cast<double>(static_cast<int64_t>(sum_of<uint64_t>(partials, first, last, at + i))) * inv_scale);
+      v = bad ? __uint_as_float(0x7fc00000u) : v + sum;
       h[i] = v;
     }
     squares = __fmaf_rn(v, v, squares);
@@ -67,6 +83,15 @@ __global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args,
     args.x[at + i] = to_bf16(v);
     if (args.x_float != nullptr) args.x_float[at + i] = v;
   }
+}
+
+__global__ void __launch_bounds__(kRowThreads) add_partials_kernel(AddPartialsArgs args, const __grid_constant__ Partials partials) {
+  const int64_t row = args.rows.begin + blockIdx.x, at = row * args.hidden;
+  auto* const sums = const_cast<int64_t*>(partials.sums[args.own]);
+  for (int64_t i = at + threadIdx.x; i < at + args.hidden; i += kRowThreads)
+    if (args.plain) reinterpret_cast<float*>(sums)[i] = sum_of<float>(partials, 0, partials.num, i);
+    else sums[i] = static_cast<int64_t>(sum_of<uint64_t>(partials, 0, partials.num, i));
+  if (threadIdx.x == 0 && any_flag(partials, 0, partials.num, row)) const_cast<uint8_t*>(partials.flags[args.own])[row] = 1;
 }
 
 // A V that is no number is stored as 0: tensor cores multiply what is masked by 0, and NaN would stay. Rows that see it are NaN all the
@@ -140,9 +165,11 @@ void embed(const EmbedArgs& args, const Lane& lane) {
 }
 
 void add_norm(const AddNormArgs& args, const Lane& lane) {
-  Partials partials{args.num_partials, {}, {}};
-  for (int p = 0; p < args.num_partials; ++p) partials.sums[p] = args.partials[p], partials.flags[p] = args.flags[p];
-  launch(add_norm_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, partials);
+  launch(add_norm_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials(args));
+}
+
+void add_partials(const AddPartialsArgs& args, const Lane& lane) {
+  launch(add_partials_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials(args));
 }
 
 void rope_store(const RopeStoreArgs& args, const Lane& lane) {

@@ -13,7 +13,7 @@ void CollectiveCommunicator::exchange() { moebius::exchange(world_, collectives_
 
 PartialSums CollectiveCommunicator::local_sum(Accumulator which) {
   const int w = static_cast<int>(which);
-  return {1, sums_ + w, flags_ + w};
+  return {1, 0, sums_ + w, flags_ + w};
 }
 
 PartialSums CollectiveCommunicator::all_reduce(Accumulator which, int64_t num_rows) {

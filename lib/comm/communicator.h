@@ -11,9 +11,11 @@
 
 namespace moebius {
 
-// [num] accumulators and flags of the same rows, to be summed.
+// [num] accumulators and flags of the same rows, to be summed; or, where whole_rows is above 0, each row whole in one of them
+// (AddNormArgs::whole_rows).
 struct PartialSums {
   int num = 0;
+  int64_t whole_rows = 0;
   const int64_t* const* sums = nullptr;
   const uint8_t* const* flags = nullptr;
 };

@@ -17,10 +17,11 @@ struct ExchangeBuffers {
   float* shares = nullptr;         // [ranks][share of max_logit_rows][logit_columns] others' logits of its rows; null where it reads them
 };
 
-// Elements of a row, and what the sums are.
+// Elements of a row, what the sums are, and from how many bytes of them on they are added in two shots.
 struct ExchangeWidths {
   int64_t hidden = 0, top_k = 0, logit_columns = 0;
   bool plain_sums = false;  // floats
+  int64_t two_shot_bytes = 0;
 };
 
 }  // namespace moebius

@@ -20,10 +20,23 @@ void LocalCommunicator::meet() {
 
 PartialSums LocalCommunicator::view(Accumulator which, int first, int num) const {
   const int w = static_cast<int>(which);
-  return {num, sums_[w].data() + first, flags_[w].data() + first};
+  return {num, 0, sums_[w].data() + first, flags_[w].data() + first};
 }
 
-PartialSums LocalCommunicator::all_reduce(Accumulator which, int64_t) {
+// In one shot every rank reads all partial sums; in two each adds up its share of the rows first, and all read those: 2 · (P − 1) ÷ P of the
+// sums' bytes instead of P − 1 times, for one more meeting.
+PartialSums LocalCommunicator::all_reduce(Accumulator which, int64_t num_rows) {
+  PartialSums all = combine(which, nullptr);
+  const int64_t bytes = num_rows * widths_.hidden * static_cast<int64_t>(widths_.plain_sums ? sizeof(float) : sizeof(int64_t));
+  if (device_.ops().add_partials == nullptr || size() < 3 || bytes < widths_.two_shot_bytes) return all;
+  device_.ops().add_partials({share_of(num_rows, rank_, size()), widths_.hidden, size(), rank_, all.sums, all.flags, widths_.plain_sums},
+                             {0, 1, nullptr, device_.queue(rank_)});
+  meet();
+  all.whole_rows = num_rows;
+  return all;
+}
+
+PartialSums LocalCommunicator::combine(Accumulator which, const Range*) {
   meet();
   return view(which, 0, size());
 }

@@ -67,6 +67,7 @@ struct AddNormArgs {
   const uint8_t* const* flags = nullptr;       // host [num_partials] each [rows]
   float inv_scale = 1;
   bool plain = false;
+  int64_t whole_rows = 0;                      // above 0: each row is whole in one partial, row r of so many in that whose share_of has it
   const float* weight = nullptr;               // [hidden]; null: add only
   float eps = 0;
   bf16* x = nullptr;                           // [rows, hidden]
@@ -221,6 +222,16 @@ struct PickArgs {
   bf16* out = nullptr;            // [num_rows, hidden]
 };
 
+// partials[own][row] = Σ_p partials[p][row], flags likewise, for rows that nobody else adds up. Shares: rows.
+struct AddPartialsArgs {
+  Range rows;
+  int64_t hidden = 0;
+  int num_partials = 0, own = 0;
+  const int64_t* const* partials = nullptr;    // host [num_partials] each [rows, hidden]; the own one is written
+  const uint8_t* const* flags = nullptr;       // host [num_partials] each [rows]
+  bool plain = false;
+};
+
 // How a row's token is chosen where nothing but temperature and min_p is asked for.
 struct TokenChoice {
   float factor = 0;    // 1 ÷ temperature; 0: the largest, of equal ones the first
@@ -261,7 +272,9 @@ struct Ops {
   void (*pick_rows)(const PickArgs&, const Lane&);
   void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone
 
-  void (*choose_tokens)(const ChooseArgs&, const Lane&);  // null on the CPU, where the sampler does all
+  // Null on the CPU, where the sampler does all, and ranks read all partial sums.
+  void (*choose_tokens)(const ChooseArgs&, const Lane&);
+  void (*add_partials)(const AddPartialsArgs&, const Lane&);
 
   // Null on a GPU: what follows works on the host. Sampling helpers over one row of float logits; called by one thread, order fixed.
   int64_t (*arg_max)(const float* x, int64_t n);                                        // lowest index wins; -1 when no element is a number

@@ -54,6 +54,7 @@ void check_config(const EngineConfig& c) {
   in_range("max_queue", c.max_queue, 1, INT32_MAX);
   in_range("max_context", c.max_context, int64_t{0}, int64_t{1} << 31);
   in_range("memory_bytes", c.memory_bytes, int64_t{0}, INT64_MAX);
+  in_range("two_shot_bytes", c.two_shot_bytes, int64_t{0}, INT64_MAX);
   in_range("engine_id", c.engine_id, 0, INT32_MAX);
   in_range("kv_tokens", c.kv_tokens, int64_t{0}, int64_t{1} << 40);
   in_range("slices_per_expert", c.slices_per_expert, 0, 1 << 20);
@@ -180,7 +181,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     tables_.emplace_back(*device_, r, step_limits(shape_, config_));
     exchange_.push_back(workspaces_.back()->exchange());
   }
-  const ExchangeWidths widths{shape_.hidden, shape_.top_k, shape_.logit_columns, config_.fast()};
+  const ExchangeWidths widths{shape_.hidden, shape_.top_k, shape_.logit_columns, config_.fast(), config_.two_shot_bytes};
   for (int r = 0; r < config_.ranks; ++r) {
     if (device_->collectives() == nullptr) comms_.push_back(std::make_unique<LocalCommunicator>(world_, *device_, r, exchange_, widths));
     else comms_.push_back(std::make_unique<CollectiveCommunicator>(world_, *device_, r, exchange_[static_cast<size_t>(r)], widths));

@@ -32,6 +32,7 @@ struct EngineConfig {
   std::string communicator = "peer";  // or "nccl": how ranks on devices exchange; peer reads their memory, nccl needs a device for each
   std::vector<void*> streams;      // [ranks] the host's cudaStream_t to work on, not the default stream; empty: its own
   std::vector<void*> nccl_comms;   // [ranks] the host's ncclComm_t of one world; aborted where a rank fails; empty: its own
+  int64_t two_shot_bytes = 256 << 10;  // sums of TP on devices: from so many bytes of a rank on, each rank adds up its share of the rows first
   std::string mode;                // exact: equal bits whatever the layout; fast: sums in any order; empty: exact on the cpu, fast elsewhere
   bool capture_steps = true;       // decode steps are captured at start-up where the device can (CUDA graphs)
   std::string isa;                 // empty: the best this machine has

@@ -21,6 +21,7 @@ void RankExecutor::add_norm(Range rows, const Sums& sums, const float* weight, b
   args.flags = sums.partials.flags;
   args.inv_scale = 1.0f / sums.scale;
   args.plain = b.sums[0].plain;
+  args.whole_rows = sums.partials.whole_rows;
   args.weight = weight;
   args.eps = model_.eps;
   args.x = b.x;

@@ -35,6 +35,9 @@ TEST_CASE("any number of ranks, either layout and every seam give the same bits"
         INFO(model << " ranks " << ranks << " " << name_of(layout));
         CHECK(difference(expected, run_script(model, device_config(ranks, layout), script)) == "");
       }
+    EngineConfig two_shots = device_config(model == kQwen ? 3 : 8, Layout::kTp);
+    two_shots.two_shot_bytes = 0;
+    CHECK(difference(expected, run_script(model, two_shots, script)) == "");
     for (int seam = 1; seam < (model == kDense ? 6 : 4); ++seam) {
       script.switches = {{0, seam}};
       INFO(model << " seam " << seam);

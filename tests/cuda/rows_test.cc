@@ -41,7 +41,7 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
   Random random(7);
   for (const int64_t hidden : {8, 100, 256, 700}) {
     constexpr int kRows = 9;
-    for (const int num : {0, 1, 3}) {
+    for (const int num : {0, 1, 3, 4}) {
       const std::vector<float> h = random.floats(static_cast<size_t>(kRows * hidden)), weight = random.floats(static_cast<size_t>(hidden));
       std::vector<std::vector<int64_t>> sums;
       std::vector<std::vector<uint8_t>> flags;
@@ -67,16 +67,16 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
         std::vector<float> h, x_float;
         std::vector<bf16> x;
       };
-      const auto on_device = [&](Range rows, bool with_weight) {
+      const auto on_device = [&](Range rows, bool with_weight, int64_t whole_rows = 0) {
         const Array<float> h_there(h), x_float(h.size());
         const Array<bf16> x(h.size());
         test_device().ops().add_norm({rows, hidden, h_there.get(), num, sum_pointers_there.data(), flag_pointers_there.data(), 0x1p-28f, false,
-                                      with_weight ? weight_there.get() : nullptr, 1e-6f, x.get(), x_float.get()},
+                                      whole_rows, with_weight ? weight_there.get() : nullptr, 1e-6f, x.get(), x_float.get()},
                                      lanes.device);
         return Out{h_there.values(), x_float.values(), x.values()};
       };
       Out mine{h, std::vector<float>(h.size()), std::vector<bf16>(h.size())};
-      reference().add_norm({{0, kRows}, hidden, mine.h.data(), num, sum_pointers.data(), flag_pointers.data(), 0x1p-28f, false, weight.data(), 1e-6f,
+      reference().add_norm({{0, kRows}, hidden, mine.h.data(), num, sum_pointers.data(), flag_pointers.data(), 0x1p-28f, false, 0, weight.data(), 1e-6f,
                             mine.x.data(), mine.x_float.data()},
                            lanes.host);
       const Out all = on_device({0, kRows}, true);
@@ -95,6 +95,10 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
       }
       const Out one = on_device({4, 5}, true);
       for (int64_t i = 4 * hidden; i < 5 * hidden; ++i) REQUIRE(one.x[static_cast<size_t>(i)] == all.x[static_cast<size_t>(i)]);
+      // In two shots: each adds up its share of the rows.
+      for (int p = 0; p < num; ++p)
+        test_device().ops().add_partials({share_of(kRows, p, num), hidden, num, p, sum_pointers_there.data(), flag_pointers_there.data(), false}, lanes.device);
+      CHECK(same_bytes(on_device({0, kRows}, true, num > 0 ? kRows : 0).h, all.h));
     }
   }
 }
