@@ -92,6 +92,7 @@ CudaDevice::~CudaDevice() {
     Rank& rank = on(static_cast<int>(r));
     if (rank.stream != nullptr) (void)cudaStreamSynchronize(rank.stream);
     for (cudaGraphExec_t graph : rank.captured) (void)cudaGraphExecDestroy(graph);
+    rank.kept.clear();
     if (rank.stream != nullptr && rank.own_stream) (void)cudaStreamDestroy(rank.stream);
     for (cudaEvent_t mark : rank.marks)
       if (mark != nullptr) (void)cudaEventDestroy(mark);
@@ -159,6 +160,19 @@ int32_t CudaDevice::copy_block(int rank, void* to, const void* from, int64_t byt
 int32_t CudaDevice::finish_blocks(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
   return checked(r.blocks.flush(r.stream), "copying blocks", rank, status);
+}
+
+int32_t CudaDevice::keep_blocks(int rank, ModuleStatus& status) {
+  Rank& r = on(rank);
+  r.kept.emplace_back();
+  if (checked(r.blocks.keep(r.stream, r.kept.back()), "a table of blocks", rank, status) < 0) return status.code;
+  return static_cast<int32_t>(r.kept.size()) - 1;
+}
+
+int32_t CudaDevice::copy_kept(int rank, int number, int64_t begin, int64_t end, ModuleStatus& status) {
+  const Rank& r = on(rank);
+  r.kept[static_cast<size_t>(number)].copy(begin, end, r.stream);
+  return checked(cudaPeekAtLastError(), "copying kept blocks", rank, status);
 }
 
 int32_t CudaDevice::mark(int rank, ModuleStatus& status) {

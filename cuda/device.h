@@ -30,6 +30,8 @@ class CudaDevice {
   int32_t copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t copy_block(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t finish_blocks(int rank, ModuleStatus& status);
+  int32_t keep_blocks(int rank, ModuleStatus& status);
+  int32_t copy_kept(int rank, int number, int64_t begin, int64_t end, ModuleStatus& status);
   int32_t mark(int rank, ModuleStatus& status);
   int32_t pass(int rank, ModuleStatus& status);
   int32_t begin_capture(int rank, ModuleStatus& status);
@@ -53,6 +55,7 @@ class CudaDevice {
     cudaEvent_t marks[2] = {};  // in turn: a rank may set its next mark while others still pass this one
     unsigned num_marks = 0;
     BlockCopies blocks;
+    std::vector<KeptBlocks> kept;
     std::vector<cudaGraphExec_t> captured;
   };
   Rank& on(int rank);  // makes the rank's device the calling thread's

@@ -59,6 +59,8 @@ constexpr DeviceModule kModule{
     .copy = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy(rank, to, from, n, s); },
     .copy_block = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy_block(rank, to, from, n, s); },
     .finish_blocks = [](void* d, int rank, ModuleStatus& s) { return of(d).finish_blocks(rank, s); },
+    .keep_blocks = [](void* d, int rank, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).keep_blocks(rank, s); }); },
+    .copy_kept = [](void* d, int rank, int number, int64_t begin, int64_t end, ModuleStatus& s) { return of(d).copy_kept(rank, number, begin, end, s); },
     .mark = [](void* d, int rank, ModuleStatus& s) { return of(d).mark(rank, s); },
     .pass = [](void* d, int rank, ModuleStatus& s) { return of(d).pass(rank, s); },
     .begin_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).begin_capture(rank, s); },

@@ -6,6 +6,7 @@
 #include "cuda/choose.h"
 #include "cuda/dense.h"
 #include "cuda/products.h"
+#include "cuda/reshard.h"
 #include "cuda/route.h"
 #include "cuda/rows.h"
 
@@ -35,6 +36,7 @@ const Ops& ops() {
                              .clear = clear,
                              .choose_tokens = choose_tokens,
                              .add_partials = add_partials,
+                             .copy_pages = copy_pages,
                              .arg_max = nullptr,
                              .exp_sum = nullptr,
                              .probe_read = nullptr,

@@ -1,4 +1,5 @@
-// Copies of blocks between arenas: the whole of a switch on a GPU. One kernel walks a table of blocks, of its own or a peer's memory.
+// Copies of blocks between arenas: the whole of a switch on a GPU. One kernel walks a table of blocks, of its own or a peer's memory: weights,
+// by tables made at start-up. Another finds the blocks of KV by itself, from the pages.
 //
 // Floor on one device: 2 · bytes ÷ memory bandwidth (read and written once).
 #pragma once
@@ -6,7 +7,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <vector>
+#include <utility>
+
+#include "lib/device/ops.h"
 
 namespace moebius::cuda {
 
@@ -16,6 +19,21 @@ struct CopyEntry {
   void* to = nullptr;
   const void* from = nullptr;
   int64_t begin = 0;
+};
+
+// A table that stays on the device.
+class KeptBlocks {
+ public:
+  KeptBlocks() = default;
+  KeptBlocks(KeptBlocks&& other) noexcept : table_(std::exchange(other.table_, nullptr)), num_(other.num_) {}
+  KeptBlocks& operator=(KeptBlocks&&) = delete;
+  ~KeptBlocks();
+  void copy(int64_t begin, int64_t end, cudaStream_t stream) const;
+
+ private:
+  friend class BlockCopies;
+  CopyEntry* table_ = nullptr;
+  int64_t num_ = 0;
 };
 
 // Collects blocks and copies them on a stream. Nothing is allocated once the table has grown to what a switch needs; a second table
@@ -29,6 +47,7 @@ class BlockCopies {
 
   cudaError_t add(void* to, const void* from, int64_t bytes);
   cudaError_t flush(cudaStream_t stream);
+  cudaError_t keep(cudaStream_t stream, KeptBlocks& out);  // instead
 
  private:
   struct Table {
@@ -43,5 +62,7 @@ class BlockCopies {
   int now_ = 0;
   int64_t num_ = 0, bytes_ = 0;
 };
+
+void copy_pages(const CopyPagesArgs& args, const Lane& lane);
 
 }  // namespace moebius::cuda

@@ -44,6 +44,10 @@ class Device {
   // need not begin before finish_blocks(rank), and are in order with what is queued afterwards.
   virtual void copy_block(int rank, void* to, const void* from, int64_t bytes) = 0;
   virtual void finish_blocks(int rank) = 0;
+  // Keeps the blocks that were asked for and not yet begun, as a table in the rank's memory, instead of copying them; its number. Copying
+  // bytes [begin, end) of its blocks laid end to end, multiples of 64, then needs nothing of the host. Not where host_memory().
+  virtual int keep_blocks(int /*rank*/) { return -1; }
+  virtual void copy_kept(int /*rank*/, int /*number*/, int64_t /*begin*/, int64_t /*end*/) {}
 
   // Where ranks do not read each other's memory, what they use instead; else null.
   virtual Collectives* collectives() { return nullptr; }

@@ -49,6 +49,8 @@ struct DeviceModule {
   int32_t (*copy)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t (*copy_block)(void* device, int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t (*finish_blocks)(void* device, int rank, ModuleStatus& status);
+  int32_t (*keep_blocks)(void* device, int rank, ModuleStatus& status);
+  int32_t (*copy_kept)(void* device, int rank, int number, int64_t begin, int64_t end, ModuleStatus& status);
   int32_t (*mark)(void* device, int rank, ModuleStatus& status);
   int32_t (*pass)(void* device, int rank, ModuleStatus& status);
   int32_t (*begin_capture)(void* device, int rank, ModuleStatus& status);

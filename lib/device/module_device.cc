@@ -93,6 +93,8 @@ class ModuleDevice final : public Device, private Collectives {
   void copy(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy, rank, to, from, bytes); }
   void copy_block(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy_block, rank, to, from, bytes); }
   void finish_blocks(int rank) override { call(module_.finish_blocks, rank); }
+  int keep_blocks(int rank) override { return call(module_.keep_blocks, rank); }
+  void copy_kept(int rank, int number, int64_t begin, int64_t end) override { call(module_.copy_kept, rank, number, begin, end); }
   void mark(int rank) override { call(module_.mark, rank); }
   void pass(int rank) override { call(module_.pass, rank); }
   bool can_capture() const override { return true; }

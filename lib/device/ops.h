@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "lib/base/numbers.h"
+#include "lib/layout/pages.h"
 #include "lib/tensor/dtype.h"
 
 namespace moebius {
@@ -232,6 +233,22 @@ struct AddPartialsArgs {
   bool plain = false;
 };
 
+// One layer's KV of pages that the rank takes over from other ranks (or from another place of its own) when the layer's layout changes: the
+// copies that for_each_kv_block lists. Sizes are multiples of 16 bytes.
+struct CopyPagesArgs {
+  int64_t num = 0;
+  const PagePair* pairs = nullptr;          // [num]; to EP: of this home only
+  bool to_tp = false;
+  int32_t rank = 0, num_ranks = 0, num_kv_heads = 0;
+  int64_t slice_bytes = 0;
+  const std::byte* const* from = nullptr;   // host [num_ranks] the layer's KV in the old layout
+  std::byte* to = nullptr;                  // the rank's in the new one
+  // Of TP:
+  const uint64_t* owners = nullptr;         // [num_kv_heads] ranks, as bits
+  const int32_t* places = nullptr;          // [num_ranks, num_kv_heads] a head's number on a rank; −1: not there
+  const int32_t* counts = nullptr;          // [num_ranks] heads on a rank
+};
+
 // How a row's token is chosen where nothing but temperature and min_p is asked for.
 struct TokenChoice {
   float factor = 0;    // 1 ÷ temperature; 0: the largest, of equal ones the first
@@ -272,9 +289,10 @@ struct Ops {
   void (*pick_rows)(const PickArgs&, const Lane&);
   void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone
 
-  // Null on the CPU, where the sampler does all, and ranks read all partial sums.
+  // Null on the CPU, where the sampler does all, ranks read all partial sums, and each copies its blocks itself.
   void (*choose_tokens)(const ChooseArgs&, const Lane&);
   void (*add_partials)(const AddPartialsArgs&, const Lane&);
+  void (*copy_pages)(const CopyPagesArgs&, const Lane&);
 
   // Null on a GPU: what follows works on the host. Sampling helpers over one row of float logits; called by one thread, order fixed.
   int64_t (*arg_max)(const float* x, int64_t n);                                        // lowest index wins; -1 when no element is a number

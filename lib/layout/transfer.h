@@ -1,12 +1,12 @@
 // What a change of layout copies: each slice, once, to each rank that owns it in the new layout and not in the old.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <vector>
 
 #include "lib/base/error.h"
 #include "lib/layout/arena.h"
+#include "lib/layout/pages.h"
 
 namespace moebius {
 
@@ -30,13 +30,6 @@ struct TransferPlan {
 
 // The plan has passed the verifier.
 TransferPlan plan_transfer(const ArenaPlan& arena, Layout from);
-
-// One block of KV in both layouts: the page of all ranks in TP, and the page of its home in EP.
-struct PagePair {
-  int32_t tp_page = -1;
-  int32_t home = -1;
-  int32_t ep_page = -1;
-};
 
 // Calls fn(BlockCopy, local) for each KV slice that dst_rank copies for this pair when `layer` moves to `to`. To TP, every rank
 // takes its heads from the home; to EP, the home takes every head from one of its TP owners: itself if it is one, else they
@@ -65,12 +58,7 @@ void for_each_kv_block(const ArenaPlan& arena, Layout to, int layer, int dst_ran
   if (dst_rank != pair.home) return;
   const std::vector<RankSet>& owners = arena.owners(Layout::kTp).kv_heads;
   for (size_t h = 0; h < owners.size(); ++h) {
-    int src = dst_rank;
-    if (!(owners[h] >> dst_rank & 1)) {
-      RankSet left = owners[h];
-      for (int turn = pair.tp_page % std::popcount(owners[h]); turn > 0; --turn) left &= left - 1;
-      src = std::countr_zero(left);
-    }
+    const int src = kv_source(owners[h], dst_rank, pair.tp_page);
     fn(BlockCopy{src, offset(src, Layout::kTp, pair.tp_page, local_of(src, static_cast<int>(h))),
                  offset(dst_rank, Layout::kEp, pair.ep_page, h), slice},
        src == dst_rank);

@@ -31,6 +31,8 @@ Switcher::Switcher(Parts parts, Layout start)
   for (int h = 0; h < parts_.kv.num_homes(); ++h) pages += parts_.kv.ep_capacity(h);
   list_.reserve(pages);
   pairs_.reserve(pages);
+  if (ResidentCopies::possible(parts_.device))
+    resident_.emplace(parts_.device, parts_.arena, parts_.to_tp, parts_.to_ep, parts_.arenas, pages);
   homes_of_block_.assign(pages, 0);
   copied_.resize(static_cast<size_t>(parts_.world.ranks()) * parts_.world.threads());
   candidates_.resize(parts_.kv.num_homes());
@@ -264,6 +266,7 @@ void Switcher::roll_back(std::string_view why) {
 void Switcher::move_towards(double budget_ms) {
   const auto start = Clock::now();
   const auto left_ms = [&] { return budget_ms - seconds_since(start) * 1e3; };
+  list_is_all_ = false;
   while (moving()) {
     if (budget_ms > 0) {
       bool moved = false;  // at least one piece a step, however small the budget
@@ -296,6 +299,7 @@ void Switcher::list_blocks(int64_t most, bool only_full) {
     const Block& block = parts_.kv.block(b);
     if (block.copied_item != item && (block.full || !only_full) && (to_ep || parts_.kv.leads_tp_page(b))) list_.push_back(b);
   }
+  list_is_all_ = false;
 }
 
 // Copies one piece of the next item while its layer still runs in the old layout. False: nothing is left to copy ahead.
@@ -303,6 +307,7 @@ bool Switcher::copy_ahead() {
   const int64_t pieces = num_pieces();
   if (pieces_done_ < pieces) {
     list_.clear();
+    list_is_all_ = false;
     run_copies({pieces_done_, pieces_done_ + 1}, pieces);
     ++pieces_done_;
     return true;
@@ -326,8 +331,10 @@ bool Switcher::copy_ahead() {
 void Switcher::finish_item() {
   const Layout to = direction();
   const int64_t pieces = num_pieces();
-  list_blocks(INT64_MAX, false);
+  const bool none_ahead = pieces_done_ == 0 && backlog_ < 0;
+  if (!list_is_all_ || !none_ahead) list_blocks(INT64_MAX, false);
   run_copies({pieces_done_, pieces}, pieces);
+  list_is_all_ = none_ahead;  // until anything but items is run
   seam_ += to == Layout::kTp ? 1 : -1;
   pieces_done_ = 0;
   backlog_ = -1;
@@ -358,12 +365,17 @@ void Switcher::run_copies(Range pieces, int64_t num_pieces) {
   const auto start = Clock::now();
   const CopyPoint region{next_item(), direction(), undoing_};
   copied_.assign(copied_.size(), {});
+  if (resident_ && !list_is_all_) {
+    pairs_.clear();
+    for (int32_t b : list_) pairs_.push_back(pair_of(b));
+  }
   parts_.world.run([=, this](int rank, int thread) {
     const DrainOnError drain(parts_.device, rank);
     CopyPoint point = region;
     point.rank = rank;
     point.thread = thread;
     reach(point, CopyPoint::kBefore);
+    if (resident_ && !list_is_all_) resident_->send_pages(rank, point.to, pairs_);
     Copied done;
     const auto begin = Clock::now();
     if (!pieces.empty())
@@ -436,13 +448,20 @@ void Switcher::copy_block(const CopyPoint& point, int to, const BlockCopy& c, bo
 }
 
 // This thread's share of weight pieces [pieces.begin, pieces.end) of num_pieces: a range of the bytes of the item that go to rank `to`.
-void Switcher::copy_weights(const CopyPoint& point, int to, Range pieces, int64_t num_pieces, Part& done) const {
+void Switcher::copy_weights(const CopyPoint& point, int to, Range pieces, int64_t num_pieces, Part& done) {
   const std::vector<BlockCopy>& copies = plan_to(point.to).items[point.item].to[to];
   if (copies.empty()) return;
   const std::vector<int64_t>& ends = ends_[static_cast<int>(point.to)][point.item][to];
   const int64_t begin = share_of(ends.back(), pieces.begin, num_pieces, 64).begin;
   const int64_t end = share_of(ends.back(), pieces.end - 1, num_pieces, 64).end;
   const Range share = share_of(end - begin, point.thread, parts_.world.threads(), 64);
+  if (resident_) {
+    reach(point, CopyPoint::kBetween);
+    resident_->copy_weights(to, point.to, point.item, begin + share.begin, begin + share.end);
+    done.bytes += share.size();
+    done.bytes_changed += share.size();
+    return;
+  }
   int64_t at = begin + share.begin;
   size_t i = static_cast<size_t>(std::upper_bound(ends.begin(), ends.end(), at) - ends.begin());
   for (; at < begin + share.end; ++i) {
@@ -454,7 +473,16 @@ void Switcher::copy_weights(const CopyPoint& point, int to, Range pieces, int64_
   }
 }
 
-void Switcher::copy_blocks(const CopyPoint& point, int to, Part& done) const {
+void Switcher::copy_blocks(const CopyPoint& point, int to, Part& done) {
+  if (resident_) {
+    if (list_.empty()) return;
+    reach(point, CopyPoint::kBetween);
+    resident_->copy_pages(to, point.to, point.item);
+    const auto [bytes, changed] = resident_->page_bytes(to, point.to);
+    done.bytes += bytes;
+    done.bytes_changed += changed;
+    return;
+  }
   const auto threads = static_cast<size_t>(parts_.world.threads());
   for (size_t i = static_cast<size_t>(point.thread); i < list_.size(); i += threads)
     for_each_kv_block(parts_.arena, point.to, point.item, to, pair_of(list_[i]),

@@ -20,6 +20,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -31,6 +32,7 @@
 #include "lib/layout/transfer.h"
 #include "lib/layout/verify.h"
 #include "lib/runtime/event.h"
+#include "lib/runtime/resident_copies.h"
 #include "lib/runtime/scheduler.h"
 
 namespace moebius {
@@ -130,8 +132,8 @@ class Switcher {
   template <class F>
   void for_destinations(int rank, F&& f) const;
   void copy_block(const CopyPoint& point, int to, const BlockCopy& copy, bool local, Part& done) const;
-  void copy_weights(const CopyPoint& point, int to, Range pieces, int64_t num_pieces, Part& done) const;
-  void copy_blocks(const CopyPoint& point, int to, Part& done) const;
+  void copy_weights(const CopyPoint& point, int to, Range pieces, int64_t num_pieces, Part& done);
+  void copy_blocks(const CopyPoint& point, int to, Part& done);
 
   Parts parts_;
   int num_layers_;
@@ -142,8 +144,10 @@ class Switcher {
   int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
   int64_t backlog_ = -1;                                // full blocks still to be copied ahead; −1: not counted yet
   std::vector<int32_t> list_;                           // blocks that the next region copies
+  bool list_is_all_ = false;                            // as the last one did: those of all items alike, and they are with the device
+  std::optional<ResidentCopies> resident_;      // where the device has its own tables of copies
   PageVerifier page_verifier_;
-  std::vector<PagePair> pairs_;                         // for it
+  std::vector<PagePair> pairs_;                         // for it, and for resident_: those of list_
   std::vector<Copied> copied_;                          // [ranks · threads] what the last region copied
   std::vector<std::vector<std::vector<int64_t>>> ends_[2];  // [to][item][rank] running byte totals of the weight copies
   // Figures of the switch under way.
