@@ -36,6 +36,7 @@ const Ops& ops() {
                              .clear = clear,
                              .choose_tokens = choose_tokens,
                              .add_partials = add_partials,
+                             .fetch_rows = fetch_rows,
                              .copy_pages = copy_pages,
                              .arg_max = nullptr,
                              .exp_sum = nullptr,

@@ -94,6 +94,35 @@ __global__ void __launch_bounds__(kRowThreads) add_partials_kernel(AddPartialsAr
   if (threadIdx.x == 0 && any_flag(partials, 0, partials.num, row)) const_cast<uint8_t*>(partials.flags[args.own])[row] = 1;
 }
 
+struct Homes {
+  int num, own;
+  int64_t begin[kMaxRanks + 1];
+  bf16* x[kMaxRanks];
+  int32_t* ids[kMaxRanks];
+  float* weights[kMaxRanks];
+};
+
+template <class T>
+__device__ __forceinline__ void block_copy_row(T* const* of_home, int own, int home, int64_t row, int64_t width) {
+  constexpr int64_t kVector = 16 / sizeof(T);
+  const T* from = of_home[home] + row * width;
+  T* to = of_home[own] + row * width;
+  if (width % kVector == 0)
+    for (int64_t i = threadIdx.x; i < width / kVector; i += kRowThreads) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+  else
+    for (int64_t i = threadIdx.x; i < width; i += kRowThreads) to[i] = from[i];
+}
+
+__global__ void __launch_bounds__(kRowThreads) fetch_rows_kernel(FetchRowsArgs args, const __grid_constant__ Homes homes) {
+  const int64_t row = homes.begin[0] + blockIdx.x;
+  const int home = static_cast<int>(holder_of(int64_t{homes.num}, [&](int64_t h) { return homes.begin[h]; }, row));
+  if (home == homes.own) return;
+  block_copy_row(homes.x, homes.own, home, row, args.hidden);
+  if (homes.ids[0] == nullptr) return;
+  block_copy_row(homes.ids, homes.own, home, row, args.top_k);
+  block_copy_row(homes.weights, homes.own, home, row, args.top_k);
+}
+
 // A V that is no number is stored as 0: tensor cores multiply what is masked by 0, and NaN would stay. Rows that see it are NaN all the
 // same, by its K, which comes of the same input.
 __device__ f16 value_half(float v) { return fabsf(v) < __uint_as_float(0x7f800000u) ? to_half(v) : f16{0}; }
@@ -166,6 +195,17 @@ void embed(const EmbedArgs& args, const Lane& lane) {
 
 void add_norm(const AddNormArgs& args, const Lane& lane) {
   launch(add_norm_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials(args));
+}
+
+void fetch_rows(const FetchRowsArgs& args, const Lane& lane) {
+  Homes homes{args.num_homes, args.own, {}, {}, {}, {}};
+  for (int h = 0; h < args.num_homes; ++h) {
+    homes.begin[h] = args.homes[h].begin;
+    homes.x[h] = args.x[h];
+    if (args.ids != nullptr) homes.ids[h] = args.ids[h], homes.weights[h] = args.weights[h];
+  }
+  const int64_t rows = args.homes[args.num_homes - 1].end - homes.begin[0];
+  launch(fetch_rows_kernel, static_cast<unsigned>(rows), kRowThreads, 0, lane.queue, args, homes);
 }
 
 void add_partials(const AddPartialsArgs& args, const Lane& lane) {

@@ -9,6 +9,7 @@ void embed(const EmbedArgs& args, const Lane& lane);
 void add_norm(const AddNormArgs& args, const Lane& lane);
 void rope_store(const RopeStoreArgs& args, const Lane& lane);
 void pick_rows(const PickArgs& args, const Lane& lane);
+void fetch_rows(const FetchRowsArgs& args, const Lane& lane);
 void add_partials(const AddPartialsArgs& args, const Lane& lane);
 void clear(void* to, size_t bytes, const Lane& lane);
 

@@ -5,11 +5,15 @@ namespace moebius {
 LocalCommunicator::LocalCommunicator(World& world, Device& device, int rank, const std::vector<ExchangeBuffers>& buffers,
                                      const ExchangeWidths& widths)
     : world_(world), device_(device), rank_(rank), buffers_(buffers), widths_(widths), logits_(buffers.size()) {
-  for (int which = 0; which < kNumAccumulators; ++which)
-    for (const ExchangeBuffers& b : buffers) {
+  for (const ExchangeBuffers& b : buffers) {
+    for (int which = 0; which < kNumAccumulators; ++which) {
       sums_[which].push_back(b.sums[which]);
       flags_[which].push_back(b.flags[which]);
     }
+    x_.push_back(b.x);
+    ids_.push_back(b.expert_ids);
+    weights_.push_back(b.expert_weights);
+  }
 }
 
 void LocalCommunicator::meet() {
@@ -55,19 +59,20 @@ void LocalCommunicator::copy_rows(T* to, const T* from, Range rows, int64_t widt
   device_.copy(rank_, to + begin, from + begin, share.size() * width * static_cast<int64_t>(sizeof(T)));
 }
 
-void LocalCommunicator::gather_rows(const Range* homes, const Lane& lane) {
-  meet();
-  for (int r = 0; r < size(); ++r)
-    if (r != rank_) copy_rows(buffers_[rank_].x, buffers_[r].x, homes[r], widths_.hidden, lane);
-  rank_barrier();
-}
+void LocalCommunicator::gather_rows(const Range* homes, const Lane& lane) { fetch(homes, false, lane); }
+void LocalCommunicator::dispatch(const Range* homes, const Lane& lane) { fetch(homes, true, lane); }
 
-void LocalCommunicator::dispatch(const Range* homes, const Lane& lane) {
+void LocalCommunicator::fetch(const Range* homes, bool choices, const Lane& lane) {
   meet();
+  if (const Ops& ops = device_.ops(); ops.fetch_rows != nullptr) {
+    ops.fetch_rows({size(), rank_, homes, widths_.hidden, widths_.top_k, x_.data(), choices ? ids_.data() : nullptr, choices ? weights_.data() : nullptr}, lane);
+    return;
+  }
   const ExchangeBuffers& mine = buffers_[rank_];
   for (int r = 0; r < size(); ++r) {
     if (r == rank_) continue;
     copy_rows(mine.x, buffers_[r].x, homes[r], widths_.hidden, lane);
+    if (!choices) continue;
     copy_rows(mine.expert_ids, buffers_[r].expert_ids, homes[r], widths_.top_k, lane);
     copy_rows(mine.expert_weights, buffers_[r].expert_weights, homes[r], widths_.top_k, lane);
   }

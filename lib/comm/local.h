@@ -29,6 +29,7 @@ class LocalCommunicator final : public Communicator {
   void release_logits() override { meet(); }  // nobody overwrites its share before all have read it
 
  private:
+  void fetch(const Range* homes, bool choices, const Lane& lane);
   void meet();  // what every rank did before comes before what any does afterwards
   template <class T>
   void copy_rows(T* to, const T* from, Range rows, int64_t width, const Lane& lane);
@@ -41,6 +42,9 @@ class LocalCommunicator final : public Communicator {
   ExchangeWidths widths_;
   std::vector<const int64_t*> sums_[kNumAccumulators];   // [ranks]
   std::vector<const uint8_t*> flags_[kNumAccumulators];  // [ranks]
+  std::vector<bf16*> x_;                                 // [ranks] what is fetched from
+  std::vector<int32_t*> ids_;
+  std::vector<float*> weights_;
   std::vector<const float*> logits_;                     // [ranks]
 };
 

@@ -233,6 +233,16 @@ struct AddPartialsArgs {
   bool plain = false;
 };
 
+// Rows of all homes but the own, from where their ranks have them: x[own][row] = x[home][row], and the same of the choices where there are any.
+struct FetchRowsArgs {
+  int num_homes = 0, own = 0;
+  const Range* homes = nullptr;              // host [num_homes] rows of each, end to end
+  int64_t hidden = 0, top_k = 0;
+  bf16* const* x = nullptr;                  // host [num_homes] each [rows, hidden]
+  int32_t* const* ids = nullptr;             // host [num_homes] each [rows, top_k], or null
+  float* const* weights = nullptr;           // likewise
+};
+
 // One layer's KV of pages that the rank takes over from other ranks (or from another place of its own) when the layer's layout changes: the
 // copies that for_each_kv_block lists. Sizes are multiples of 16 bytes.
 struct CopyPagesArgs {
@@ -289,9 +299,10 @@ struct Ops {
   void (*pick_rows)(const PickArgs&, const Lane&);
   void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone
 
-  // Null on the CPU, where the sampler does all, ranks read all partial sums, and each copies its blocks itself.
+  // Null on the CPU, where the sampler does all, ranks read all partial sums, and each copies its rows and blocks itself.
   void (*choose_tokens)(const ChooseArgs&, const Lane&);
   void (*add_partials)(const AddPartialsArgs&, const Lane&);
+  void (*fetch_rows)(const FetchRowsArgs&, const Lane&);
   void (*copy_pages)(const CopyPagesArgs&, const Lane&);
 
   // Null on a GPU: what follows works on the host. Sampling helpers over one row of float logits; called by one thread, order fixed.

@@ -37,7 +37,7 @@ TEST_CASE("fast: any number of ranks, either layout, seams and switches stay nea
     exact.mode = "exact";
     const std::vector<float> expected = run_script(c.model, exact, script).outputs.at("a").logits;
     const size_t prompt = 25 * 512;  // later positions follow the tokens chosen
-    for (int ranks : {1, 2, 8})
+    for (int ranks : {1, c.model == kMixtral ? 8 : 3})
       for (Layout layout : {Layout::kTp, Layout::kEp}) {
         INFO(c.model << " ranks " << ranks << " " << name_of(layout));
         const Output got = run_script(c.model, fast_config(ranks, layout), script).outputs.at("a");

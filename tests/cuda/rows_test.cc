@@ -37,6 +37,50 @@ TEST_CASE("embed, pick_rows and clear move what the CPU's do") {
   }
 }
 
+TEST_CASE("fetch_rows brings the rows of every other home, and leaves the own and all others as they are") {
+  Random random(12);
+  for (const auto& [hidden, top_k] : {std::pair<int64_t, int64_t>{64, 4}, {100, 3}, {6, 1}})
+    for (const bool choices : {true, false}) {
+      constexpr int kRows = 19, kOwn = 2;
+      const std::vector<Range> homes = {{0, 5}, {5, 5}, {5, 11}, {11, 17}};  // the last two rows are of no home
+      std::vector<std::vector<bf16>> x;
+      std::vector<std::vector<int32_t>> ids;
+      std::vector<Array<bf16>> x_there;
+      std::vector<Array<int32_t>> ids_there;
+      std::vector<Array<float>> weights_there;
+      std::vector<bf16*> x_pointers;
+      std::vector<int32_t*> ids_pointers;
+      std::vector<float*> weights_pointers;
+      for (int r = 0; r < 4; ++r) {
+        x.push_back(random.bf16s(static_cast<size_t>(kRows * hidden)));
+        ids.emplace_back(static_cast<size_t>(kRows * top_k));
+        for (int32_t& v : ids.back()) v = random.below(1 << 20);
+        x_there.emplace_back(x.back(), r);
+        ids_there.emplace_back(ids.back(), r);
+        weights_there.emplace_back(std::vector<float>(ids.back().begin(), ids.back().end()), r);
+        x_pointers.push_back(x_there.back().get());
+        ids_pointers.push_back(ids_there.back().get());
+        weights_pointers.push_back(weights_there.back().get());
+        finish(r);
+      }
+      Lanes lanes({kRows, hidden, 16, 1, 1, 1});
+      test_device().ops().fetch_rows({4, kOwn, homes.data(), hidden, top_k, x_pointers.data(), choices ? ids_pointers.data() : nullptr,
+                                      choices ? weights_pointers.data() : nullptr},
+                                     lanes.device);
+      finish(0);  // whose queue it went to
+      for (int h : {0, 1, 3})
+        for (int64_t r = homes[static_cast<size_t>(h)].begin; r < homes[static_cast<size_t>(h)].end; ++r) {
+          std::copy_n(x[static_cast<size_t>(h)].begin() + r * hidden, hidden, x[kOwn].begin() + r * hidden);
+          if (choices) std::copy_n(ids[static_cast<size_t>(h)].begin() + r * top_k, top_k, ids[kOwn].begin() + r * top_k);
+        }
+      for (size_t r = 0; r < 4; ++r) {
+        CHECK(same_bytes(x_there[r].values(), x[r]));
+        CHECK(same_bytes(ids_there[r].values(), ids[r]));
+        CHECK(same_bytes(weights_there[r].values(), std::vector<float>(ids[r].begin(), ids[r].end())));
+      }
+    }
+}
+
 TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few roundings, and rows do not depend on one another") {
   Random random(7);
   for (const int64_t hidden : {8, 100, 256, 700}) {
