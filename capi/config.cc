@@ -85,6 +85,7 @@ const Key kKeys[] = {
         SetStr([](EngineConfig& c, const std::string& v) { c.device_ids = device_list(v); })},
     Key{"communicator", "peer", "how ranks on devices exchange: peer (they read each other's memory) or nccl (a device for each rank)",
         SetStr([](EngineConfig& c, const std::string& v) { c.communicator = v; })},
+    FLAG_KEY(rank_processes, "rank_processes", "0", "each rank on a device has a process of its own, which the library starts"),
     WIDE_KEY(two_shot_bytes, "two_shot_bytes", "262144", "sums of TP on devices: from so many bytes of a rank on, each adds up its share of the rows first"),
     Key{"streams", "", "cudaStream_t of the ranks; none: the engine's own",
         SetHandles([](EngineConfig& c, const std::vector<void*>& v) { c.streams = v; })},

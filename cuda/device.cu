@@ -1,6 +1,7 @@
 #include "cuda/device.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "cuda/dense.h"
@@ -34,9 +35,10 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     return nullptr;
   }
   auto device = std::make_unique<CudaDevice>();
+  device->shared_ = options.shared != 0;
   std::vector<int> used;
   for (int r = 0; r < options.ranks; ++r) {
-    const int number = options.devices != nullptr ? options.devices[r] : r % count;
+    const int number = options.devices != nullptr ? options.devices[r] : (options.first_rank + r) % count;
     if (number < 0 || number >= count) {
       refuse(status, Code::kInvalidArgument, "device %d of rank %d: there are %d", number, r, count);
       return nullptr;
@@ -55,7 +57,7 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     } else if (checked(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "a stream", r, status) < 0)
       return nullptr;
     for (cudaEvent_t& mark : rank.marks)
-      if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "an event", r, status) < 0) return nullptr;
+      if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming | (options.shared != 0 ? cudaEventInterprocess : 0)), "an event", r, status) < 0) return nullptr;
   }
   for (int r = 0; r < options.ranks && options.row_major != 0; ++r) {
     device->on(r);
@@ -88,6 +90,8 @@ int32_t CudaDevice::enable_peer_access(const std::vector<int>& devices, ModuleSt
 
 CudaDevice::~CudaDevice() {
   if (fork_ != nullptr) (void)cudaEventDestroy(fork_);
+  for (const Marks& marks : elsewhere_)
+    for (cudaEvent_t event : marks.events) (void)cudaEventDestroy(event);
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = on(static_cast<int>(r));
     if (rank.stream != nullptr) (void)cudaStreamSynchronize(rank.stream);
@@ -110,6 +114,8 @@ int32_t CudaDevice::memory(int rank, int64_t* total_bytes, int64_t* free_bytes, 
 }
 
 std::byte* CudaDevice::allocate(int rank, int64_t bytes, ModuleStatus& status) {
+  constexpr int64_t kSharedUnit = 2 << 20;  // what is shared is the whole of such units: they must hold nothing else
+  if (shared_) bytes = round_up(bytes, kSharedUnit);
   const Rank& r = on(rank);
   void* memory = nullptr;
   if (const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes)); error != cudaSuccess) {
@@ -183,10 +189,46 @@ int32_t CudaDevice::mark(int rank, ModuleStatus& status) {
 // All ranks have set as many marks: the barrier between says so.
 int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
   const Rank& r = on(rank);
+  const unsigned mark = (r.num_marks - 1) % 2;
   for (const auto& other : ranks_)
-    if (other.get() != &r && checked(cudaStreamWaitEvent(r.stream, other->marks[(r.num_marks - 1) % 2], 0), "passing a mark", rank, status) < 0)
+    if (other.get() != &r && checked(cudaStreamWaitEvent(r.stream, other->marks[mark], 0), "passing a mark", rank, status) < 0) return status.code;
+  for (const Marks& other : elsewhere_)
+    if (checked(cudaStreamWaitEvent(r.stream, other.events[mark], 0), "passing a mark", rank, status) < 0) return status.code;
+  return 0;
+}
+
+int32_t CudaDevice::ipc_marks(int rank, IpcHandle* out_handles, ModuleStatus& status) {
+  static_assert(sizeof(cudaIpcEventHandle_t) <= sizeof(IpcHandle) && sizeof(cudaIpcMemHandle_t) <= sizeof(IpcHandle));
+  const Rank& r = on(rank);
+  for (int i : {0, 1})
+    if (checked(cudaIpcGetEventHandle(reinterpret_cast<cudaIpcEventHandle_t*>(&out_handles[i]), r.marks[i]), "sharing an event", rank, status) < 0)
       return status.code;
   return 0;
+}
+
+int32_t CudaDevice::ipc_import_marks(const IpcHandle* handles, ModuleStatus& status) {
+  on(0);
+  Marks marks;
+  for (int i : {0, 1}) {
+    cudaIpcEventHandle_t handle;
+    std::memcpy(&handle, &handles[i], sizeof handle);
+    if (checked(cudaIpcOpenEventHandle(&marks.events[i], handle), "another process's event", 0, status) < 0) return status.code;
+  }
+  elsewhere_.push_back(marks);
+  return 0;
+}
+
+int32_t CudaDevice::ipc_handle(std::byte* memory, IpcHandle* out_handle, ModuleStatus& status) {
+  return checked(cudaIpcGetMemHandle(reinterpret_cast<cudaIpcMemHandle_t*>(out_handle), memory), "sharing memory", 0, status);
+}
+
+std::byte* CudaDevice::ipc_open(int rank, const IpcHandle* handle, ModuleStatus& status) {
+  on(rank);
+  cudaIpcMemHandle_t other;
+  std::memcpy(&other, handle, sizeof other);
+  void* memory = nullptr;
+  (void)checked(cudaIpcOpenMemHandle(&memory, other, cudaIpcMemLazyEnablePeerAccess), "another process's memory", rank, status);
+  return static_cast<std::byte*>(memory);
 }
 
 // Where others join, one graph holds the work of all ranks: their marks become its edges, also between devices.

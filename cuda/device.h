@@ -39,6 +39,11 @@ class CudaDevice {
   int32_t end_capture(int rank, ModuleStatus& status);
   int32_t replay(int rank, int number, ModuleStatus& status);
   int32_t idle(int rank, ModuleStatus& status);
+  int32_t ipc_marks(int rank, IpcHandle* out_handles, ModuleStatus& status);
+  int32_t ipc_import_marks(const IpcHandle* handles, ModuleStatus& status);
+  int32_t ipc_handle(std::byte* memory, IpcHandle* out_handle, ModuleStatus& status);
+  std::byte* ipc_open(int rank, const IpcHandle* handle, ModuleStatus& status);
+  void ipc_close(std::byte* memory) { (void)cudaIpcCloseMemHandle(memory); }
   Exchange& nccl() const { return *nccl_; }
   void give_up(int rank);
   Exchange& nccl_on(int rank) {
@@ -61,7 +66,12 @@ class CudaDevice {
   Rank& on(int rank);  // makes the rank's device the calling thread's
   int32_t enable_peer_access(const std::vector<int>& devices, ModuleStatus& status);
 
+  struct Marks {
+    cudaEvent_t events[2] = {};
+  };
+  bool shared_ = false;                      // with other processes
   std::vector<std::unique_ptr<Rank>> ranks_;
+  std::vector<Marks> elsewhere_;             // of ranks in other processes
   cudaEvent_t fork_ = nullptr;               // in rank 0's stream where a capture begins that others join
   std::unique_ptr<Exchange> nccl_;           // or null: ranks read each other's memory
 };

@@ -74,6 +74,13 @@ constexpr DeviceModule kModule{
     },
     .set_current = [](void*, int32_t device) { (void)cudaSetDevice(device); },
     .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
+    .ipc_marks = [](void* d, int rank, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_marks(rank, out, s); },
+    .ipc_import_marks = [](void* d, const IpcHandle* handles, ModuleStatus& s) {
+      return guarded(s, -1, [&] { return of(d).ipc_import_marks(handles, s); });
+    },
+    .ipc_handle = [](void* d, std::byte* memory, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_handle(memory, out, s); },
+    .ipc_open = [](void* d, int rank, const IpcHandle* handle, ModuleStatus& s) { return of(d).ipc_open(rank, handle, s); },
+    .ipc_close = [](void* d, std::byte* memory) { of(d).ipc_close(memory); },
     .connection = [](void* d) -> int32_t { return of(d).nccl().connection(); },
     .prepare = [](void* d, ModuleStatus& s) { return of(d).nccl_on(0).prepare(s); },
     .connect = [](void* d, int rank, ModuleStatus& s) { return of(d).nccl_on(rank).connect(rank, s); },

@@ -94,7 +94,7 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);
  * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
  * mode ("exact", "fast"), policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
  * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id; for devices: device ("cpu", "cuda"), device_ids, communicator
- * ("peer", "nccl"), two_shot_bytes, capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types, defaults and
+ * ("peer", "nccl"), rank_processes, two_shot_bytes, capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types, defaults and
  * meaning. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
 
 MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);

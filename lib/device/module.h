@@ -19,9 +19,16 @@ struct ModuleStatus {
   char text[500] = {};
 };
 
+// Names memory, or an event, of one process in others (cudaIpcMemHandle_t, cudaIpcEventHandle_t).
+struct IpcHandle {
+  std::byte bytes[64] = {};
+};
+
 struct ModuleOptions {
   int32_t ranks = 1;
-  const int32_t* devices = nullptr;  // [ranks] the device of each rank; null: rank r on device r mod number of devices
+  // Where each rank has a process of its own: the rank that this one is, and 1: its memory and marks are shared with the others.
+  int32_t first_rank = 0, shared = 0;
+  const int32_t* devices = nullptr;  // [ranks] the device of each rank; null: rank r of the world on device r mod their number
   int32_t row_major = 0;             // 1: LinearArgs::row_major will be asked for
   int32_t collectives = 0;           // 1: ranks exchange by these and read no peer's memory
   void* const* queues = nullptr;     // [ranks] the host's own (cudaStream_t), which must outlive the device; null: the device makes them
@@ -60,6 +67,13 @@ struct DeviceModule {
   int32_t (*current)(void* device);
   void (*set_current)(void* device, int32_t current);
   int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet
+  // Between processes of one rank each: its marks (two, in turn), and those of another rank, which pass() then waits for too; memory that
+  // allocate() gave, and that of another process.
+  int32_t (*ipc_marks)(void* device, int rank, IpcHandle* out_handles, ModuleStatus& status);
+  int32_t (*ipc_import_marks)(void* device, const IpcHandle* handles, ModuleStatus& status);
+  int32_t (*ipc_handle)(void* device, std::byte* memory, IpcHandle* out_handle, ModuleStatus& status);
+  std::byte* (*ipc_open)(void* device, int rank, const IpcHandle* handle, ModuleStatus& status);
+  void (*ipc_close)(void* device, std::byte* memory);
   int32_t (*connection)(void* device);
   int32_t (*prepare)(void* device, ModuleStatus& status);
   int32_t (*connect)(void* device, int rank, ModuleStatus& status);

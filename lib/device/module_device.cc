@@ -38,30 +38,21 @@ std::vector<std::filesystem::path> module_folders() {
   return out;
 }
 
-const DeviceModule& load_module(const std::string& name) {
-  const bool plain = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-'; });
-  if (!plain) fail(Code::kInvalidArgument, "device is '{}', must be cpu or the name of a module, such as cuda", name);
-  const std::string file = "libmoebius-" + name + ".so";
-  std::string tried;
+struct Found {
+  std::string path, tried;  // the path is empty where it is nowhere
+};
+Found find(const std::string& file) {
+  Found out;
   for (const std::filesystem::path& folder : module_folders()) {
-    const std::filesystem::path path = folder / file;
     std::error_code error;
-    if (!std::filesystem::exists(path, error)) {
-      tried += (tried.empty() ? "" : ", ") + folder.string();
-      continue;
+    if (std::filesystem::exists(folder / file, error)) {
+      out.path = (folder / file).string();
+      return out;
     }
-    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    if (handle == nullptr) fail(Code::kUnsupported, "device '{}': {}", name, dlerror());
-    const auto get = reinterpret_cast<DeviceModuleFunction>(dlsym(handle, kDeviceModuleSymbol));
-    if (get == nullptr) fail(Code::kUnsupported, "device '{}': {} is no module of this library ({} is missing)", name, path.string(), kDeviceModuleSymbol);
-    const DeviceModule* module = get();
-    if (std::strcmp(module->version, kModuleVersion) != 0 || module->bytes != sizeof(DeviceModule))
-      fail(Code::kUnsupported, "device '{}': {} is of version {}, this library of {}: they must come from one build", name, path.string(),
-           module->version, kModuleVersion);
-    return *module;
+    out.tried += (out.tried.empty() ? "" : ", ") + folder.string();
   }
-  fail(Code::kUnsupported, "device '{}': {} was not found in {} (MOEBIUS_MODULE_PATH names other folders)", name, file,
-       tried.empty() ? "any folder" : tried);
+  if (out.tried.empty()) out.tried = "any folder";
+  return out;
 }
 
 class ModuleDevice final : public Device, private Collectives {
@@ -141,6 +132,33 @@ class ModuleDevice final : public Device, private Collectives {
 };
 
 }  // namespace
+
+const DeviceModule& load_module_file(const std::string& name, const std::string& file) {
+  void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+  if (handle == nullptr) fail(Code::kUnsupported, "device '{}': {}", name, dlerror());
+  const auto get = reinterpret_cast<DeviceModuleFunction>(dlsym(handle, kDeviceModuleSymbol));
+  if (get == nullptr) fail(Code::kUnsupported, "device '{}': {} is no module of this library ({} is missing)", name, file, kDeviceModuleSymbol);
+  const DeviceModule* module = get();
+  if (std::strcmp(module->version, kModuleVersion) != 0 || module->bytes != sizeof(DeviceModule))
+    fail(Code::kUnsupported, "device '{}': {} is of version {}, this library of {}: they must come from one build", name, file, module->version, kModuleVersion);
+  return *module;
+}
+
+const DeviceModule& load_module(const std::string& name, std::string* out_file) {
+  const bool plain = !name.empty() && std::all_of(name.begin(), name.end(), [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-'; });
+  if (!plain) fail(Code::kInvalidArgument, "device is '{}', must be cpu or the name of a module, such as cuda", name);
+  const std::string file = "libmoebius-" + name + ".so";
+  const Found found = find(file);
+  if (found.path.empty()) fail(Code::kUnsupported, "device '{}': {} was not found in {} (MOEBIUS_MODULE_PATH names other folders)", name, file, found.tried);
+  if (out_file != nullptr) *out_file = found.path;
+  return load_module_file(name, found.path);
+}
+
+std::string find_beside(const std::string& program) {
+  const Found found = find(program);
+  if (found.path.empty()) fail(Code::kUnsupported, "{} was not found in {} (MOEBIUS_MODULE_PATH names other folders)", program, found.tried);
+  return found.path;
+}
 
 std::unique_ptr<Device> open_module_device(const std::string& name, const ModuleOptions& options) {
   return std::make_unique<ModuleDevice>(load_module(name), options);

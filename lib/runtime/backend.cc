@@ -4,6 +4,7 @@
 #include "lib/cpu/cpu_device.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/device/module_device.h"
+#include "lib/device/remote_device.h"
 
 namespace moebius {
 
@@ -29,6 +30,7 @@ std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfi
   if (config.device == "cpu") {
     if (!config.device_ids.empty()) fail(Code::kInvalidArgument, "device_ids are of another device than the cpu");
     if (nccl) fail(Code::kInvalidArgument, "communicator nccl is of another device than the cpu");
+    if (config.rank_processes) fail(Code::kInvalidArgument, "rank_processes is of another device than the cpu");
     if (!config.streams.empty() || !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "streams and nccl_comms are of another device than the cpu");
     return std::make_unique<CpuDevice>(config.ranks, cpu_ops(config.isa));
   }
@@ -47,7 +49,10 @@ std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfi
   options.collectives = nccl;
   options.queues = list("streams", config.streams);
   options.comms = list("nccl_comms", config.nccl_comms);
-  return open_module_device(config.device, options);
+  if (!config.rank_processes) return open_module_device(config.device, options);
+  if (nccl) fail(Code::kUnsupported, "communicator nccl is of ranks in one process; with rank_processes it is peer");
+  if (options.queues != nullptr) fail(Code::kInvalidArgument, "streams are of this process; with rank_processes each rank makes its own");
+  return open_remote_device(config.device, options);
 }
 
 }  // namespace moebius

@@ -30,6 +30,7 @@ struct EngineConfig {
   std::string device = "cpu";      // or the name of a module, "cuda": libmoebius-<name>.so
   std::vector<int32_t> device_ids; // [ranks] the device of each rank; empty: ranks take turns
   std::string communicator = "peer";  // or "nccl": how ranks on devices exchange; peer reads their memory, nccl needs a device for each
+  bool rank_processes = false;     // each rank on a device has a process of its own (moebius-rank), which the library starts
   std::vector<void*> streams;      // [ranks] the host's cudaStream_t to work on, not the default stream; empty: its own
   std::vector<void*> nccl_comms;   // [ranks] the host's ncclComm_t of one world; aborted where a rank fails; empty: its own
   int64_t two_shot_bytes = 256 << 10;  // sums of TP on devices: from so many bytes of a rank on, each rank adds up its share of the rows first

@@ -1,3 +1,7 @@
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <boost/context/fiber.hpp>
 #include <boost/context/fixedsize_stack.hpp>
 #include <algorithm>
@@ -5,6 +9,7 @@
 #include <cstdio>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -188,7 +193,13 @@ namespace {
 
 constexpr size_t kDeviceBytes = size_t{8} << 30;
 std::mutex memory_mutex;
-std::unordered_map<void*, std::pair<int, size_t>> allocations;
+struct Allocation {
+  int device;
+  size_t bytes;
+  int file;  // of shared memory, or −1
+};
+std::unordered_map<void*, Allocation> allocations;
+std::unordered_map<void*, size_t> opened;  // memory of other processes
 size_t used[16] = {};
 thread_local int device_of_thread = 0;
 thread_local cudaError_t last_error = cudaSuccess;
@@ -259,12 +270,20 @@ cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
 cudaError_t cudaMalloc(void** out, size_t bytes) {
   std::lock_guard lock(memory_mutex);
   if (bytes > kDeviceBytes - used[device_of_thread]) return give(cudaErrorMemoryAllocation);
-  const size_t size = (bytes + 511) / 512 * 512;
-  *out = std::aligned_alloc(4096, (size + 4095) / 4096 * 4096);
+  Allocation made{device_of_thread, (bytes + 4095) / 4096 * 4096, -1};
+  if (std::getenv("MOEBIUS_EMULATED_SHARED") != nullptr) {
+    made.file = memfd_create("emulated", MFD_CLOEXEC);
+    void* mapping = made.file < 0 || ftruncate(made.file, static_cast<off_t>(made.bytes)) != 0
+                        ? MAP_FAILED
+                        : mmap(nullptr, made.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, made.file, 0);
+    *out = mapping != MAP_FAILED ? mapping : nullptr;
+  } else {
+    *out = std::aligned_alloc(4096, made.bytes);
+  }
   if (*out == nullptr) return give(cudaErrorMemoryAllocation);
-  std::memset(*out, 0xff, size);
-  allocations[*out] = {device_of_thread, size};
-  used[device_of_thread] += size;
+  std::memset(*out, 0xff, made.bytes);
+  allocations[*out] = made;
+  used[device_of_thread] += made.bytes;
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {
@@ -272,11 +291,50 @@ cudaError_t cudaFree(void* memory) {
   std::lock_guard lock(memory_mutex);
   const auto it = allocations.find(memory);
   if (it == allocations.end()) return give(cudaErrorInvalidValue);
-  used[it->second.first] -= it->second.second;
+  used[it->second.device] -= it->second.bytes;
+  if (it->second.file >= 0) {
+    munmap(memory, it->second.bytes);
+    close(it->second.file);
+  } else {
+    std::free(memory);
+  }
   allocations.erase(it);
-  std::free(memory);
   return cudaSuccess;
 }
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* out, void* memory) {
+  std::lock_guard lock(memory_mutex);
+  const auto it = allocations.find(memory);
+  if (it == allocations.end() || it->second.file < 0) return give(cudaErrorInvalidValue);
+  *out = {getpid(), it->second.file, it->second.bytes};
+  return cudaSuccess;
+}
+cudaError_t cudaIpcOpenMemHandle(void** out, cudaIpcMemHandle_t handle, unsigned) {
+  *out = nullptr;
+  if (handle.process == getpid()) return give(cudaErrorInvalidValue);  // as CUDA: not in the process that has it
+  const std::string path = "/proc/" + std::to_string(handle.process) + "/fd/" + std::to_string(handle.file);
+  const int file = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (file < 0) return give(cudaErrorInvalidValue);
+  void* mapping = mmap(nullptr, handle.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  close(file);
+  if (mapping == MAP_FAILED) return give(cudaErrorMemoryAllocation);
+  std::lock_guard lock(memory_mutex);
+  opened[mapping] = handle.bytes;
+  *out = mapping;
+  return cudaSuccess;
+}
+cudaError_t cudaIpcCloseMemHandle(void* memory) {
+  std::lock_guard lock(memory_mutex);
+  const auto it = opened.find(memory);
+  if (it == opened.end()) return give(cudaErrorInvalidValue);
+  munmap(memory, it->second);
+  opened.erase(it);
+  return cudaSuccess;
+}
+cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t* out, cudaEvent_t) {
+  *out = {};
+  return cudaSuccess;
+}
+cudaError_t cudaIpcOpenEventHandle(cudaEvent_t* out, cudaIpcEventHandle_t) { return cudaEventCreateWithFlags(out, 0); }
 cudaError_t cudaHostAlloc(void** out, size_t bytes, unsigned) {
   *out = std::malloc(bytes > 0 ? bytes : 1);
   return *out != nullptr ? cudaSuccess : give(cudaErrorMemoryAllocation);
@@ -325,7 +383,7 @@ bool moebius::emulation::is_captured(cudaStream_t stream) { return ::is_captured
 int moebius::emulation::device_of(const void* memory) {
   std::lock_guard lock(memory_mutex);
   for (const auto& [begin, allocation] : allocations)
-    if (memory >= begin && memory < static_cast<const std::byte*>(begin) + allocation.second) return allocation.first;
+    if (memory >= begin && memory < static_cast<const std::byte*>(begin) + allocation.bytes) return allocation.device;
   return -1;
 }
 

@@ -1,0 +1,310 @@
+#include "lib/device/remote_device.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <spawn.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "lib/base/error.h"
+#include "lib/base/numbers.h"
+#include "lib/device/module_device.h"
+#include "lib/device/wire.h"
+
+extern char** environ;
+
+namespace moebius {
+namespace {
+
+using namespace wire;
+
+// A rank's process and the way to it.
+class RemoteRank {
+ public:
+  RemoteRank(int rank, const std::string& program) : rank_(rank) {
+    const int fd = memfd_create("moebius-rank", MFD_CLOEXEC);
+    if (fd < 0 || ftruncate(fd, kSharedBytes) != 0) {
+      if (fd >= 0) close(fd);
+      fail(Code::kOutOfMemory, "cannot make memory to share with the process of rank {}", rank);
+    }
+    void* mapping = mmap(nullptr, kSharedBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    if (mapping != MAP_FAILED) {
+      memory_ = static_cast<std::byte*>(mapping);
+      control_ = new (memory_) Control;
+      posix_spawn_file_actions_t actions;
+      posix_spawn_file_actions_init(&actions);
+      posix_spawn_file_actions_adddup2(&actions, fd, kDescriptor);
+      char* const arguments[] = {const_cast<char*>("moebius-rank"), nullptr};
+      if (posix_spawn(&process_, program.c_str(), &actions, nullptr, arguments, environ) != 0) process_ = -1;
+      posix_spawn_file_actions_destroy(&actions);
+    }
+    close(fd);
+    if (process_ <= 0) {
+      if (memory_ != nullptr) munmap(memory_, kSharedBytes);
+      fail(Code::kUnsupported, "the process of rank {} cannot be started: {}", rank, program);
+    }
+  }
+  ~RemoteRank() {
+    if (process_ > 0) {
+      try {
+        post(Command::kClose, 0);
+      } catch (...) {  // it has ended
+      }
+      for (int i = 0; i < 2000 && process_ > 0; ++i) {  // two seconds
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        look_after();
+      }
+      if (process_ > 0) {
+        kill(process_, SIGKILL);
+        waitpid(process_, nullptr, 0);
+      }
+    }
+    munmap(memory_, kSharedBytes);
+  }
+
+  int rank() const { return rank_; }
+
+  // Writes a command whose parts stand one after the other, each aligned.
+  template <class... Parts>
+  void post(Command command, const Parts&... parts) {
+    std::lock_guard lock(mutex_);
+    write(command, parts...);
+  }
+  // The same, and waits for the answer.
+  template <class... Parts>
+  Answer ask(Command command, const Parts&... parts) {
+    std::lock_guard lock(mutex_);
+    write(command, parts...);
+    const int64_t number = ++asked_;
+    wait([&] { return control_->answered.load(std::memory_order_acquire) >= number; });
+    const Answer answer = control_->answer;
+    if (answer.status.code < 0) throw Error(static_cast<Code>(answer.status.code), answer.status.text);
+    return answer;
+  }
+
+  // Bytes of the host as a part of a command.
+  struct Bytes {
+    const void* data;
+    int64_t bytes;
+  };
+
+  void read(void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) {
+    if (width == 0 || height == 0) return;
+    const int64_t bytes = width * height;
+    if (read_bytes_ + bytes > kReadBytes) fail(Code::kUnsupported, "rank {} reads more than {} bytes at once from its process", rank_, kReadBytes);
+    post(Command::kRead, Read{read_bytes_, width, from, from_pitch, width, height});
+    reads_.push_back({static_cast<std::byte*>(to), to_pitch, read_bytes_, width, height});
+    read_bytes_ = round_up(read_bytes_ + bytes, kAlign);
+  }
+  bool idle() {
+    if (ask(Command::kIdle).values[0] == 0) return false;
+    const std::byte* room = memory_ + kControlBytes + kRingBytes;
+    for (const PendingRead& r : reads_)
+      for (int64_t i = 0; i < r.height; ++i) std::memcpy(r.to + i * r.to_pitch, room + r.at + i * r.width, static_cast<size_t>(r.width));
+    reads_.clear();
+    read_bytes_ = 0;
+    return true;
+  }
+
+ private:
+  struct PendingRead {
+    std::byte* to;
+    int64_t to_pitch, at, width, height;
+  };
+
+  static int64_t size_of(const Bytes& b) { return round_up(b.bytes, kAlign); }
+  template <class T>
+  static int64_t size_of(const T&) { return round_up(static_cast<int64_t>(sizeof(T)), kAlign); }
+  static int64_t size_of(int) { return 0; }  // no part
+
+  template <class... Parts>
+  void write(Command command, const Parts&... parts) {
+    const int64_t bytes = (int64_t{0} + ... + size_of(parts));
+    MOEBIUS_ASSERT(bytes <= kMaxCommand);
+    const int64_t all = round_up(static_cast<int64_t>(sizeof(Header)), kAlign) + bytes, begin = control_->written.load(std::memory_order_relaxed);
+    wait([&] { return begin + all - control_->done.load(std::memory_order_acquire) <= kRingBytes; });
+    int64_t at = begin;
+    put(at, Header{command, static_cast<int32_t>(bytes)});
+    (put(at, parts), ...);
+    control_->written.store(at, std::memory_order_release);
+  }
+  void put_bytes(int64_t& at, const void* data, int64_t bytes) {
+    const auto* from = static_cast<const std::byte*>(data);
+    const int64_t offset = at % kRingBytes, first = std::min(bytes, kRingBytes - offset);
+    std::byte* ring = memory_ + kControlBytes;
+    std::memcpy(ring + offset, from, static_cast<size_t>(first));
+    std::memcpy(ring, from + first, static_cast<size_t>(bytes - first));
+    at += round_up(bytes, kAlign);
+  }
+  void put(int64_t& at, const Bytes& b) {
+    if (b.bytes > 0) put_bytes(at, b.data, b.bytes);
+  }
+  template <class T>
+  void put(int64_t& at, const T& value) { put_bytes(at, &value, sizeof value); }
+  void put(int64_t&, int) {}
+
+  // Spins, then yields, then naps; throws when the process has ended.
+  template <class F>
+  void wait(const F& done) {
+    for (int64_t turn = 0; !done(); ++turn) {
+      if (process_ <= 0) fail(Code::kRankFailed, "the process of rank {} {}", rank_, how_it_ended_);
+      if (turn > 1000) sched_yield();
+      if (turn > 100000) std::this_thread::sleep_for(std::chrono::microseconds(100));
+      if (turn % 4096 == 4095) look_after();
+    }
+  }
+  void look_after() {
+    int state = 0;
+    if (waitpid(process_, &state, WNOHANG) != process_) return;
+    how_it_ended_ = WIFSIGNALED(state) ? fmt::format("was ended by signal {}", WTERMSIG(state)) : fmt::format("ended with status {}", WEXITSTATUS(state));
+    process_ = -1;
+  }
+
+  int rank_;
+  std::byte* memory_ = nullptr;
+  Control* control_ = nullptr;
+  pid_t process_ = -1;
+  std::string how_it_ended_ = "has ended";
+  std::mutex mutex_;  // of what is written
+  int64_t asked_ = 0;
+  std::vector<PendingRead> reads_;  // by the rank's thread
+  int64_t read_bytes_ = 0;
+};
+
+// ---- ops
+
+enum OpNumber {
+#define MOEBIUS_NUMBER(op, args) kOp_##op,
+  MOEBIUS_OPS(MOEBIUS_NUMBER)
+#undef MOEBIUS_NUMBER
+};
+
+// Collects the host's arrays behind one another.
+struct Gather {
+  std::array<std::byte, 64 << 10> memory;
+  int64_t bytes = 0;
+
+  template <class T>
+  void operator()(const T* values, int64_t count) {
+    const int64_t size = count * static_cast<int64_t>(sizeof(T));
+    if (bytes + size > static_cast<int64_t>(memory.size())) fail(Code::kInternal, "an op's arrays are too long for a command");
+    std::memcpy(memory.data() + bytes, values, static_cast<size_t>(size));
+    bytes += round_up(size, kAlign);
+  }
+  template <class T>
+  void peers(const T* values, int64_t count) { (*this)(values, count); }
+};
+
+template <int kNumber, class Args>
+void remote_op(const Args& given, const Lane& lane) {
+  Args args = given;
+  Gather arrays;
+  each_array(args, arrays);
+  static_cast<RemoteRank*>(lane.queue)
+      ->post(static_cast<Command>(static_cast<int>(Command::kFirstOp) + kNumber), OpHeader{lane.scratch}, args, RemoteRank::Bytes{arrays.memory.data(), arrays.bytes});
+}
+
+void remote_clear(void* to, size_t bytes, const Lane& lane) {
+  static_cast<RemoteRank*>(lane.queue)->post(Command::kClear, Copy{to, nullptr, static_cast<int64_t>(bytes)});
+}
+
+class RemoteDevice final : public Device {
+ public:
+  RemoteDevice(const std::string& name, const DeviceModule& module, const std::string& file, const std::string& program, const ModuleOptions& options)
+      : name_(name), ops_(*module.ops(nullptr)) {
+#define MOEBIUS_REMOTE(op, args) ops_.op = remote_op<kOp_##op, args>;
+    MOEBIUS_OPS(MOEBIUS_REMOTE)
+#undef MOEBIUS_REMOTE
+    ops_.clear = remote_clear;
+    std::vector<Answer> opened;
+    for (int r = 0; r < options.ranks; ++r) ranks_.push_back(std::make_unique<RemoteRank>(r, program));
+    for (const auto& rank : ranks_) {
+      Open open;
+      if (file.size() >= sizeof open.module) fail(Code::kUnsupported, "the path {} is too long", file);
+      std::memcpy(open.module, file.data(), file.size());
+      open.rank = rank->rank();
+      open.device = options.devices != nullptr ? options.devices[rank->rank()] : -1;
+      open.row_major = options.row_major;
+      opened.push_back(rank->ask(Command::kOpen, open));
+      devices_.push_back(opened.back().values[0]);
+    }
+    for (const auto& rank : ranks_)
+      for (const auto& other : ranks_)
+        if (rank != other) rank->post(Command::kImportMarks, opened[static_cast<size_t>(other->rank())].handles);
+  }
+
+  const char* name() const override { return name_.c_str(); }
+  bool host_memory() const override { return false; }
+  const Ops& ops() const override { return ops_; }
+  int place(int rank) const override { return rank; }  // processes share no memory that an op takes
+  int64_t total_bytes(int rank) const override { return of(rank).ask(Command::kMemory).values[0]; }
+  int64_t free_bytes(int rank) const override {
+    const auto sharers = std::count(devices_.begin(), devices_.end(), devices_[static_cast<size_t>(rank)]);
+    return of(rank).ask(Command::kMemory).values[1] / sharers;
+  }
+
+  std::byte* allocate(int rank, int64_t bytes) override {
+    const Answer answer = of(rank).ask(Command::kAllocate, bytes);
+    auto* const address = reinterpret_cast<std::byte*>(answer.values[0]);
+    for (const auto& other : ranks_)
+      if (other->rank() != rank) other->post(Command::kImport, Shared{address, bytes, answer.handles[0]});
+    return address;
+  }
+  void release(int rank, std::byte* memory, int64_t bytes) noexcept override {
+    try {
+      for (const auto& other : ranks_)
+        if (other->rank() != rank) other->ask(Command::kForget, Shared{memory, bytes, {}});
+      of(rank).ask(Command::kRelease, memory);
+    } catch (...) {  // a process that has ended has released it
+    }
+  }
+
+  void* queue(int rank) override { return &of(rank); }
+  void write(int rank, void* to, const void* from, int64_t bytes) override {
+    constexpr int64_t kPiece = kMaxCommand / 2;
+    for (int64_t at = 0; at < bytes; at += kPiece) {
+      const int64_t size = std::min(kPiece, bytes - at);
+      of(rank).post(Command::kWrite, Copy{static_cast<std::byte*>(to) + at, nullptr, size}, RemoteRank::Bytes{static_cast<const std::byte*>(from) + at, size});
+    }
+  }
+  void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) override {
+    of(rank).read(to, to_pitch, from, from_pitch, width, height);
+  }
+  void copy(int rank, void* to, const void* from, int64_t bytes) override { of(rank).post(Command::kCopy, Copy{to, from, bytes}); }
+  void copy_block(int rank, void* to, const void* from, int64_t bytes) override { of(rank).post(Command::kCopyBlock, Copy{to, from, bytes}); }
+  void finish_blocks(int rank) override { of(rank).post(Command::kFinishBlocks, 0); }
+  int keep_blocks(int rank) override { return static_cast<int>(of(rank).ask(Command::kKeepBlocks).values[0]); }
+  void copy_kept(int rank, int number, int64_t begin, int64_t end) override { of(rank).post(Command::kCopyKept, Kept{number, begin, end}); }
+  void mark(int rank) override { of(rank).ask(Command::kMark); }  // others may pass it once it is set, not only asked for
+  void pass(int rank) override { of(rank).post(Command::kPass, 0); }
+  bool idle(int rank) override { return of(rank).idle(); }
+
+ private:
+  RemoteRank& of(int rank) const { return *ranks_[static_cast<size_t>(rank)]; }
+
+  std::string name_;
+  Ops ops_;
+  std::vector<std::unique_ptr<RemoteRank>> ranks_;
+  std::vector<int64_t> devices_;  // [ranks]
+};
+
+}  // namespace
+
+std::unique_ptr<Device> open_remote_device(const std::string& name, const ModuleOptions& options) {
+  std::string file;
+  const DeviceModule& module = load_module(name, &file);
+  return std::make_unique<RemoteDevice>(name, module, file, find_beside("moebius-rank"), options);
+}
+
+}  // namespace moebius

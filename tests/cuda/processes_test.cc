@@ -1,0 +1,149 @@
+// Each rank in a process of its own: the engine plans here, the ranks' processes hold the memory and do the work.
+#include <csignal>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+
+#include "tests/unit/engine/harness.h"
+
+namespace moebius::test {
+namespace {
+
+// Emulated memory can be shared with other processes only where it is asked for.
+struct SharedMemory {
+  SharedMemory() { setenv("MOEBIUS_EMULATED_SHARED", "1", 1); }
+  ~SharedMemory() { unsetenv("MOEBIUS_EMULATED_SHARED"); }
+};
+
+EngineConfig processes_config(int ranks, Layout layout) {
+  EngineConfig c = small_config(ranks, 1, layout);
+  c.device = MOEBIUS_TEST_DEVICE;
+  c.device_ids.assign(static_cast<size_t>(ranks), 0);  // one GPU is enough
+  c.rank_processes = true;
+  c.kv_tokens = 512 * ranks;
+  c.max_batch = 8;
+  c.max_context = 128;
+  return c;
+}
+
+Script short_script() {
+  Script s;
+  s.requests.push_back({greedy_request("a", prompt_of(1, 19), 4, true)});
+  s.requests.push_back({greedy_request("b", prompt_of(2, 1), 6, true), 1});
+  s.requests.push_back({greedy_request("c", prompt_of(3, 5), 5), 2});
+  s.requests[2].spec.sampling.temperature = 1.1;
+  return s;
+}
+
+Outcome in_one_process(const std::string& model) {
+  EngineConfig config = processes_config(1, Layout::kTp);
+  config.rank_processes = false;
+  return run_script(model, config, short_script());
+}
+
+// Processes called moebius-rank that this one has started.
+std::vector<pid_t> children() {
+  std::vector<pid_t> out;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const std::string number = entry.path().filename();
+    if (number.find_first_not_of("0123456789") != std::string::npos) continue;
+    std::ifstream file(entry.path() / "stat");
+    std::string text((std::istreambuf_iterator<char>(file)), {});
+    const size_t end = text.rfind(')');
+    if (end == std::string::npos || text.find("(moebius-rank)") == std::string::npos) continue;
+    char state = 0;
+    long parent = 0;
+    if (std::sscanf(text.c_str() + end + 1, " %c %ld", &state, &parent) == 2 && parent == getpid() && state != 'Z') out.push_back(std::stoi(number));
+  }
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("processes: either layout, seams and switches give the bits of one process, and none is left at the end") {
+  const SharedMemory shared;
+  for (const std::string& model : {kQwen, kDense}) {
+    const Outcome expected = in_one_process(model);
+    for (int ranks : {1, 2, 4})
+      for (Layout layout : {Layout::kTp, Layout::kEp}) {
+        if (model == kDense && ranks != 2) continue;
+        INFO(model << " ranks " << ranks << " " << name_of(layout));
+        EngineConfig config = processes_config(ranks, layout);
+        config.two_shot_bytes = ranks == 4 ? 0 : 1 << 18;
+        CHECK(difference(expected, run_script(model, config, short_script())) == "");
+      }
+    Script script = short_script();
+    script.switches = {{1, -1}, {3, 0}, {4, 2}};
+    for (double budget : {0.0, 1e-6}) {
+      EngineConfig config = processes_config(2, Layout::kEp);
+      config.stall_budget_ms = budget;
+      Engine engine(model, config);
+      engine.impl().switcher().set_piece_bytes(4096);
+      CHECK(children().size() == 2);
+      const Outcome got = Runner(engine).run(script);
+      CHECK(got.count(EventType::kSwitchStarted) > 0);
+      CHECK(difference(expected, got) == "");
+    }
+  }
+  CHECK(children().empty());
+}
+
+TEST_CASE("processes: a fault in a switch is rolled back, and no bit changes") {
+  const SharedMemory shared;
+  const Outcome expected = in_one_process(kQwen);
+  for (Layout start : {Layout::kTp, Layout::kEp}) {
+    Script script = short_script();
+    script.switches = {{2, start == Layout::kTp ? 0 : -1}};
+    Engine engine(kQwen, processes_config(2, start));
+    std::atomic<bool> armed{true};
+    engine.impl().switcher().hook = [&](const CopyPoint& p) {
+      if (p.item == 2 && p.rank == 1 && p.when == CopyPoint::kBetween && armed.exchange(false)) throw Error(Code::kIo, "injected");
+    };
+    INFO("from " << name_of(start));
+    check_rolled_back(engine, script, expected, start == Layout::kTp ? 4 : 0);
+  }
+}
+
+TEST_CASE("processes: when one is killed every request ends with an error that says so") {
+  const SharedMemory shared;
+  Engine engine(kQwen, processes_config(2, Layout::kTp));
+  engine.submit(greedy_request("a", prompt_of(1, 19), 50));
+  engine.submit(greedy_request("b", prompt_of(2, 4), 50));
+  for (int i = 0; i < 3; ++i) engine.step();
+  const std::vector<pid_t> ranks = children();
+  REQUIRE(ranks.size() == 2);
+  kill(ranks[1], SIGKILL);
+  std::string why;
+  try {
+    for (int i = 0; i < 100; ++i) engine.step();
+  } catch (const Error& e) {
+    why = e.what();
+  }
+  CHECK_THAT(why, Catch::Matchers::Contains("was ended by signal 9"));
+  std::vector<Event> events(256);
+  events.resize(engine.poll(events, 0));
+  int failed = 0;
+  for (const Event& e : events) failed += e.type == EventType::kFinished && e.finish_reason == FinishReason::kError;
+  CHECK(failed == 2);
+}
+
+TEST_CASE("processes: what they cannot do is refused") {
+  const auto refusal = [](const EngineConfig& config) {
+    try {
+      Engine engine(kQwen, config);
+    } catch (const Error& e) {
+      return std::string(e.what());
+    }
+    return std::string("accepted");
+  };
+  using Catch::Matchers::Contains;
+  EngineConfig config = processes_config(2, Layout::kTp);
+  config.communicator = "nccl";
+  CHECK_THAT(refusal(config), Contains("communicator nccl is of ranks in one process"));
+  config.communicator = "peer";
+  config.device_ids = {0, 99};
+  CHECK_THAT(refusal(config), Contains("device 99 of rank"));
+  CHECK(children().empty());
+}
+
+}  // namespace moebius::test
