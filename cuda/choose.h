@@ -1,4 +1,4 @@
-// The next token of rows whose requests ask for nothing but temperature and min_p.
+// The next token of rows whose requests ask for nothing but temperature, min_p, top_k and top_p.
 #pragma once
 
 #include "lib/device/ops.h"

@@ -259,11 +259,13 @@ struct CopyPagesArgs {
   const int32_t* counts = nullptr;          // [num_ranks] heads on a rank
 };
 
-// How a row's token is chosen where nothing but temperature and min_p is asked for.
+// How a row's token is chosen where nothing but temperature, min_p, top_k and top_p is asked for.
 struct TokenChoice {
   float factor = 0;    // 1 ÷ temperature; 0: the largest, of equal ones the first
   float floor = 0;     // min_p: less likely ones than this, relative to the likeliest, are left out
-  double uniform = 0;  // [0, 1): where in the cumulative distribution, tokens in order
+  double uniform = 0;  // [0, 1): where in the cumulative distribution; tokens in order, or with top_k or top_p by falling weight
+  int32_t top_k = 0;   // so many of the largest; 0: all
+  float top_p = 1;     // of these, the fewest of the largest whose share of the total is at least that
 };
 // tokens[row] of rows whose logits lie with several ranks, by shares of the vocabulary; −1 where they are not all numbers. Shares: rows.
 struct ChooseArgs {

@@ -203,9 +203,8 @@ std::optional<TokenChoice> device_choice(const SamplingParams& p, const SamplerS
   const bool adjusted = !p.allowed_token_ids.empty() || !p.logit_bias.empty() || state.num_generated() < p.min_tokens || penalises(p);
   if (adjusted || p.logprobs >= 0) return std::nullopt;
   if (p.greedy()) return TokenChoice{};
-  if (p.top_k > 0 || p.top_p < 1) return std::nullopt;
   return TokenChoice{static_cast<float>(1.0 / p.temperature), static_cast<float>(p.min_p),
-                     philox_uniform(state.seed(), static_cast<uint64_t>(state.num_generated()))};
+                     philox_uniform(state.seed(), static_cast<uint64_t>(state.num_generated())), p.top_k, static_cast<float>(p.top_p)};
 }
 
 SampleResult sample(const float* logits, int64_t vocab, const SamplingParams& p, SamplerState& state, const Ops& ops, SamplerScratch& scratch,
