@@ -139,7 +139,7 @@ void CudaDevice::release(int rank, std::byte* memory) {
   (void)cudaFree(memory);  // waits for what the device still does
 }
 
-// From pageable memory, which the runtime has copied when the call returns.
+// Pageable memory the runtime has copied when the call returns.
 int32_t CudaDevice::write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
   return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, on(rank).stream), "writing", rank, status);
 }

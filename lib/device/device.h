@@ -31,11 +31,11 @@ class Device {
 
   // What ops queue on (Lane::queue).
   virtual void* queue(int rank) = 0;
-  // From the host's memory, which is not pinned, into the rank's; `from` may be used again on return.
+  // From the host's memory into the rank's; `from` may be used again on return, or, where it is pinned, once the rank is idle.
   virtual void write(int rank, void* to, const void* from, int64_t bytes) = 0;
   // From the rank's memory into the host's: `height` rows of `width` bytes. What was read is there once the rank is idle().
   virtual void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) = 0;
-  // Host memory that is often read into: reading goes there directly, and read() never waits. (Elsewhere it may wait for the rank.)
+  // Host memory that is often read into or written from: it goes there directly, and read() never waits. (Elsewhere it may wait for the rank.)
   virtual void pin(void* /*host*/, int64_t /*bytes*/) {}
   virtual void unpin(void* /*host*/) noexcept {}
   // From any rank's memory into this rank's.

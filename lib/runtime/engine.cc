@@ -133,9 +133,8 @@ std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages
 }  // namespace
 
 Readings::Readings(Device& device, const WorkspaceShape& shape, int64_t vocab, int ranks)
-    : device_(device), memory_(place(shape, vocab, ranks, nullptr)) {
+    : memory_(device, place(shape, vocab, ranks, nullptr)) {
   place(shape, vocab, ranks, memory_.data());
-  device.pin(memory_.data(), memory_.bytes());
 }
 
 int64_t Readings::place(const WorkspaceShape& shape, int64_t vocab, int ranks, std::byte* base) {

@@ -13,7 +13,7 @@
 
 #include "lib/comm/communicator.h"
 #include "lib/comm/world.h"
-#include "lib/device/buffer.h"
+#include "lib/device/pinned.h"
 #include "lib/kv/kv_manager.h"
 #include "lib/runtime/engine.h"
 #include "lib/runtime/event_queue.h"
@@ -31,9 +31,6 @@ namespace moebius {
 class Readings {
  public:
   Readings(Device& device, const WorkspaceShape& shape, int64_t vocab, int ranks);
-  ~Readings() { device_.unpin(memory_.data()); }
-  Readings(const Readings&) = delete;
-  Readings& operator=(const Readings&) = delete;
 
   float* logits = nullptr;             // [logit group, vocab]
   int32_t* chosen = nullptr;           // [logit group] tokens that the device chose
@@ -43,8 +40,7 @@ class Readings {
  private:
   int64_t place(const WorkspaceShape& shape, int64_t vocab, int ranks, std::byte* base);
 
-  Device& device_;
-  HostBuffer memory_;
+  PinnedBuffer memory_;
 };
 
 class Engine::Impl {

@@ -96,7 +96,7 @@ StepTables::StepTables(Device& device, int rank, const StepLimits& limits)
     logit_rows_.resize(static_cast<size_t>(limits.rows));
     return;
   }
-  staging_.resize(static_cast<size_t>(block_.bytes()));
+  staging_ = PinnedBuffer(device, block_.bytes());
   view_ = block_.view(memory_.data());
 }
 

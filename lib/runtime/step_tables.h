@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "lib/device/device.h"
+#include "lib/device/pinned.h"
 #include "lib/runtime/step_plan.h"
 
 namespace moebius {
@@ -58,7 +59,7 @@ class StepTables {
   int rank_;
   StepBlock block_;
   DeviceBuffer memory_;
-  std::vector<std::byte> staging_;
+  PinnedBuffer staging_;
   std::vector<int32_t> logit_rows_;  // host: the plan has them among other things
   StepView view_;
 };

@@ -122,6 +122,7 @@ TEST_CASE("choose_tokens: top_k and top_p take the host's token, whatever the sh
     }
     for (int r = 0; r < kRows; ++r) {
       const TokenChoice& c = choices[static_cast<size_t>(r)];
+      if (c.top_p >= 1 && c.top_k >= vocab) continue;  // asks for nothing
       INFO("vocabulary " << vocab << " row " << r << " top_k " << c.top_k << " top_p " << c.top_p << " uniform " << c.uniform);
       const float* x = logits.data() + r * vocab;
       std::vector<int32_t> order(static_cast<size_t>(vocab));
