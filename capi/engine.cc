@@ -146,6 +146,14 @@ moebius_status moebius_engine_poll(moebius_engine* engine, moebius_event* out_ev
   });
 }
 
+moebius_status moebius_engine_event_fd(moebius_engine* engine, int32_t* out_fd, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    not_null(out_fd, "out_fd");
+    *out_fd = e.engine.event_descriptor();
+  });
+}
+
 moebius_status moebius_engine_switch(moebius_engine* engine, moebius_layout to, moebius_error** err) {
   return guarded(err, [&] { not_null(engine, "engine").engine.request_switch(layout_of(to)); });
 }

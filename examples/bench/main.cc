@@ -18,6 +18,7 @@
 
 #include "examples/bench/floor.h"
 #include "examples/bench/profile.h"
+#include "lib/comm/waits.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
 #include "lib/runtime/sampler.h"
@@ -341,8 +342,30 @@ class Bench {
         row["plan_seconds"] = median(plan_seconds);  // of the whole switch, every request's metadata
         row["lead_bytes"] = e->memory().lead_bytes;
         row["layer_bytes"] = e->memory().layer_bytes;
+        if (o_.device != "cpu" && o_.communicator == "peer" && std::string_view(name) == "weights") {
+          std::vector<double> seconds;
+          for (int i = 0; i < o_.rounds; ++i) seconds.push_back(block_seconds(*e, static_cast<Layout>(to)));
+          row["seconds_block_by_block"] = median(seconds);
+        }
         print(row);
       }
+  }
+
+  // The weights of a switch by a call of the device's for each block of the plan. It writes where the other layout lies: the last thing done.
+  double block_seconds(Engine& e, Layout to) {
+    Engine::Impl& impl = e.impl();
+    const TransferPlan& plan = to == Layout::kTp ? impl.store().to_tp() : impl.store().to_ep();
+    const std::vector<std::byte*> arenas = impl.store().arenas();
+    const double begin = now();
+    impl.world().run([&](int rank, int) {
+      for (const ItemTransfer& item : plan.items) {
+        for (const BlockCopy& c : item.to[static_cast<size_t>(rank)])
+          impl.device().copy(rank, arenas[static_cast<size_t>(rank)] + c.dst_offset, arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);
+        wait_until_idle(impl.world(), impl.device(), rank);
+        impl.world().world_barrier();
+      }
+    });
+    return now() - begin;
   }
 
   // What a switch does to the gap between tokens: decode steps of `requests` requests, steady and while a switch moves under a budget.
@@ -517,6 +540,7 @@ class Bench {
                  row["from"].get<std::string>(), row["to"].get<std::string>(), row["part"].get<std::string>(), row["bytes"].get<double>() / 1048576,
                  row["bytes_changed"].get<double>() / 1048576, 1e3 * row["seconds"].get<double>(), 1e3 * row["memcpy_seconds"].get<double>(),
                  100 * row["share_of_memcpy"].get<double>());
+      if (row.contains("seconds_block_by_block")) fmt::print("  block by block {:8.2f} ms", 1e3 * row["seconds_block_by_block"].get<double>());
       if (row["part"] == "all") fmt::print("  planning {:.3f} ms", 1e3 * row["plan_seconds"].get<double>());
       end_line(row);
     } else if (row["what"] == "stall") {

@@ -215,6 +215,11 @@ typedef struct moebius_event {
 MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
                                                double timeout_ms, size_t *out_count, moebius_error **err);
 
+/* A file descriptor (an eventfd) that is readable while events wait: for the loop of a host (epoll, asyncio), which then polls with
+ * timeout 0 until it gets fewer than it has room for. It is the engine's: not to be read, written or closed. Any thread. By design:
+ * OUT_OF_MEMORY (too many files are open). */
+MOEBIUS_API moebius_status moebius_engine_event_fd(moebius_engine *engine, int32_t *out_fd, moebius_error **err);
+
 /* ---- switching. Any thread; taken up before the next step in the order asked for, the outcome of each is an event. One that
  * is asked for while another is under way turns the seam round where it stands; where it goes there already, the end of that
  * one is the outcome of both. When the engine fails, each that has not ended is SWITCH_REFUSED with the reason.

@@ -129,6 +129,12 @@ class Engine {
   void stop() {
     check([&](moebius_error** e) { return moebius_engine_stop(get(), e); });
   }
+  // Readable while events wait; the engine's own.
+  int event_fd() {
+    int32_t fd = -1;
+    check([&](moebius_error** e) { return moebius_engine_event_fd(get(), &fd, e); });
+    return fd;
+  }
   // Replaces `events` by those that wait (up to its capacity, at least 1,024).
   void poll(std::vector<moebius_event>& events, double timeout_ms = 0) {
     events.resize(events.capacity() < 1024 ? 1024 : events.capacity());

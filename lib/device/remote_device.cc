@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
@@ -166,8 +167,10 @@ class RemoteRank {
   }
   void look_after() {
     int state = 0;
-    if (waitpid(process_, &state, WNOHANG) != process_) return;
-    how_it_ended_ = WIFSIGNALED(state) ? fmt::format("was ended by signal {}", WTERMSIG(state)) : fmt::format("ended with status {}", WEXITSTATUS(state));
+    const pid_t found = waitpid(process_, &state, WNOHANG);
+    if (found == 0 || (found < 0 && errno != ECHILD)) return;
+    if (found < 0) how_it_ended_ = "has ended";  // the host has waited for it
+    else how_it_ended_ = WIFSIGNALED(state) ? fmt::format("was ended by signal {}", WTERMSIG(state)) : fmt::format("ended with status {}", WEXITSTATUS(state));
     process_ = -1;
   }
 

@@ -57,7 +57,7 @@ void each_array(CopyPagesArgs& a, V&& v) { v.peers(a.from, a.num_ranks); }
 
 // Arguments of the commands that are no ops.
 struct Open {
-  char module[256] = {};
+  char module[1024] = {};
   int32_t rank = 0, device = -1;  // −1: by turns
   int32_t row_major = 0;
 };

@@ -1091,6 +1091,7 @@ StepResult Engine::step() { return impl_->step(); }
 void Engine::start() { impl_->start(); }
 void Engine::stop() { impl_->stop(); }
 size_t Engine::poll(std::span<Event> out, double timeout_ms) { return impl_->poll(out, timeout_ms); }
+int Engine::event_descriptor() { return impl_->event_descriptor(); }
 void Engine::request_switch(Layout to) { impl_->aim(to == Layout::kTp ? impl_->model().num_layers : 0); }
 void Engine::hold_seam(int32_t seam) { impl_->aim(seam); }
 void Engine::set_stall_budget(double ms) { impl_->set_stall_budget(ms); }

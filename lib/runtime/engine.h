@@ -132,6 +132,8 @@ class Engine {
 
   // Up to `out.size()` events, waiting at most timeout_ms for the first.
   size_t poll(std::span<Event> out, double timeout_ms);
+  // A descriptor that is readable while events wait, for poll, select or epoll; the engine's own: not to be read or closed.
+  int event_descriptor();
 
   // Taken up before the next step, in the order asked for; the outcome of each is an event. Throws kQueueFull at 64.
   void request_switch(Layout to);

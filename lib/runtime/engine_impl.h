@@ -56,6 +56,7 @@ class Engine::Impl {
   void start();
   void stop();
   size_t poll(std::span<Event> out, double timeout_ms) { return events_.poll(out, timeout_ms); }
+  int event_descriptor() { return events_.descriptor(); }
   void aim(int32_t seam);  // request_switch, hold_seam
   void set_stall_budget(double ms);
   void set_policy(const PolicyConfig& policy);

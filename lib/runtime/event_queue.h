@@ -1,12 +1,15 @@
 // The engine's outgoing events: pushed by the stepping thread, polled by any. A ring that grows only while nobody polls.
 #pragma once
 
-#include <chrono>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
 #include <condition_variable>
 #include <mutex>
 #include <span>
 #include <vector>
 
+#include "lib/base/error.h"
 #include "lib/base/time.h"
 #include "lib/runtime/event.h"
 
@@ -15,12 +18,28 @@ namespace moebius {
 class EventQueue {
  public:
   explicit EventQueue(size_t capacity) : ring_(capacity) {}
+  ~EventQueue() {
+    if (fd_ >= 0) close(fd_);
+  }
+  EventQueue(const EventQueue&) = delete;
+  EventQueue& operator=(const EventQueue&) = delete;
+
+  // A descriptor that is readable while there are events; made when first asked for, closed with the queue. Only to be waited on.
+  int descriptor() {
+    std::lock_guard lock(mutex_);
+    if (fd_ < 0) {
+      fd_ = eventfd(count_ > 0 ? 1 : 0, EFD_NONBLOCK | EFD_CLOEXEC);
+      if (fd_ < 0) fail(Code::kOutOfMemory, "the system gives no event descriptor: too many files are open");
+    }
+    return fd_;
+  }
 
   void push(Event&& event) {
     {
       std::lock_guard lock(mutex_);
       if (count_ == ring_.size()) grow();
       ring_[(first_ + count_++) % ring_.size()] = std::move(event);
+      if (count_ == 1) signal();
     }
     pushed_.notify_one();
   }
@@ -34,10 +53,18 @@ class EventQueue {
       out[n] = std::move(ring_[first_]);
       first_ = (first_ + 1) % ring_.size();
     }
+    if (n > 0 && count_ == 0) unsignal();
     return n;
   }
 
  private:
+  void signal() const {
+    if (fd_ >= 0) (void)eventfd_write(fd_, 1);
+  }
+  void unsignal() const {
+    eventfd_t value = 0;
+    if (fd_ >= 0) (void)eventfd_read(fd_, &value);
+  }
   void grow() {
     std::vector<Event> larger(ring_.size() * 2);
     for (size_t i = 0; i < count_; ++i) larger[i] = std::move(ring_[(first_ + i) % ring_.size()]);
@@ -49,6 +76,7 @@ class EventQueue {
   std::condition_variable pushed_;
   std::vector<Event> ring_;
   size_t first_ = 0, count_ = 0;
+  int fd_ = -1;
 };
 
 }  // namespace moebius

@@ -9,7 +9,7 @@
 
 #include "lib/base/error.h"
 #include "lib/comm/waits.h"
-#include "lib/device/buffer.h"
+#include "lib/device/pinned.h"
 #include "lib/model/scale.h"
 #include "lib/runtime/backend.h"
 #include "lib/runtime/rank_executor.h"
@@ -201,7 +201,9 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
     shared_.load(source, rank * threads + thread, world.ranks() * threads, shared);
     int64_t mine = 0;
     std::vector<std::byte*> places, outs;
-    std::vector<std::byte> packed;  // where it cannot be done in place
+    PinnedBuffer packed[2];  // where it cannot be done in place: one is filled while the other is sent
+    int64_t packed_bytes[2] = {}, sent = 0;
+    const DrainOnError drain(device_, rank);
     for (int l = 0; l < model.shape.num_layers(); ++l) {
       const std::span<const Slice> slices = slices_.layer(l);
       for (size_t i = 0, next; i < slices.size(); i = next) {  // runs of an MLP's cuts, anything else one by one
@@ -218,11 +220,15 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
         const int64_t bytes = first.bytes * static_cast<int64_t>(places.size());
         outs = places;
         if (!direct) {
-          packed.resize(static_cast<size_t>(bytes));
-          for (size_t n = 0; n < outs.size(); ++n) outs[n] = packed.data() + static_cast<int64_t>(n) * first.bytes;
+          const auto now = static_cast<size_t>(sent % 2);
+          if (packed_bytes[now] < bytes) packed[now] = PinnedBuffer(device_, packed_bytes[now] = bytes);
+          for (size_t n = 0; n < outs.size(); ++n) outs[n] = packed[now].data() + static_cast<int64_t>(n) * first.bytes;
         }
         const SliceMaxima maxima = pack_slices(source, model, slices_, first, outs);
-        for (size_t n = 0; n < places.size() && !direct; ++n) device_.write(rank, places[n], outs[n], first.bytes);
+        if (!direct) {
+          if (sent++ > 0) wait_until_idle(world, device_, rank);  // the other buffer has been read
+          for (size_t n = 0; n < places.size(); ++n) device_.write(rank, places[n], outs[n], first.bytes);
+        }
         {
           std::lock_guard lock(mutex);
           (is_mlp ? mlp : attention)[l].include(maxima);

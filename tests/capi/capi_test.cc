@@ -1,4 +1,6 @@
 // The C ABI: NULL everywhere, wrong sizes, ownership, and a run of everything together.
+#include <poll.h>
+
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -593,6 +595,36 @@ TEST_CASE("the engine's own thread serves two hosts that submit, cancel and poll
   CHECK(engine.stats().seam == 3);
 }
 
+TEST_CASE("a descriptor is readable while events wait: a host sleeps until then") {
+  auto engine = small_engine();
+  const int fd = engine.event_fd();
+  CHECK(engine.event_fd() == fd);
+  const auto readable = [&](int timeout_ms) {
+    pollfd p{fd, POLLIN, 0};
+    return ::poll(&p, 1, timeout_ms) == 1;
+  };
+  CHECK_FALSE(readable(0));
+  engine.start();
+  moebius_cpp::Request r(std::vector<int32_t>{1, 2, 3});
+  r.set("max_tokens", int64_t{40}).set("ignore_eos", int64_t{1});
+  const uint64_t id = engine.submit(r);
+  int tokens = 0, wakes = 0;
+  bool finished = false;
+  while (!finished) {
+    REQUIRE(readable(10000));
+    ++wakes;
+    moebius_event one;  // fewer than wait: it stays readable
+    size_t count = 0;
+    REQUIRE(moebius_engine_poll(engine.get(), &one, 1, sizeof one, 0, &count, nullptr) == MOEBIUS_OK);
+    REQUIRE(count == 1);
+    tokens += one.type == MOEBIUS_EVENT_TOKEN && one.request == id;
+    finished = one.type == MOEBIUS_EVENT_FINISHED;
+  }
+  CHECK(tokens == 40);
+  CHECK(wakes >= 41);
+  CHECK_FALSE(readable(0));
+}
+
 TEST_CASE("on failure no out-parameter is touched but a needed size") {
   auto engine = small_engine(1);
   moebius_engine* e = engine.get();
@@ -623,6 +655,7 @@ TEST_CASE("on failure no out-parameter is touched but a needed size") {
       {"engine_submit", [&] { return moebius_engine_submit(e, empty.get(), as((uint64_t*)nullptr), nullptr); }},
       {"engine_model", [&] { return moebius_engine_model(e, sized((moebius_model_info*)nullptr, 4), nullptr); }},
       {"engine_step", [&] { return moebius_engine_step(e, sized((moebius_step_result*)nullptr, 4), nullptr); }},
+      {"engine_event_fd", [&] { return moebius_engine_event_fd(nullptr, as((int32_t*)nullptr), nullptr); }},
       {"engine_poll", [&] { return moebius_engine_poll(e, as((moebius_event*)nullptr), 1, 8, 0, &needed, nullptr); }},
       {"engine_estimate_switch", [&] { return moebius_engine_estimate_switch(e, 0, sized((moebius_switch_estimate*)nullptr, 4), nullptr); }},
       {"engine_estimate_switch", [&] { return moebius_engine_estimate_switch(e, 9, as((moebius_switch_estimate*)nullptr), nullptr); }},

@@ -1,0 +1,115 @@
+"""The Python binding: what it streams, cancels, switches and refuses. usage: python_test.py PYTHON_FOLDER MODEL_FOLDER"""
+import ctypes
+import subprocess
+import sys
+import threading
+import unittest
+
+FOLDER, MODEL = sys.argv[1:3]
+sys.path.insert(0, FOLDER)
+import moebius  # noqa: E402
+
+
+def engine(**config):
+    return moebius.Engine(MODEL, **{'ranks': 2, 'threads': 1, 'kv_tokens': 4096, 'max_batch': 8, **config})
+
+
+class Binding(unittest.TestCase):
+    def test_structs_are_those_of_the_library(self):
+        self.assertEqual(ctypes.sizeof(moebius._Event), 752)
+        self.assertEqual(ctypes.sizeof(moebius._Stats), 120)
+
+    def test_streams_of_threads_are_those_of_one_request_alone_through_switches(self):
+        tokenizer = moebius.Tokenizer(MODEL)
+        prompts = ['ROMEO:', 'First Citizen:\n', 'What']
+        keys = dict(max_tokens=40, temperature=0, ignore_eos=True)
+        with engine() as e:
+            alone = [[t.id for t in e.submit(tokenizer.encode(p), **keys)] for p in prompts]
+            requests = [e.submit(tokenizer.encode(p), **keys) for p in prompts]
+            texts, got = {}, {}
+
+            def read(i):
+                tokens = list(requests[i])
+                got[i] = [t.id for t in tokens]
+                texts[i] = ''.join(tokenizer.stream(tokens))
+
+            threads = [threading.Thread(target=read, args=(i,)) for i in range(3)]
+            for t in threads:
+                t.start()
+            for layout in (moebius.EP, moebius.TP):
+                switch = e.switch(layout, timeout=30)
+                self.assertEqual((switch.outcome, switch.layout), ('finished', layout))
+            for t in threads:
+                t.join()
+            self.assertEqual([got[i] for i in range(3)], alone)
+            for i in range(3):
+                self.assertEqual(len(got[i]), 40)
+                self.assertEqual(texts[i], tokenizer.decode(got[i]))
+                self.assertEqual(requests[i].finish_reason, 'length')
+            self.assertGreaterEqual(e.stats()['switches'], 2)
+            self.assertIn('moebius', e.metrics_text())
+
+    def test_samples_logprobs_and_cancel(self):
+        with engine() as e:
+            tokens = list(e.submit([1, 2, 3], n=2, max_tokens=5, seed=7, ignore_eos=True, logprobs=3))
+            self.assertEqual(sorted(t.sample for t in tokens), [0] * 5 + [1] * 5)
+            self.assertTrue(all(len(t.top) == 3 and t.logprob <= 0 for t in tokens))
+            request = e.submit([1, 2, 3], max_tokens=2000, ignore_eos=True)
+            next(iter(request))
+            self.assertTrue(request.cancel())
+            self.assertLess(len(list(request)), 2000)
+            self.assertEqual(request.finish_reason, 'abort')
+            self.assertFalse(request.cancel())
+
+    def test_refusals_say_what_is_wrong(self):
+        with self.assertRaisesRegex(moebius.MoebiusError, 'no such directory') as refused:
+            moebius.Engine('/no/such')
+        self.assertEqual(refused.exception.code, 'NOT_FOUND')
+        with self.assertRaisesRegex(moebius.MoebiusError, "'threads'"):
+            engine(thread=1)
+        with engine() as e:
+            with self.assertRaisesRegex(moebius.MoebiusError, 'prompt is empty'):
+                e.submit([])
+            with self.assertRaises(moebius.MoebiusError):
+                e.submit([1], temperature=-1)
+
+    def test_a_load_is_watched_and_cancelled_and_an_exception_comes_through(self):
+        seen = []
+        with engine(progress=lambda done, total: seen.append((done, total))):
+            self.assertEqual(seen[-1][0], seen[-1][1])
+        with self.assertRaises(moebius.MoebiusError) as cancelled:
+            engine(progress=lambda done, total: False)
+        self.assertEqual(cancelled.exception.code, 'CANCELLED')
+
+        def broken(done, total):
+            raise KeyError('mine')
+        with self.assertRaises(KeyError):
+            engine(progress=broken)
+
+    def test_closing_ends_whoever_waits(self):
+        e = engine()
+        request = e.submit([1, 2, 3], max_tokens=2000, ignore_eos=True)
+        next(iter(request))
+        e.close()
+        e.close()
+        with self.assertRaisesRegex(moebius.MoebiusError, 'closed'):
+            list(request)
+
+    def test_keys_are_listed(self):
+        keys = {k.name: k for k in moebius.config_keys()}
+        self.assertEqual(keys['ranks'].type, 'i64')
+        self.assertTrue(all(k.doc for k in keys.values()))
+
+    def test_the_example(self):
+        run = subprocess.run([sys.executable, FOLDER + '/stream.py', MODEL], capture_output=True, text=True, timeout=120)
+        self.assertEqual(run.returncode, 0, run.stderr)
+        for i in range(3):
+            self.assertIn(f'request {i} ended: length', run.stdout)
+        self.assertRegex(run.stdout, 'switched to expert parallelism: finished, [0-9]+ bytes')
+        bad = subprocess.run([sys.executable, FOLDER + '/stream.py', '/no/such'], capture_output=True, text=True, timeout=60)
+        self.assertEqual(bad.returncode, 1)
+        self.assertRegex(bad.stderr, 'no such file')
+
+
+if __name__ == '__main__':
+    unittest.main(argv=sys.argv[:1], verbosity=1)
