@@ -1,59 +1,115 @@
-/* A C99 host: loads a model, streams tokens of several requests, switches the layout while they run, reports a bad path.
+/* A C99 host with an event loop: streams the text of several requests at once, cancels one, and changes the layout while they run. The engine
+ * works on a thread of its own; this one sleeps in poll() until the engine's descriptor says that there are events.
  * Usage: moebius-c-example MODEL_DIR */
+#define _POSIX_C_SOURCE 200809L
 #include <moebius/moebius.h>
+#include <poll.h>
 #include <stdio.h>
+#include <string.h>
 
-static int failed(const char *what, moebius_error *err) {
-  fprintf(stderr, "%s: %s\n", what, moebius_error_message(err));
-  moebius_error_destroy(err);
+enum { REQUESTS = 4, CANCELLED = 3, EVENTS = 64 };
+
+struct stream {
+  uint64_t id;
+  moebius_decoder *decoder; /* turns tokens into whole characters */
+};
+
+struct host {
+  moebius_config *config;
+  moebius_engine *engine;
+  moebius_tokenizer *tokenizer;
+  struct stream streams[REQUESTS];
+  int tokens, left;
+};
+
+static void close_host(struct host *h) {
+  int i;
+  moebius_engine_destroy(h->engine);
+  for (i = 0; i < REQUESTS; ++i) moebius_decoder_destroy(h->streams[i].decoder);
+  moebius_tokenizer_destroy(h->tokenizer);
+  moebius_config_destroy(h->config);
+}
+
+static int open_host(struct host *h, const char *model, moebius_error **err) {
+  return moebius_tokenizer_load(model, &h->tokenizer, err) == MOEBIUS_OK && moebius_config_create(&h->config, err) == MOEBIUS_OK &&
+         moebius_config_set_i64(h->config, "ranks", 2, err) == MOEBIUS_OK && moebius_config_set_i64(h->config, "max_batch", 8, err) == MOEBIUS_OK &&
+         moebius_config_set_i64(h->config, "kv_tokens", 4096, err) == MOEBIUS_OK &&
+         moebius_engine_create(model, h->config, &h->engine, err) == MOEBIUS_OK && moebius_engine_start(h->engine, err) == MOEBIUS_OK;
+}
+
+static int submit(struct host *h, struct stream *s, const char *prompt, int max_tokens, moebius_error **err) {
+  int32_t ids[64];
+  size_t num = 0;
+  moebius_request *request = NULL;
+  int ok = moebius_tokenizer_encode(h->tokenizer, prompt, strlen(prompt), 1, ids, 64, &num, err) == MOEBIUS_OK &&
+           moebius_decoder_create(h->tokenizer, &s->decoder, err) == MOEBIUS_OK && moebius_request_create(&request, err) == MOEBIUS_OK &&
+           moebius_request_set_prompt(request, ids, num, err) == MOEBIUS_OK &&
+           moebius_request_set_i64(request, "max_tokens", max_tokens, err) == MOEBIUS_OK &&
+           moebius_request_set_i64(request, "ignore_eos", 1, err) == MOEBIUS_OK &&
+           moebius_request_set_f64(request, "temperature", 0.8, err) == MOEBIUS_OK &&
+           moebius_engine_submit(h->engine, request, &s->id, err) == MOEBIUS_OK;
+  moebius_request_destroy(request);
+  return ok;
+}
+
+/* What an event means to this host. */
+static int take(struct host *h, const moebius_event *e, moebius_error **err) {
+  static const char *const reasons[] = {"", "stop", "length", "abort", "error"};
+  const char *text = NULL;
+  size_t bytes = 0;
+  int i = 0;
+  if (e->type == MOEBIUS_EVENT_SWITCH_FINISHED) printf("switched to expert parallelism: %.0f bytes in %.2f ms\n", (double)e->bytes, 1e3 * e->seconds);
+  if (e->type != MOEBIUS_EVENT_TOKEN && e->type != MOEBIUS_EVENT_FINISHED) return 1;
+  while (h->streams[i].id != e->request) ++i;
+  if (e->type == MOEBIUS_EVENT_TOKEN) {
+    if (moebius_decoder_push(h->streams[i].decoder, e->token, &text, &bytes, err) != MOEBIUS_OK) return 0;
+    if (bytes > 0) printf("request %d: %.*s\n", i, (int)bytes, text);
+    if (++h->tokens == 20) /* in the middle of all of them */
+      return moebius_engine_switch(h->engine, MOEBIUS_LAYOUT_EP, err) == MOEBIUS_OK &&
+             moebius_engine_cancel(h->engine, h->streams[CANCELLED].id, err) == MOEBIUS_OK;
+    return 1;
+  }
+  if (moebius_decoder_finish(h->streams[i].decoder, &text, &bytes, err) != MOEBIUS_OK) return 0;
+  printf("request %d: %.*s\nrequest %d ended: %s\n", i, (int)bytes, text, i, reasons[e->finish_reason]);
+  --h->left;
   return 1;
 }
 
-static int submit(moebius_engine *engine, int32_t first, moebius_error **err) {
-  const int32_t prompt[3] = {first, first + 1, first + 2};
-  moebius_request *request = NULL;
-  moebius_status status = moebius_request_create(&request, err);
-  if (status == MOEBIUS_OK) status = moebius_request_set_prompt(request, prompt, 3, err);
-  if (status == MOEBIUS_OK) status = moebius_request_set_i64(request, "max_tokens", 12, err);
-  if (status == MOEBIUS_OK) status = moebius_request_set_f64(request, "temperature", 0, err);
-  if (status == MOEBIUS_OK) status = moebius_engine_submit(engine, request, NULL, err);
-  moebius_request_destroy(request);
-  return status == MOEBIUS_OK;
+static int serve(struct host *h, moebius_error **err) {
+  moebius_event events[EVENTS];
+  struct pollfd wait = {-1, POLLIN, 0};
+  size_t count, i;
+  if (moebius_engine_event_fd(h->engine, &wait.fd, err) != MOEBIUS_OK) return 0;
+  while (h->left > 0) {
+    if (poll(&wait, 1, -1) < 0) continue; /* a signal */
+    if (moebius_engine_poll(h->engine, events, EVENTS, sizeof events[0], 0, &count, err) != MOEBIUS_OK) return 0;
+    for (i = 0; i < count; ++i)
+      if (!take(h, &events[i], err)) return 0;
+  }
+  printf("%d tokens in all\n", h->tokens);
+  return 1;
 }
 
 int main(int argc, char **argv) {
+  static const char *const prompts[REQUESTS] = {"ROMEO:", "First Citizen:\n", "What say you", "The king"};
+  struct host h;
   moebius_error *err = NULL;
-  moebius_config *config = NULL;
-  moebius_engine *engine = NULL;
-  int i, finished = 0, step, ok = 1;
+  int i, ok;
   if (argc != 2) {
     fprintf(stderr, "usage: %s MODEL_DIR\n", argv[0]);
     return 2;
   }
-  if (moebius_config_create(&config, &err) != MOEBIUS_OK) return failed("config", err);
-  ok = moebius_config_set_i64(config, "ranks", 2, &err) == MOEBIUS_OK;
-  if (ok && moebius_engine_create(argv[1], config, &engine, &err) != MOEBIUS_OK) {
-    moebius_config_destroy(config);
-    failed(argv[1], err);
-    return 2;
+  memset(&h, 0, sizeof h);
+  h.left = REQUESTS;
+  ok = open_host(&h, argv[1], &err);
+  for (i = 0; ok && i < REQUESTS; ++i) ok = submit(&h, &h.streams[i], prompts[i], i == CANCELLED ? 1000 : 60, &err);
+  ok = ok && serve(&h, &err);
+  if (!ok) fprintf(stderr, "%s: %s\n", argv[0], moebius_error_message(err));
+  moebius_error_destroy(err);
+  close_host(&h);
+  if (ok && (fflush(stdout) != 0 || ferror(stdout))) {
+    fprintf(stderr, "cannot write to standard output\n");
+    ok = 0;
   }
-  moebius_config_destroy(config);
-  for (i = 0; ok && i < 3; ++i) ok = submit(engine, 10 * (i + 1), &err);
-  for (step = 0; ok && finished < 3; ++step) {
-    moebius_event events[32];
-    size_t count = 0, e;
-    if (step == 4) ok = moebius_engine_switch(engine, MOEBIUS_LAYOUT_EP, &err) == MOEBIUS_OK; /* in the middle of all three */
-    ok = ok && moebius_engine_step(engine, NULL, &err) == MOEBIUS_OK &&
-         moebius_engine_poll(engine, events, 32, sizeof events[0], 0, &count, &err) == MOEBIUS_OK;
-    for (e = 0; ok && e < count; ++e) {
-      if (events[e].type == MOEBIUS_EVENT_TOKEN) printf("request %d: %d\n", (int)events[e].request, (int)events[e].token);
-      if (events[e].type == MOEBIUS_EVENT_SWITCH_FINISHED) printf("now in EP: %.0f bytes moved\n", (double)events[e].bytes);
-      if (events[e].type == MOEBIUS_EVENT_FINISHED) ++finished;
-    }
-  }
-  moebius_engine_destroy(engine);
-  if (!ok) return failed("moebius", err);
-  if (fflush(stdout) == 0 && !ferror(stdout)) return 0;
-  fprintf(stderr, "cannot write to standard output\n");
-  return 1;
+  return ok ? 0 : 1;
 }

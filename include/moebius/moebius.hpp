@@ -233,4 +233,31 @@ class Tokenizer {
   Handle<moebius_tokenizer, moebius_tokenizer_destroy> handle_;
 };
 
+// Turns tokens into text as they come: whole characters, each as soon as it is certain. Must not outlive its tokenizer.
+class Decoder {
+ public:
+  explicit Decoder(const Tokenizer& tokenizer) {
+    moebius_decoder* d = nullptr;
+    check([&](moebius_error** e) { return moebius_decoder_create(tokenizer.get(), &d, e); });
+    handle_.reset(d);
+  }
+  // Both are borrowed until the next call.
+  std::string_view push(int32_t id) {
+    const char* text = nullptr;
+    size_t bytes = 0;
+    check([&](moebius_error** e) { return moebius_decoder_push(get(), id, &text, &bytes, e); });
+    return {text, bytes};
+  }
+  std::string_view finish() {
+    const char* text = nullptr;
+    size_t bytes = 0;
+    check([&](moebius_error** e) { return moebius_decoder_finish(get(), &text, &bytes, e); });
+    return {text, bytes};
+  }
+  moebius_decoder* get() const { return handle_.get(); }
+
+ private:
+  Handle<moebius_decoder, moebius_decoder_destroy> handle_;
+};
+
 }  // namespace moebius_cpp

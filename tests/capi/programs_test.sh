@@ -184,9 +184,6 @@ grep -q 'TP → EP under load' "$work/progress" && grep -q 'EP → TP under load
 grep -q 'running' "$work/progress" || fail "the demo's live table is not on stderr"
 grep -q 'running' "$work/demo" && fail "the demo's live table is on stdout"
 [ "$(tail -n 1 "$work/demo")" = "tokens: identical in 3 of 3 runs" ] || fail "the demo's last line"
-prints 'now in EP' "the C example does not switch" "$bin/moebius-c-example" "$model"
-"$bin/moebius-c-example" "$work" >/dev/null 2>"$work/err"; [ $? -eq 2 ] || fail "the C example's status for a bad path"
-grep -q 'config.json' "$work/err" || fail "the C example's message for a bad path"
 prints '"share_of_floor"' "bench decode" "$bin/moebius-bench" decode --model "$model" --batch 2 --steps 4 --format json
 prints '"floor_tokens_per_second"' "bench prefill" "$bin/moebius-bench" prefill --model "$model" --tokens 40 --rounds 1 --format json
 prints '"part":"kv"' "bench switch" "$bin/moebius-bench" switch --model "$model" --ranks 2 --requests 3 --context 20 --rounds 1 --format json
@@ -194,7 +191,7 @@ prints '"part":"kv"' "bench switch" "$bin/moebius-bench" switch --model "$model"
 grep -q '"memcpy_seconds"' "$work/load" && grep -q '"floor_tokens_per_second"' "$work/load" || fail "bench load: keys"
 prints 'earlier' "bench --compare" "$bin/moebius-bench" load --model "$model" --rounds 1 --compare "$work/load"
 expect 2 "demo:1 is no line" "$bin/moebius-bench" load --model "$model" --compare "$work/demo"
-for full in "moebius-bench load --rounds 1 --model $model" "moebius-demo --requests 2" "moebius-c-example $model"; do
+for full in "moebius-bench load --rounds 1 --model $model" "moebius-demo --requests 2" "moebius-c-example $model" "moebius-cpp-example $model"; do
   "$bin"/$full >/dev/full 2>/dev/null; [ $? -eq 1 ] || fail "a full disk is no status 1: $full"
 done
 [ "$failures" -eq 0 ] && echo "all as promised"
