@@ -282,10 +282,12 @@ void World::check_abort() const {
 
 void World::wait_for(bool (*done)(const void*), const void* what) {
   Waited waited;
+  unsigned turn = 0;
   while (!done(what)) {
     check_abort();
     if (state_->limited && waited.exceeds(state_->deadline)) fail(Code::kTimeout, "a device did not finish within {:.0f} ms", state_->deadline_ms());
     for (int i = 0; i < 16; ++i) _mm_pause();
+    if (++turn % 64 == 0) std::this_thread::yield();  // to ranks that have no core of their own
   }
 }
 
