@@ -1,62 +1,33 @@
 #include "cuda/dense.h"
 
 #include <cublasLt.h>
-#include <dlfcn.h>
 
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <string>
 #include <tuple>
 
 #include "cuda/launch.h"
+#include "cuda/library.h"
 #include "cuda/status.h"
 
 namespace moebius::cuda {
 namespace {
 
-// cuBLASLt's functions.
-struct Library {
-  decltype(&cublasLtCreate) create = nullptr;
-  decltype(&cublasLtMatmulDescCreate) describe = nullptr;
-  decltype(&cublasLtMatmulDescSetAttribute) set_product = nullptr;
-  decltype(&cublasLtMatrixLayoutCreate) lay_out = nullptr;
-  decltype(&cublasLtMatmulPreferenceCreate) prefer = nullptr;
-  decltype(&cublasLtMatmulPreferenceSetAttribute) set_preference = nullptr;
-  decltype(&cublasLtMatmulAlgoGetHeuristic) choose = nullptr;
-  decltype(&cublasLtMatmul) multiply = nullptr;
-  std::string failure;  // why it could not be loaded
+struct CublasLt : Library {
+  CublasLt() : Library("MOEBIUS_CUBLASLT_LIBRARY", "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR)) {}
+  MOEBIUS_LIBRARY_FUNCTION(create, cublasLtCreate);
+  MOEBIUS_LIBRARY_FUNCTION(describe, cublasLtMatmulDescCreate);
+  MOEBIUS_LIBRARY_FUNCTION(set_product, cublasLtMatmulDescSetAttribute);
+  MOEBIUS_LIBRARY_FUNCTION(lay_out, cublasLtMatrixLayoutCreate);
+  MOEBIUS_LIBRARY_FUNCTION(prefer, cublasLtMatmulPreferenceCreate);
+  MOEBIUS_LIBRARY_FUNCTION(set_preference, cublasLtMatmulPreferenceSetAttribute);
+  MOEBIUS_LIBRARY_FUNCTION(destroy_preference, cublasLtMatmulPreferenceDestroy);
+  MOEBIUS_LIBRARY_FUNCTION(choose, cublasLtMatmulAlgoGetHeuristic);
+  MOEBIUS_LIBRARY_FUNCTION(multiply, cublasLtMatmul);
 
-  Library() {
-#ifdef MOEBIUS_EMULATED
-#define MOEBIUS_FIND(function) &function
-#else
-    const char* named = std::getenv("MOEBIUS_CUBLASLT_LIBRARY");
-    const std::string file = named != nullptr && *named != '\0' ? named : "libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR);
-    void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    if (handle == nullptr) {
-      failure = std::string(dlerror()) + " (MOEBIUS_CUBLASLT_LIBRARY names the file)";
-      return;
-    }
-    const auto find = [&](const char* name) {
-      void* function = dlsym(handle, name);
-      if (function == nullptr) failure = file + " has no " + name;
-      return function;
-    };
-#define MOEBIUS_FIND(function) reinterpret_cast<decltype(&function)>(find(#function))
-#endif
-    create = MOEBIUS_FIND(cublasLtCreate);
-    describe = MOEBIUS_FIND(cublasLtMatmulDescCreate);
-    set_product = MOEBIUS_FIND(cublasLtMatmulDescSetAttribute);
-    lay_out = MOEBIUS_FIND(cublasLtMatrixLayoutCreate);
-    prefer = MOEBIUS_FIND(cublasLtMatmulPreferenceCreate);
-    set_preference = MOEBIUS_FIND(cublasLtMatmulPreferenceSetAttribute);
-    choose = MOEBIUS_FIND(cublasLtMatmulAlgoGetHeuristic);
-    multiply = MOEBIUS_FIND(cublasLtMatmul);
-#undef MOEBIUS_FIND
-  }
-  static const Library& get() {
-    static const Library library;
+  static const CublasLt& get() {
+    static const CublasLt library;
     return library;
   }
 };
@@ -74,7 +45,7 @@ std::map<int, cublasLtHandle_t> handles;  // [device]
 std::map<Sizes, Product> products;        // sizes are few: rows of a step's logits
 
 cublasStatus_t make(cublasLtHandle_t handle, int64_t n, int64_t k, int64_t rows, int64_t ldx, int64_t ldy, Product& p) {
-  const Library& lt = Library::get();
+  const CublasLt& lt = CublasLt::get();
   const cublasOperation_t transposed = CUBLAS_OP_T;
   cublasLtMatmulPreference_t preference = nullptr;
   cublasStatus_t s = lt.describe(&p.description, CUBLAS_COMPUTE_32F, CUDA_R_32F);
@@ -91,6 +62,7 @@ cublasStatus_t make(cublasLtHandle_t handle, int64_t n, int64_t k, int64_t rows,
   cublasLtMatmulHeuristicResult_t chosen{};
   int found = 0;
   then([&] { return lt.choose(handle, p.description, p.w, p.x, p.y, p.y, preference, 1, &chosen, &found); });
+  if (preference != nullptr) (void)lt.destroy_preference(preference);
   if (s == CUBLAS_STATUS_SUCCESS && found == 0) s = CUBLAS_STATUS_NOT_SUPPORTED;
   p.algorithm = chosen.algo;
   return s;
@@ -99,8 +71,8 @@ cublasStatus_t make(cublasLtHandle_t handle, int64_t n, int64_t k, int64_t rows,
 }  // namespace
 
 int32_t open_dense(ModuleStatus& status) {
-  const Library& lt = Library::get();
-  if (!lt.failure.empty()) return refuse(status, Code::kUnsupported, "mode fast needs cuBLASLt: %s; mode exact does not", lt.failure.c_str());
+  const CublasLt& lt = CublasLt::get();
+  if (!lt.failure().empty()) return refuse(status, Code::kUnsupported, "mode fast needs cuBLASLt: %s; mode exact does not", lt.failure().c_str());
   int device = 0;
   (void)cudaGetDevice(&device);
   std::lock_guard lock(mutex);
@@ -134,7 +106,7 @@ void dense_linear(const LinearArgs& args, const Lane& lane) {
       }
       product = known->second;
     }
-    if (Library::get().multiply(handle, product.description, &one, part.w, product.w, args.x + args.rows.begin * args.ldx, product.x, &zero,
+    if (CublasLt::get().multiply(handle, product.description, &one, part.w, product.w, args.x + args.rows.begin * args.ldx, product.x, &zero,
                                 part.y + args.rows.begin * part.ldy, product.y, part.y + args.rows.begin * part.ldy, product.y, &product.algorithm,
                                 lane.scratch, kDenseScratch, static_cast<cudaStream_t>(lane.queue)) != CUBLAS_STATUS_SUCCESS) {
       failed_op = kFailure;

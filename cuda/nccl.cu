@@ -1,13 +1,10 @@
 #include "cuda/nccl.h"
 
-#include <dlfcn.h>
-
 #include <atomic>
-#include <cstdlib>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "cuda/library.h"
 #include "cuda/status.h"
 
 #ifdef MOEBIUS_NCCL
@@ -19,60 +16,25 @@ namespace {
 
 #ifdef MOEBIUS_NCCL
 
-// NCCL's functions.
-struct Library {
-  decltype(&ncclGetUniqueId) get_unique_id = nullptr;
-  decltype(&ncclCommInitRankConfig) init = nullptr;
-  decltype(&ncclCommAbort) abort = nullptr;
-  decltype(&ncclCommCount) count = nullptr;
-  decltype(&ncclCommUserRank) user_rank = nullptr;
-  decltype(&ncclCommGetAsyncError) async_error = nullptr;
-  decltype(&ncclGetErrorString) error_string = nullptr;
-  decltype(&ncclGetLastError) last_error = nullptr;
-  decltype(&ncclGroupStart) group_start = nullptr;
-  decltype(&ncclGroupEnd) group_end = nullptr;
-  decltype(&ncclAllReduce) all_reduce = nullptr;
-  decltype(&ncclReduce) reduce = nullptr;
-  decltype(&ncclSend) send = nullptr;
-  decltype(&ncclRecv) receive = nullptr;
-  std::string failure;  // why it could not be loaded
+struct NcclLibrary : Library {
+  NcclLibrary() : Library("MOEBIUS_NCCL_LIBRARY", "libnccl.so.2") {}
+  MOEBIUS_LIBRARY_FUNCTION(get_unique_id, ncclGetUniqueId);
+  MOEBIUS_LIBRARY_FUNCTION(init, ncclCommInitRankConfig);
+  MOEBIUS_LIBRARY_FUNCTION(abort, ncclCommAbort);
+  MOEBIUS_LIBRARY_FUNCTION(count, ncclCommCount);
+  MOEBIUS_LIBRARY_FUNCTION(user_rank, ncclCommUserRank);
+  MOEBIUS_LIBRARY_FUNCTION(async_error, ncclCommGetAsyncError);
+  MOEBIUS_LIBRARY_FUNCTION(error_string, ncclGetErrorString);
+  MOEBIUS_LIBRARY_FUNCTION(last_error, ncclGetLastError);
+  MOEBIUS_LIBRARY_FUNCTION(group_start, ncclGroupStart);
+  MOEBIUS_LIBRARY_FUNCTION(group_end, ncclGroupEnd);
+  MOEBIUS_LIBRARY_FUNCTION(all_reduce, ncclAllReduce);
+  MOEBIUS_LIBRARY_FUNCTION(reduce, ncclReduce);
+  MOEBIUS_LIBRARY_FUNCTION(send, ncclSend);
+  MOEBIUS_LIBRARY_FUNCTION(receive, ncclRecv);
 
-  Library() {
-#ifdef MOEBIUS_EMULATED
-#define MOEBIUS_FIND(function) &function
-#else
-    const char* named = std::getenv("MOEBIUS_NCCL_LIBRARY");
-    const std::string file = named != nullptr && *named != '\0' ? named : "libnccl.so.2";
-    void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-    if (handle == nullptr) {
-      failure = std::string(dlerror()) + " (MOEBIUS_NCCL_LIBRARY names the file)";
-      return;
-    }
-    const auto find = [&](const char* name) {
-      void* function = dlsym(handle, name);
-      if (function == nullptr) failure = file + " has no " + name;
-      return function;
-    };
-#define MOEBIUS_FIND(function) reinterpret_cast<decltype(&function)>(find(#function))
-#endif
-    get_unique_id = MOEBIUS_FIND(ncclGetUniqueId);
-    init = MOEBIUS_FIND(ncclCommInitRankConfig);
-    abort = MOEBIUS_FIND(ncclCommAbort);
-    count = MOEBIUS_FIND(ncclCommCount);
-    user_rank = MOEBIUS_FIND(ncclCommUserRank);
-    async_error = MOEBIUS_FIND(ncclCommGetAsyncError);
-    error_string = MOEBIUS_FIND(ncclGetErrorString);
-    last_error = MOEBIUS_FIND(ncclGetLastError);
-    group_start = MOEBIUS_FIND(ncclGroupStart);
-    group_end = MOEBIUS_FIND(ncclGroupEnd);
-    all_reduce = MOEBIUS_FIND(ncclAllReduce);
-    reduce = MOEBIUS_FIND(ncclReduce);
-    send = MOEBIUS_FIND(ncclSend);
-    receive = MOEBIUS_FIND(ncclRecv);
-#undef MOEBIUS_FIND
-  }
-  static const Library& get() {
-    static const Library library;
+  static const NcclLibrary& get() {
+    static const NcclLibrary library;
     return library;
   }
 };
@@ -81,8 +43,8 @@ class Nccl final : public Exchange {
  public:
   static std::unique_ptr<Nccl> open(const ModuleOptions& options, ModuleStatus& status) {
     auto nccl = std::make_unique<Nccl>();
-    if (!nccl->library_.failure.empty()) {
-      refuse(status, Code::kUnsupported, "NCCL cannot be loaded: %s", nccl->library_.failure.c_str());
+    if (!nccl->library_.failure().empty()) {
+      refuse(status, Code::kUnsupported, "NCCL cannot be loaded: %s", nccl->library_.failure().c_str());
       return nullptr;
     }
     nccl->handed_in_ = options.comms != nullptr;
@@ -198,7 +160,7 @@ class Nccl final : public Exchange {
                   more != nullptr ? more : "");
   }
 
-  const Library& library_ = Library::get();
+  const NcclLibrary& library_ = NcclLibrary::get();
   bool handed_in_ = false;
   std::atomic<int> connection_{0};
   int connections_ = 0;

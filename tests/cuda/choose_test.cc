@@ -6,6 +6,30 @@
 
 namespace moebius {
 
+namespace {
+
+// What the device chooses for rows of logits that lie in so many shares of whole units.
+std::vector<int32_t> choose(const std::vector<float>& logits, const std::vector<TokenChoice>& choices, int vocab, int shares, int64_t unit) {
+  const auto rows = static_cast<int64_t>(choices.size()), stride = round_up(vocab, 16) + 16;
+  std::vector<Array<float>> memory;
+  std::vector<const float*> pointers;
+  std::vector<Range> columns;
+  for (int s = 0; s < shares; ++s) {
+    columns.push_back(share_of(vocab, s, shares, unit));
+    std::vector<float> share(static_cast<size_t>(rows * stride), NAN);
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(logits.data() + r * vocab + columns.back().begin, columns.back().size(), share.data() + r * stride);
+    memory.emplace_back(share);
+    pointers.push_back(memory.back().get());
+  }
+  const Array<TokenChoice> choices_there(choices);
+  const Array<int32_t> tokens(choices.size());
+  test_device().ops().choose_tokens({{0, rows}, shares, pointers.data(), columns.data(), stride, choices_there.get(), tokens.get()},
+                                    {0, 1, nullptr, test_device().queue(0)});
+  return tokens.values();
+}
+
+}  // namespace
+
 TEST_CASE("choose_tokens: the cumulative distribution in order, whatever the shares; the first of equals; no numbers, no token") {
   Random random(12);
   for (const int vocab : {1, 40, 1024, 5000}) {
@@ -21,25 +45,9 @@ TEST_CASE("choose_tokens: the cumulative distribution in order, whatever the sha
     std::vector<TokenChoice> choices;
     for (int r = 0; r < kRows; ++r)
       choices.push_back({r < 3 ? 0.0f : 1.0f / (0.5f + 0.1f * static_cast<float>(r)), r == 8 ? 0.05f : 0.0f, r == 10 ? 0.0 : r == 11 ? 0x1.fffffffffffffp-1 : random.below(1000) / 1000.0});
-    const Array<TokenChoice> choices_there(choices);
     std::vector<int32_t> first;
     for (const int shares : {1, 2, 5}) {
-      const int64_t stride = round_up(vocab, 16) + 16;
-      std::vector<Array<float>> memory;
-      std::vector<const float*> pointers;
-      std::vector<Range> columns;
-      for (int s = 0; s < shares; ++s) {
-        const Range tiles = share_of(div_up(vocab, 16), s, shares);
-        columns.push_back({std::min<int64_t>(vocab, tiles.begin * 16), std::min<int64_t>(vocab, tiles.end * 16)});
-        std::vector<float> share(static_cast<size_t>(kRows * stride), NAN);
-        for (int r = 0; r < kRows; ++r)
-          for (int64_t c = columns.back().begin; c < columns.back().end; ++c) share[static_cast<size_t>(r * stride + c - columns.back().begin)] = row_of(r)[c];
-        memory.emplace_back(share);
-        pointers.push_back(memory.back().get());
-      }
-      const Array<int32_t> tokens(static_cast<size_t>(kRows));
-      test_device().ops().choose_tokens({{0, kRows}, shares, pointers.data(), columns.data(), stride, choices_there.get(), tokens.get()}, {0, 1, nullptr, test_device().queue(0)});
-      const std::vector<int32_t> got = tokens.values();
+      const std::vector<int32_t> got = choose(logits, choices, vocab, shares, 16);
       if (first.empty()) first = got;
       REQUIRE(got == first);
     }
@@ -99,24 +107,9 @@ TEST_CASE("choose_tokens: top_k and top_p take the host's token, whatever the sh
       if (r % 3 != 0) c.top_p = r % 12 == 1 ? 0.0f : static_cast<float>(random.below(100)) / 100.0f;
       choices.push_back(c);
     }
-    const Array<TokenChoice> choices_there(choices);
     std::vector<int32_t> first;
     for (const int shares : {1, 3}) {
-      const int64_t stride = round_up(vocab, 16) + 16;
-      std::vector<Array<float>> memory;
-      std::vector<const float*> pointers;
-      std::vector<Range> columns;
-      for (int s = 0; s < shares; ++s) {
-        columns.push_back(share_of(vocab, s, shares));
-        std::vector<float> share(static_cast<size_t>(kRows * stride), NAN);
-        for (int r = 0; r < kRows; ++r)
-          std::copy_n(logits.data() + r * vocab + columns.back().begin, columns.back().size(), share.data() + r * stride);
-        memory.emplace_back(share);
-        pointers.push_back(memory.back().get());
-      }
-      const Array<int32_t> tokens(static_cast<size_t>(kRows));
-      test_device().ops().choose_tokens({{0, kRows}, shares, pointers.data(), columns.data(), stride, choices_there.get(), tokens.get()}, {0, 1, nullptr, test_device().queue(0)});
-      const std::vector<int32_t> got = tokens.values();
+      const std::vector<int32_t> got = choose(logits, choices, vocab, shares, 1);
       if (first.empty()) first = got;
       REQUIRE(got == first);
     }

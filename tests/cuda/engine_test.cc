@@ -1,30 +1,10 @@
 // The whole engine on the device. Longer runs of the same kind are the engine's own tests with MOEBIUS_TEST_DEVICE (label gpu).
-#include "tests/unit/engine/harness.h"
+#include "tests/cuda/engine_harness.h"
 #include "tests/unit/engine/model_copy.h"
 
 #include <cstdlib>
 
 namespace moebius::test {
-namespace {
-
-EngineConfig device_config(int ranks, Layout layout) {
-  EngineConfig c = small_config(ranks, 1, layout);
-  c.device = MOEBIUS_TEST_DEVICE;
-  c.kv_tokens = 512 * ranks;
-  c.max_batch = 8;
-  c.max_context = 128;
-  return c;
-}
-
-Script short_script() {
-  Script s;
-  s.requests.push_back({greedy_request("a", prompt_of(1, 19), 4, true)});
-  s.requests.push_back({greedy_request("b", prompt_of(2, 1), 6, true), 1});
-  return s;
-}
-
-}  // namespace
-
 TEST_CASE("any number of ranks, either layout and every seam give the same bits") {
   for (const std::string& model : {kQwen, kDense, kMixtral}) {
     Script script = short_script();
@@ -135,14 +115,6 @@ TEST_CASE("a fault at any item of any rank is rolled back, and no bit changes") 
 }
 
 TEST_CASE("what a device cannot do is refused before anything is loaded") {
-  const auto refusal = [](const EngineConfig& config, const std::filesystem::path& model = kQwen) {
-    try {
-      Engine engine(model, config);
-    } catch (const Error& e) {
-      return std::string(e.what());
-    }
-    return std::string("accepted");
-  };
   using Catch::Matchers::Contains;
   EngineConfig config = device_config(2, Layout::kTp);
   config.threads = 2;

@@ -1,16 +1,12 @@
 // Mode fast: floats added in any order, the LM head by cuBLASLt. Against mode exact by tolerance.
-#include "tests/unit/engine/harness.h"
+#include "tests/cuda/engine_harness.h"
 
 namespace moebius::test {
 namespace {
 
 EngineConfig fast_config(int ranks, Layout layout) {
-  EngineConfig c = small_config(ranks, 1, layout);
-  c.device = MOEBIUS_TEST_DEVICE;
+  EngineConfig c = device_config(ranks, layout);
   c.mode = "fast";
-  c.kv_tokens = 512 * ranks;
-  c.max_batch = 8;
-  c.max_context = 128;
   return c;
 }
 
@@ -33,9 +29,7 @@ TEST_CASE("fast: any number of ranks, either layout, seams and switches stay nea
   for (const Case& c : {Case{kQwen, 0.0333}, Case{kDense, 0.0354}, Case{kMixtral, 0.0317}}) {
     Script script;
     script.requests.push_back({greedy_request("a", prompt_of(1, 25), 6, true)});
-    EngineConfig exact = fast_config(1, Layout::kTp);
-    exact.mode = "exact";
-    const std::vector<float> expected = run_script(c.model, exact, script).outputs.at("a").logits;
+    const std::vector<float> expected = run_script(c.model, device_config(1, Layout::kTp), script).outputs.at("a").logits;
     const size_t prompt = 25 * 512;  // later positions follow the tokens chosen
     for (int ranks : {1, c.model == kMixtral ? 8 : 3})
       for (Layout layout : {Layout::kTp, Layout::kEp}) {
@@ -59,9 +53,7 @@ TEST_CASE("fast: it is what a device does unasked, and NCCL adds its sums too") 
   Script script;
   script.requests.push_back({greedy_request("a", prompt_of(1, 12), 4, true)});
   script.switches = {{2, -1}};
-  EngineConfig exact = fast_config(1, Layout::kTp);
-  exact.mode = "exact";
-  const Output expected = run_script(kQwen, exact, script).outputs.at("a");
+  const Output expected = run_script(kQwen, device_config(1, Layout::kTp), script).outputs.at("a");
   Output got;
   try {
     got = run_script(kQwen, config, script).outputs.at("a");

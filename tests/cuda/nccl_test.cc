@@ -2,8 +2,8 @@
 #include <thread>
 
 #include "lib/base/error.h"
+#include "tests/cuda/engine_harness.h"
 #include "tests/cuda/harness.h"
-#include "tests/unit/engine/harness.h"
 
 namespace moebius::test {
 namespace {
@@ -63,27 +63,9 @@ std::vector<T> read(Device& device, int rank, const DeviceBuffer& buffer, size_t
 }
 
 EngineConfig nccl_config(int ranks, Layout layout) {
-  EngineConfig c = small_config(ranks, 1, layout);
-  c.device = MOEBIUS_TEST_DEVICE;
+  EngineConfig c = device_config(ranks, layout);
   c.communicator = "nccl";
-  c.kv_tokens = 512 * ranks;
-  c.max_batch = 8;
-  c.max_context = 128;
   return c;
-}
-
-EngineConfig peer_config() {
-  EngineConfig c = nccl_config(1, Layout::kTp);
-  c.communicator = "peer";
-  return c;
-}
-
-Script short_script() {
-  Script s;
-  s.requests.push_back({greedy_request("a", prompt_of(1, 19), 4, true)});
-  s.requests.push_back({greedy_request("b", prompt_of(2, 1), 6, true), 1});
-  s.requests.push_back({greedy_request("c", prompt_of(3, 5), 5), 2});
-  return s;
 }
 
 }  // namespace
@@ -153,9 +135,8 @@ TEST_CASE("NCCL: ranks that share a device are refused") {
 TEST_CASE("NCCL: either layout, every seam, captured or not, give the bits of ranks that read each other's memory") {
   const int most = possible_ranks();
   for (const std::string& model : {kQwen, kDense}) {
-    Script script = short_script();
-    if (most > 0) script.requests[2].spec.sampling.temperature = 1.1;
-    const Outcome expected = run_script(model, peer_config(), script);
+    Script script = script_of_three(most > 0 ? 1.1 : 0);
+    const Outcome expected = run_script(model, device_config(1, Layout::kTp), script);
     for (int ranks = 1; ranks <= most; ++ranks)
       for (Layout layout : {Layout::kTp, Layout::kEp})
         for (bool capture : {true, false}) {
@@ -176,8 +157,8 @@ TEST_CASE("NCCL: either layout, every seam, captured or not, give the bits of ra
 TEST_CASE("NCCL: switches at once and a little in every step, there and back, change no bit") {
   const int ranks = possible_ranks();
   if (ranks < 2) return;
-  Script script = short_script();
-  const Outcome expected = run_script(kQwen, peer_config(), script);
+  Script script = script_of_three(0);
+  const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
   script.switches = {{1, -1}, {3, 0}, {4, 2}};
   for (double budget : {0.0, 1e-6}) {
     EngineConfig config = nccl_config(ranks, Layout::kEp);
@@ -193,8 +174,8 @@ TEST_CASE("NCCL: switches at once and a little in every step, there and back, ch
 TEST_CASE("NCCL: a fault on any rank is rolled back over a new connection, and no bit changes") {
   const int ranks = possible_ranks();
   if (ranks < 2) return;
-  Script script = short_script();
-  const Outcome expected = run_script(kQwen, peer_config(), script);
+  Script script = script_of_three(0);
+  const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
   for (Layout start : {Layout::kTp, Layout::kEp})
     for (int rank = 0; rank < ranks; ++rank) {
       Engine engine(kQwen, nccl_config(ranks, start));

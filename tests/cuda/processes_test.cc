@@ -4,7 +4,7 @@
 #include <filesystem>
 #include <fstream>
 
-#include "tests/unit/engine/harness.h"
+#include "tests/cuda/engine_harness.h"
 
 namespace moebius::test {
 namespace {
@@ -16,30 +16,13 @@ struct SharedMemory {
 };
 
 EngineConfig processes_config(int ranks, Layout layout) {
-  EngineConfig c = small_config(ranks, 1, layout);
-  c.device = MOEBIUS_TEST_DEVICE;
+  EngineConfig c = device_config(ranks, layout);
   c.device_ids.assign(static_cast<size_t>(ranks), 0);  // one GPU is enough
   c.rank_processes = true;
-  c.kv_tokens = 512 * ranks;
-  c.max_batch = 8;
-  c.max_context = 128;
   return c;
 }
 
-Script short_script() {
-  Script s;
-  s.requests.push_back({greedy_request("a", prompt_of(1, 19), 4, true)});
-  s.requests.push_back({greedy_request("b", prompt_of(2, 1), 6, true), 1});
-  s.requests.push_back({greedy_request("c", prompt_of(3, 5), 5), 2});
-  s.requests[2].spec.sampling.temperature = 1.1;
-  return s;
-}
-
-Outcome in_one_process(const std::string& model) {
-  EngineConfig config = processes_config(1, Layout::kTp);
-  config.rank_processes = false;
-  return run_script(model, config, short_script());
-}
+Outcome in_one_process(const std::string& model) { return run_script(model, device_config(1, Layout::kTp), script_of_three(1.1)); }
 
 // Processes called moebius-rank that this one has started.
 std::vector<pid_t> children() {
@@ -70,9 +53,9 @@ TEST_CASE("processes: either layout, seams and switches give the bits of one pro
         INFO(model << " ranks " << ranks << " " << name_of(layout));
         EngineConfig config = processes_config(ranks, layout);
         config.two_shot_bytes = ranks == 4 ? 0 : 1 << 18;
-        CHECK(difference(expected, run_script(model, config, short_script())) == "");
+        CHECK(difference(expected, run_script(model, config, script_of_three(1.1))) == "");
       }
-    Script script = short_script();
+    Script script = script_of_three(1.1);
     script.switches = {{1, -1}, {3, 0}, {4, 2}};
     for (double budget : {0.0, 1e-6}) {
       EngineConfig config = processes_config(2, Layout::kEp);
@@ -92,7 +75,7 @@ TEST_CASE("processes: a fault in a switch is rolled back, and no bit changes") {
   const SharedMemory shared;
   const Outcome expected = in_one_process(kQwen);
   for (Layout start : {Layout::kTp, Layout::kEp}) {
-    Script script = short_script();
+    Script script = script_of_three(1.1);
     script.switches = {{2, start == Layout::kTp ? 0 : -1}};
     Engine engine(kQwen, processes_config(2, start));
     std::atomic<bool> armed{true};
@@ -128,14 +111,6 @@ TEST_CASE("processes: when one is killed every request ends with an error that s
 }
 
 TEST_CASE("processes: what they cannot do is refused") {
-  const auto refusal = [](const EngineConfig& config) {
-    try {
-      Engine engine(kQwen, config);
-    } catch (const Error& e) {
-      return std::string(e.what());
-    }
-    return std::string("accepted");
-  };
   using Catch::Matchers::Contains;
   EngineConfig config = processes_config(2, Layout::kTp);
   config.communicator = "nccl";

@@ -1,0 +1,42 @@
+// A small engine on the device of the executable, and what it serves.
+#pragma once
+
+#include "tests/unit/engine/harness.h"
+
+namespace moebius::test {
+
+inline EngineConfig device_config(int ranks, Layout layout) {
+  EngineConfig c = small_config(ranks, 1, layout);
+  c.device = MOEBIUS_TEST_DEVICE;
+  c.kv_tokens = 512 * ranks;
+  c.max_batch = 8;
+  c.max_context = 128;
+  return c;
+}
+
+inline Script short_script() {
+  Script s;
+  s.requests.push_back({greedy_request("a", prompt_of(1, 19), 4, true)});
+  s.requests.push_back({greedy_request("b", prompt_of(2, 1), 6, true), 1});
+  return s;
+}
+
+// With a third request, greedy at 0.
+inline Script script_of_three(double temperature) {
+  Script s = short_script();
+  s.requests.push_back({greedy_request("c", prompt_of(3, 5), 5), 2});
+  s.requests.back().spec.sampling.temperature = temperature;
+  return s;
+}
+
+// Why an engine is refused.
+inline std::string refusal(const EngineConfig& config, const std::filesystem::path& model = kQwen) {
+  try {
+    Engine engine(model, config);
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "accepted";
+}
+
+}  // namespace moebius::test
