@@ -21,11 +21,13 @@ inline Script short_script() {
   return s;
 }
 
-// With a third request, greedy at 0.
+// With a third request: greedy at 0, else by top_k and top_p too.
 inline Script script_of_three(double temperature) {
   Script s = short_script();
   s.requests.push_back({greedy_request("c", prompt_of(3, 5), 5), 2});
-  s.requests.back().spec.sampling.temperature = temperature;
+  SamplingParams& sampling = s.requests.back().spec.sampling;
+  sampling.temperature = temperature;
+  if (temperature > 0) sampling.top_k = 40, sampling.top_p = 0.9;
   return s;
 }
 
