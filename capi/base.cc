@@ -1,7 +1,11 @@
 #include "capi/guarded.h"
 
+#include <array>
 #include <numeric>
 #include <vector>
+
+#include "lib/cpu/cpu_ops.h"
+#include "lib/device/module_device.h"
 
 namespace moebius::capi {
 
@@ -40,9 +44,61 @@ std::string did_you_mean(std::string_view name, const std::vector<const char*>& 
   return 2 * least <= name.size() ? fmt::format("; did you mean '{}'?", best) : "";
 }
 
+namespace {
+
+constexpr std::array kIsas = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable};
+constexpr std::array kModules = {"cuda"};
+
+bool has_feature(std::string_view name) {
+  if (name == "tokenizer" || name == "cpu") return true;
+  if (const std::optional<Isa> isa = parse_isa(name)) return isa_available(*isa);
+  return std::find(kModules.begin(), kModules.end(), name) != kModules.end() && has_module(std::string(name));
+}
+
+std::string build_info() {
+  std::string isas, devices = "\"cpu\"";
+  for (const Isa isa : kIsas)
+    if (isa_available(isa)) isas += fmt::format("{}\"{}\"", isas.empty() ? "" : ", ", isa_name(isa));
+  for (const char* module : kModules)
+    if (has_module(module)) devices += fmt::format(", \"{}\"", module);
+  return fmt::format(R"({{"version": "{}.{}.{}", "compiler": "{}", "isa": [{}], "devices": [{}]}})", MOEBIUS_VERSION_MAJOR,
+                     MOEBIUS_VERSION_MINOR, MOEBIUS_VERSION_PATCH, __VERSION__, isas, devices);
+}
+
+struct NamedSize {
+  const char* name;
+  size_t size;
+};
+#define NAMED_SIZE(type) \
+  NamedSize { #type, sizeof(type) }
+constexpr NamedSize kStructs[] = {NAMED_SIZE(moebius_model_info), NAMED_SIZE(moebius_step_result),     NAMED_SIZE(moebius_event),
+                                  NAMED_SIZE(moebius_memory),     NAMED_SIZE(moebius_switch_estimate), NAMED_SIZE(moebius_stats)};
+
+}  // namespace
 }  // namespace moebius::capi
 
 extern "C" {
+
+int32_t moebius_has_feature(const char* name) {
+  int32_t has = 0;
+  moebius::capi::guarded(nullptr, [&] { has = name != nullptr && moebius::capi::has_feature(name); });
+  return has;
+}
+
+const char* moebius_build_info(void) {
+  try {
+    static const std::string info = moebius::capi::build_info();
+    return info.c_str();
+  } catch (...) {
+    return "{}";
+  }
+}
+
+size_t moebius_struct_size(const char* name) {
+  for (const auto& s : moebius::capi::kStructs)
+    if (name != nullptr && std::strcmp(s.name, name) == 0) return s.size;
+  return 0;
+}
 
 void moebius_version(int32_t* major, int32_t* minor, int32_t* patch) {
   if (major != nullptr) *major = MOEBIUS_VERSION_MAJOR;

@@ -25,6 +25,7 @@ struct Key {
   const char* default_text;
   const char* doc;
   std::variant<SetI64, SetF64, SetStr, SetHandles> set;
+  const char* stability = "stable";
   const char* type() const {
     constexpr const char* kTypes[] = {"i64", "f64", "str", "handles"};
     return kTypes[set.index()];
@@ -184,21 +185,44 @@ moebius_status moebius_config_set_handles(moebius_config* config, const char* ke
 moebius_status moebius_config_set_progress(moebius_config* config, moebius_progress_fn fn, void* user, moebius_error** err) {
   return moebius::capi::guarded(err, [&] {
     moebius_config& c = moebius::capi::not_null(config, "config");
-    c.progress = fn;
-    c.progress_user = user;
+    c.engine.progress = nullptr;
+    if (fn != nullptr) c.engine.progress = [fn, user](int64_t done, int64_t total) { return fn(user, done, total) == 0; };
   });
 }
 
-moebius_status moebius_config_set_warning(moebius_config* config, moebius_warning_fn fn, void* user, moebius_error** err) {
+moebius_status moebius_config_set_log(moebius_config* config, moebius_log_fn fn, void* user, moebius_error** err) {
   return moebius::capi::guarded(err, [&] {
     moebius_config& c = moebius::capi::not_null(config, "config");
-    c.warning = fn;
-    c.warning_user = user;
+    c.engine.log = nullptr;
+    if (fn != nullptr)
+      c.engine.log = [fn, user](moebius::LogLevel level, const char* category, const std::string& message) {
+        fn(user, static_cast<int32_t>(level), category, message.c_str());
+      };
+  });
+}
+
+moebius_status moebius_config_set_thread_hook(moebius_config* config, moebius_thread_fn fn, void* user, moebius_error** err) {
+  return moebius::capi::guarded(err, [&] {
+    moebius_config& c = moebius::capi::not_null(config, "config");
+    c.engine.thread_hook = nullptr;
+    if (fn != nullptr) c.engine.thread_hook = [fn, user](int rank, int thread, bool starting) { fn(user, rank, thread, starting); };
+  });
+}
+
+moebius_status moebius_config_set_allocator(moebius_config* config, moebius_alloc_fn alloc_fn, moebius_free_fn free_fn, void* user,
+                                            moebius_error** err) {
+  return moebius::capi::guarded(err, [&] {
+    moebius_config& c = moebius::capi::not_null(config, "config");
+    if ((alloc_fn == nullptr) != (free_fn == nullptr)) fail(Code::kInvalidArgument, "one of alloc_fn and free_fn is NULL");
+    c.engine.allocator = {};
+    if (alloc_fn != nullptr)
+      c.engine.allocator = {[alloc_fn, user](size_t size, size_t alignment) { return alloc_fn(user, size, alignment); },
+                            [free_fn, user](void* memory, size_t size) { free_fn(user, memory, size); }};
   });
 }
 
 moebius_status moebius_config_key(size_t index, const char** out_name, const char** out_type, const char** out_default, const char** out_doc,
-                                  moebius_error** err) {
+                                  const char** out_stability, moebius_error** err) {
   return moebius::capi::guarded(err, [&] {
     if (index >= std::size(kKeys)) fail(Code::kNotFound, "config has {} keys, {} is past the last", std::size(kKeys), index);
     const Key& k = kKeys[index];
@@ -206,6 +230,7 @@ moebius_status moebius_config_key(size_t index, const char** out_name, const cha
     if (out_type != nullptr) *out_type = k.type();
     if (out_default != nullptr) *out_default = k.default_text;
     if (out_doc != nullptr) *out_doc = k.doc;
+    if (out_stability != nullptr) *out_stability = k.stability;
   });
 }
 

@@ -6,8 +6,4 @@
 
 struct moebius_config {
   moebius::EngineConfig engine;
-  moebius_progress_fn progress = nullptr;
-  void* progress_user = nullptr;
-  moebius_warning_fn warning = nullptr;
-  void* warning_user = nullptr;
 };

@@ -1,9 +1,11 @@
 #include <array>
 #include <span>
+#include <vector>
 
 #include "capi/config.h"
 #include "capi/guarded.h"
 #include "capi/request.h"
+#include "capi/source.h"
 #include "lib/runtime/engine.h"
 
 struct moebius_engine {
@@ -22,7 +24,7 @@ using moebius::capi::guarded;
 using moebius::capi::not_null;
 
 // Sizes of the structs as version 0.1 had them.
-constexpr size_t kModelInfoV1 = 40, kStepResultV1 = 40, kEventV1 = 752, kEstimateV1 = 544, kStatsV1 = 120, kMemoryV1 = 72;
+constexpr size_t kModelInfoV1 = 40, kStepResultV1 = 40, kEventV1 = 808, kEstimateV1 = 544, kStatsV1 = 120, kMemoryV1 = 72;
 static_assert(sizeof(moebius_model_info) == kModelInfoV1 && sizeof(moebius_step_result) == kStepResultV1 &&
               sizeof(moebius_event) == kEventV1 && sizeof(moebius_switch_estimate) == kEstimateV1 && sizeof(moebius_stats) == kStatsV1 &&
               sizeof(moebius_memory) == kMemoryV1);
@@ -34,11 +36,15 @@ Layout layout_of(moebius_layout layout) {
   return static_cast<Layout>(layout);
 }
 
+moebius::EngineConfig config_of(const moebius_config* config) { return config != nullptr ? config->engine : moebius::EngineConfig{}; }
+
 moebius_event event_of(const moebius::Event& e) {
   moebius_event out{};
   out.type = static_cast<int32_t>(e.type);
   out.step = e.step;
   out.request = e.request;
+  out.user_data = e.user_data;
+  out.time_ns = e.time_ns;
   out.sample = e.sample;
   out.token = e.token;
   out.logprob = e.logprob;
@@ -54,8 +60,21 @@ moebius_event event_of(const moebius::Event& e) {
   out.bytes = e.bytes;
   out.bytes_changed = e.bytes_changed;
   out.seconds = e.seconds;
+  out.prompt_tokens = e.usage.prompt_tokens;
+  out.cached_tokens = e.usage.cached_tokens;
+  out.generated_tokens = e.usage.generated_tokens;
+  out.preemptions = e.usage.preemptions;
+  out.queued_ns = e.usage.queued_ns;
+  out.scheduled_ns = e.usage.scheduled_ns;
+  out.first_token_ns = e.usage.first_token_ns;
   copy_text(out.reason, e.reason);
   return out;
+}
+
+template <class T>
+void report_taken(size_t count, std::span<T> out, size_t* out_count) {
+  if (out_count != nullptr) *out_count = count;
+  if (out.data() != nullptr && out.size() < count) fail(Code::kInvalidArgument, "capacity is {} values, {} are kept", out.size(), count);
 }
 
 }  // namespace
@@ -66,12 +85,16 @@ moebius_status moebius_engine_create(const char* model_dir, const moebius_config
   return guarded(err, [&] {
     not_null(model_dir, "model_dir");
     not_null(out_engine, "out_engine");
-    moebius::EngineConfig c = config != nullptr ? config->engine : moebius::EngineConfig{};
-    if (config != nullptr && config->progress != nullptr)
-      c.progress = [fn = config->progress, user = config->progress_user](int64_t done, int64_t total) { return fn(user, done, total) == 0; };
-    if (config != nullptr && config->warning != nullptr)
-      c.warning = [fn = config->warning, user = config->warning_user](const std::string& text) { fn(user, text.c_str()); };
-    *out_engine = new moebius_engine{moebius::Engine(model_dir, c)};
+    *out_engine = new moebius_engine{moebius::Engine(model_dir, config_of(config))};
+  });
+}
+
+moebius_status moebius_engine_create_from(const moebius_source* source, const moebius_config* config, moebius_engine** out_engine,
+                                          moebius_error** err) {
+  return guarded(err, [&] {
+    const moebius_source& s = not_null(source, "source");
+    not_null(out_engine, "out_engine");
+    *out_engine = new moebius_engine{moebius::Engine(s.files, config_of(config))};
   });
 }
 
@@ -92,6 +115,36 @@ moebius_status moebius_engine_submit(moebius_engine* engine, const moebius_reque
     const uint64_t id = e.engine.submit(not_null(request, "request").spec);
     if (out_id != nullptr) *out_id = id;
   });
+}
+
+moebius_status moebius_engine_submit_many(moebius_engine* engine, const moebius_request* const* requests, size_t num, uint64_t* out_ids,
+                                          moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    if (num == 0) return;
+    not_null(requests, "requests");
+    not_null(out_ids, "out_ids");
+    std::vector<const moebius::RequestSpec*> specs;
+    specs.reserve(num);
+    for (size_t i = 0; i < num; ++i) {
+      if (requests[i] == nullptr) fail(Code::kInvalidArgument, "request {} of {} is NULL", i, num);
+      specs.push_back(&requests[i]->spec);
+    }
+    e.engine.submit(specs, out_ids);
+  });
+}
+
+moebius_status moebius_engine_drain(moebius_engine* engine, double timeout_ms, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    if (e.engine.drain(timeout_ms)) return;
+    const moebius::EngineStats s = e.engine.stats();
+    fail(Code::kTimeout, "{} requests run and {} wait still", s.running, s.waiting);
+  });
+}
+
+moebius_status moebius_engine_resume(moebius_engine* engine, moebius_error** err) {
+  return guarded(err, [&] { not_null(engine, "engine").engine.resume(); });
 }
 
 moebius_status moebius_engine_check(const moebius_engine* engine, const moebius_request* request, moebius_error** err) {
@@ -220,9 +273,15 @@ moebius_status moebius_engine_take_logits(moebius_engine* engine, uint64_t id, i
                                           size_t* out_count, moebius_error** err) {
   return guarded(err, [&] {
     const std::span<float> out(out_logits, out_logits != nullptr ? capacity : 0);
-    const size_t count = not_null(engine, "engine").engine.take_logits(id, sample, out);
-    if (out_count != nullptr) *out_count = count;
-    if (out_logits != nullptr && capacity < count) fail(Code::kInvalidArgument, "capacity is {} floats, {} are kept", capacity, count);
+    report_taken(not_null(engine, "engine").engine.take_logits(id, sample, out), out, out_count);
+  });
+}
+
+moebius_status moebius_engine_take_routes(moebius_engine* engine, uint64_t id, int32_t sample, int16_t* out_experts, size_t capacity,
+                                          size_t* out_count, moebius_error** err) {
+  return guarded(err, [&] {
+    const std::span<int16_t> out(out_experts, out_experts != nullptr ? capacity : 0);
+    report_taken(not_null(engine, "engine").engine.take_routes(id, sample, out), out, out_count);
   });
 }
 

@@ -45,6 +45,7 @@ const IntKey kInts[] = {
     {"seed", [](RequestSpec& r, int64_t v) { r.sampling.seed = static_cast<uint64_t>(v); }},
     {"ignore_eos", [](RequestSpec& r, int64_t v) { r.sampling.ignore_eos = v != 0; }},
     {"keep_logits", [](RequestSpec& r, int64_t v) { r.keep_logits = v != 0; }},
+    {"routed_experts", [](RequestSpec& r, int64_t v) { r.keep_routes = v != 0; }},
 };
 const RealKey kReals[] = {
     {"temperature", [](RequestSpec& r, double v) { r.sampling.temperature = v; }},
@@ -96,6 +97,10 @@ moebius_status moebius_request_set_prompt(moebius_request* request, const int32_
     if (num_tokens > 0) not_null(token_ids, "token_ids");
     r.spec.prompt_ids.assign(token_ids, token_ids + num_tokens);
   });
+}
+
+moebius_status moebius_request_set_user_data(moebius_request* request, uint64_t user_data, moebius_error** err) {
+  return guarded(err, [&] { not_null(request, "request").spec.user_data = user_data; });
 }
 
 moebius_status moebius_request_set_i64(moebius_request* request, const char* key, int64_t value, moebius_error** err) {

@@ -1,6 +1,7 @@
 #include "lib/model/tokenizer/tokenizer.h"
 
 #include "capi/guarded.h"
+#include "capi/source.h"
 
 struct moebius_tokenizer {
   moebius::Tokenizer tokenizer;
@@ -39,6 +40,16 @@ moebius_status moebius_tokenizer_load(const char* model_dir, moebius_tokenizer**
     not_null(model_dir, "model_dir");
     not_null(out_tokenizer, "out_tokenizer");
     *out_tokenizer = new moebius_tokenizer{moebius::Tokenizer::load(std::filesystem::path(model_dir) / "tokenizer.json")};
+  });
+}
+
+moebius_status moebius_tokenizer_load_from(const moebius_source* source, moebius_tokenizer** out_tokenizer, moebius_error** err) {
+  return guarded(err, [&] {
+    const moebius::ModelFiles& files = not_null(source, "source").files;
+    not_null(out_tokenizer, "out_tokenizer");
+    constexpr uint64_t kMaxBytes = uint64_t{256} << 20;
+    const char* const file = "tokenizer.json";
+    *out_tokenizer = new moebius_tokenizer{moebius::Tokenizer::from_json(read_text(files, file, kMaxBytes), files.name_of(file))};
   });
 }
 

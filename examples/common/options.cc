@@ -77,14 +77,17 @@ int32_t show_progress(void*, int64_t done, int64_t total) {
   return 0;
 }
 
-void show_warning(void*, const char* text) { fmt::print(stderr, "warning: {}\n", text); }
+// What happens later the programs tell by the engine's events.
+void show_warning(void*, int32_t level, const char* category, const char* text) {
+  if (level <= MOEBIUS_LOG_WARNING && std::string_view(category) == "load") fmt::print(stderr, "warning: {}\n", text);
+}
 
 }  // namespace
 
 moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config) {
   using moebius_cpp::check;
   if (isatty(STDERR_FILENO)) check([&](moebius_error** e) { return moebius_config_set_progress(config.get(), show_progress, nullptr, e); });
-  check([&](moebius_error** e) { return moebius_config_set_warning(config.get(), show_warning, nullptr, e); });
+  check([&](moebius_error** e) { return moebius_config_set_log(config.get(), show_warning, nullptr, e); });
   return moebius_cpp::Engine(options.model, config);
 }
 

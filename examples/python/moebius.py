@@ -41,10 +41,11 @@ class MoebiusError(Exception):
 
 
 class _Event(ctypes.Structure):
-    _fields_ = [('struct_size', c_uint32), ('type', c_int32), ('step', c_uint64), ('request', c_uint64), ('sample', c_int32), ('token', c_int32),
-                ('logprob', c_float), ('num_top', c_int32), ('top_tokens', c_int32 * 20), ('top_logprobs', c_float * 20), ('finish_reason', c_int32),
+    _fields_ = [('struct_size', c_uint32), ('type', c_int32), ('step', c_uint64), ('request', c_uint64), ('user_data', c_uint64), ('time_ns', c_int64),
+                ('sample', c_int32), ('token', c_int32), ('logprob', c_float), ('num_top', c_int32), ('top_tokens', c_int32 * 20), ('top_logprobs', c_float * 20), ('finish_reason', c_int32),
                 ('from_', c_int32), ('to', c_int32), ('seam', c_int32), ('bytes', c_int64), ('bytes_changed', c_int64), ('seconds', c_double),
-                ('reason', c_char * 512)]
+                ('prompt_tokens', c_int32), ('cached_tokens', c_int32), ('generated_tokens', c_int32), ('preemptions', c_int32),
+                ('queued_ns', c_int64), ('scheduled_ns', c_int64), ('first_token_ns', c_int64), ('reason', c_char * 512)]
 
 
 class _Stats(ctypes.Structure):
@@ -55,7 +56,8 @@ class _Stats(ctypes.Structure):
 
 
 _Progress = ctypes.CFUNCTYPE(c_int32, c_void_p, c_int64, c_int64)
-_Warning = ctypes.CFUNCTYPE(None, c_void_p, c_char_p)
+_Log = ctypes.CFUNCTYPE(None, c_void_p, c_int32, c_char_p, c_char_p)
+_LEVELS = ('error', 'warning', 'info')
 
 # The parameters of each function, but for the error that stands last; functions without one return nothing that can fail.
 _FALLIBLE = {
@@ -64,8 +66,8 @@ _FALLIBLE = {
     'config_set_f64': [c_void_p, c_char_p, c_double],
     'config_set_str': [c_void_p, c_char_p, c_char_p],
     'config_set_progress': [c_void_p, _Progress, c_void_p],
-    'config_set_warning': [c_void_p, _Warning, c_void_p],
-    'config_key': [c_size_t, POINTER(c_char_p), POINTER(c_char_p), POINTER(c_char_p), POINTER(c_char_p)],
+    'config_set_log': [c_void_p, _Log, c_void_p],
+    'config_key': [c_size_t, POINTER(c_char_p), POINTER(c_char_p), POINTER(c_char_p), POINTER(c_char_p), POINTER(c_char_p)],
     'engine_create': [c_char_p, c_void_p, POINTER(c_void_p)],
     'engine_start': [c_void_p],
     'engine_stop': [c_void_p],
@@ -156,11 +158,12 @@ class ConfigKey:
     type: str
     default: str
     doc: str
+    stability: str
 
 
 def config_keys() -> list[ConfigKey]:
     """The keys of Engine: what they are called, their types, defaults and meaning."""
-    keys, texts = [], [c_char_p() for _ in range(4)]
+    keys, texts = [], [c_char_p() for _ in range(5)]
     while True:
         try:
             _call('config_key', len(keys), *map(byref, texts))
@@ -264,8 +267,9 @@ class Engine:
     """A model served on several ranks. Use it in a with statement, or call close()."""
 
     def __init__(self, model: str | os.PathLike, progress: Callable[[int, int], object] | None = None,
-                 warning: Callable[[str], object] | None = None, **config):
-        """progress(bytes done, bytes in all) may return False to cancel the load. Raises MoebiusError."""
+                 log: Callable[[str, str, str], object] | None = None, **config):
+        """progress(bytes done, bytes in all) may return False to cancel the load; log('error', 'warning' or 'info', category, message) comes
+        from any thread and may not call the engine. Raises MoebiusError."""
         handle = _Handle('config', 'config_create')
         for key, value in config.items():
             _set('config', handle, key, value)
@@ -278,9 +282,12 @@ class Engine:
                 stop.append(error)
                 return 1
 
-        callbacks = [_Progress(on_progress) if progress else _Progress(), _Warning(lambda _, text: warning(text.decode())) if warning else _Warning()]
+        def on_log(_, level, category, message):
+            log(_LEVELS[level], category.decode(), message.decode(errors='replace'))
+
+        callbacks = self._callbacks = [_Progress(on_progress) if progress else _Progress(), _Log(on_log) if log else _Log()]
         _call('config_set_progress', handle.value, callbacks[0], None)
-        _call('config_set_warning', handle.value, callbacks[1], None)
+        _call('config_set_log', handle.value, callbacks[1], None)
         try:
             self._handle = _Handle('engine', 'engine_create', os.fsencode(model), handle.value)
         except MoebiusError:

@@ -16,6 +16,8 @@ struct Event {
     kind: i32,
     step: u64,
     request: u64,
+    user_data: u64,
+    time_ns: i64,
     sample: i32,
     token: i32,
     logprob: f32,
@@ -29,9 +31,16 @@ struct Event {
     bytes: i64,
     bytes_changed: i64,
     seconds: f64,
+    prompt_tokens: i32,
+    cached_tokens: i32,
+    generated_tokens: i32,
+    preemptions: i32,
+    queued_ns: i64,
+    scheduled_ns: i64,
+    first_token_ns: i64,
     reason: [c_char; 512],
 }
-const _: () = assert!(std::mem::size_of::<Event>() == 752);
+const _: () = assert!(std::mem::size_of::<Event>() == 808);
 
 const TOKEN: i32 = 2;
 const FINISHED: i32 = 3;

@@ -10,7 +10,8 @@
  *              Bytes behind the fields a library knows must be 0, else MOEBIUS_E_UNSUPPORTED.
  *   Strings    UTF-8, NUL-terminated. Borrowed unless said otherwise.
  *   Threads    said per function; "any" means from any thread, at any time, on one handle.
- *   Behaviour  nothing here prints, exits, installs handlers, reads the environment or lets an exception out.
+ *   Behaviour  nothing here prints, exits, installs handlers or lets an exception out. The environment is read only to find modules of
+ *              devices (MOEBIUS_MODULE_PATH, and what a module says that it needs).
  */
 #ifndef MOEBIUS_MOEBIUS_H_
 #define MOEBIUS_MOEBIUS_H_
@@ -77,6 +78,7 @@ typedef struct moebius_error moebius_error;
 typedef struct moebius_config moebius_config;
 typedef struct moebius_engine moebius_engine;
 typedef struct moebius_request moebius_request;
+typedef struct moebius_source moebius_source;
 typedef struct moebius_tokenizer moebius_tokenizer;
 typedef struct moebius_decoder moebius_decoder;
 
@@ -84,6 +86,13 @@ typedef struct moebius_decoder moebius_decoder;
 
 MOEBIUS_API void moebius_version(int32_t *major, int32_t *minor, int32_t *patch); /* each may be NULL */
 MOEBIUS_API const char *moebius_status_name(moebius_status status);               /* e.g. "queue_full"; static */
+/* 1 where this library, on this machine, has it: "tokenizer", a kernel path ("avx512bf16", "avx512", "avx2", "portable"), a device
+ * ("cpu"; "cuda": its module is where it is looked for, which says nothing of a GPU). 0 otherwise, and for an unknown name. */
+MOEBIUS_API int32_t moebius_has_feature(const char *name);
+/* Version, compiler, kernel paths and devices as a JSON object; static. */
+MOEBIUS_API const char *moebius_build_info(void);
+/* sizeof a struct of this header ("moebius_event") as the library was built with it; 0 for an unknown name. For bindings to compare. */
+MOEBIUS_API size_t moebius_struct_size(const char *name);
 
 MOEBIUS_API moebius_status moebius_error_code(const moebius_error *err);
 MOEBIUS_API const char *moebius_error_message(const moebius_error *err); /* lives as long as err */
@@ -94,8 +103,8 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);
  * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
  * mode ("exact", "fast"), policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
  * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id; for devices: device ("cpu", "cuda"), device_ids, communicator
- * ("peer", "nccl"), rank_processes, two_shot_bytes, capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types, defaults and
- * meaning. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
+ * ("peer", "nccl"), rank_processes, two_shot_bytes, capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types,
+ * defaults, meaning and stability. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
 
 MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);
 MOEBIUS_API void moebius_config_destroy(moebius_config *config);
@@ -111,14 +120,47 @@ MOEBIUS_API moebius_status moebius_config_set_handles(moebius_config *config, co
 /* Progress of a load: bytes done and in all; a value other than 0 cancels it (MOEBIUS_E_CANCELLED). Called on the loading
  * threads, one at a time. */
 typedef int32_t (*moebius_progress_fn)(void *user, int64_t bytes_done, int64_t bytes_total);
-/* Warnings (e.g. tensors that are not used); on the calling thread of moebius_engine_create. */
-typedef void (*moebius_warning_fn)(void *user, const char *message);
 MOEBIUS_API moebius_status moebius_config_set_progress(moebius_config *config, moebius_progress_fn fn, void *user, moebius_error **err);
-MOEBIUS_API moebius_status moebius_config_set_warning(moebius_config *config, moebius_warning_fn fn, void *user, moebius_error **err);
 
-/* The index-th key; all strings are static. MOEBIUS_E_NOT_FOUND past the last. out-parameters may be NULL. */
+/* What happens, a line a call; category is "load" (warnings too: keys and tensors that are not used), "switch", "policy" or "engine".
+ * Called on the thread that it happens on, some of it inside a step: it must not call the engine. The strings are lent for the call. */
+enum { MOEBIUS_LOG_ERROR = 0, MOEBIUS_LOG_WARNING = 1, MOEBIUS_LOG_INFO = 2 };
+typedef void (*moebius_log_fn)(void *user, int32_t level, const char *category, const char *message);
+MOEBIUS_API moebius_status moebius_config_set_log(moebius_config *config, moebius_log_fn fn, void *user, moebius_error **err);
+
+/* Each thread that the library starts calls it first (starting is 1) and last (0): to name it, bind it to cores, attach it to a runtime.
+ * rank and thread are −1 for the engine's own thread. The thread that calls moebius_engine_step is the host's and does not call it. */
+typedef void (*moebius_thread_fn)(void *user, int32_t rank, int32_t thread, int32_t starting);
+MOEBIUS_API moebius_status moebius_config_set_thread_hook(moebius_config *config, moebius_thread_fn fn, void *user, moebius_error **err);
+
+/* Where ranks on the cpu keep weights, KV and activations: `size` bytes aligned to `alignment` (a power of two), zeroed or not; NULL: there
+ * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called on the thread that makes or destroys the engine, never in a step. With another device
+ * MOEBIUS_E_UNSUPPORTED. Both NULL: the library maps huge pages itself. */
+typedef void *(*moebius_alloc_fn)(void *user, size_t size, size_t alignment);
+typedef void (*moebius_free_fn)(void *user, void *memory, size_t size);
+MOEBIUS_API moebius_status moebius_config_set_allocator(moebius_config *config, moebius_alloc_fn alloc_fn, moebius_free_fn free_fn, void *user,
+                                                        moebius_error **err);
+
+/* The index-th key; all strings are static; stability is "stable" or "experimental" (may change in any release). MOEBIUS_E_NOT_FOUND past
+ * the last. out-parameters may be NULL. */
 MOEBIUS_API moebius_status moebius_config_key(size_t index, const char **out_name, const char **out_type, const char **out_default,
-                                              const char **out_doc, moebius_error **err);
+                                              const char **out_doc, const char **out_stability, moebius_error **err);
+
+/* ---- a model's files, where they are not in a folder. One owner, but what loads from it calls the reader from several threads.
+ * Since 0.1. */
+
+/* `name` stands for the model in messages and metrics. */
+MOEBIUS_API moebius_status moebius_source_create(const char *name, moebius_source **out_source, moebius_error **err);
+MOEBIUS_API void moebius_source_destroy(moebius_source *source);
+/* The file `file_name` ("config.json", "model.safetensors", …) is these bytes; borrowed until the source is destroyed. */
+MOEBIUS_API moebius_status moebius_source_add_memory(moebius_source *source, const char *file_name, const void *data, size_t size,
+                                                     moebius_error **err);
+/* Files that were not added are asked for here. size: bytes of the file, below 0: there is no such file. read: fills `out` with bytes
+ * [offset, offset + size) of it, 0 on success; anything else is MOEBIUS_E_IO. Called by several threads at once. */
+typedef int64_t (*moebius_size_fn)(void *user, const char *file_name);
+typedef int32_t (*moebius_read_fn)(void *user, const char *file_name, uint64_t offset, void *out, size_t size);
+MOEBIUS_API moebius_status moebius_source_set_reader(moebius_source *source, moebius_size_fn size_fn, moebius_read_fn read_fn, void *user,
+                                                     moebius_error **err);
 
 /* ---- engine. Since 0.1. */
 
@@ -127,6 +169,9 @@ MOEBIUS_API moebius_status moebius_config_key(size_t index, const char **out_nam
  * DOES_NOT_FIT, OUT_OF_MEMORY, CANCELLED. */
 MOEBIUS_API moebius_status moebius_engine_create(const char *model_dir, const moebius_config *config, moebius_engine **out_engine,
                                                  moebius_error **err);
+/* The same from a source, of which nothing is used afterwards. */
+MOEBIUS_API moebius_status moebius_engine_create_from(const moebius_source *source, const moebius_config *config, moebius_engine **out_engine,
+                                                      moebius_error **err);
 /* Ends the own thread if there is one. Requests that still run are dropped. */
 MOEBIUS_API void moebius_engine_destroy(moebius_engine *engine);
 
@@ -149,7 +194,9 @@ MOEBIUS_API moebius_status moebius_request_create(moebius_request **out_request,
 MOEBIUS_API void moebius_request_destroy(moebius_request *request);
 MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, const int32_t *token_ids, size_t num_tokens,
                                                       moebius_error **err);
-/* Integer keys: max_tokens, min_tokens, top_k, seed, n, ignore_eos, logprobs, priority, keep_logits.
+/* Comes back in every event of the request. */
+MOEBIUS_API moebius_status moebius_request_set_user_data(moebius_request *request, uint64_t user_data, moebius_error **err);
+/* Integer keys: max_tokens, min_tokens, top_k, seed, n, ignore_eos, logprobs, priority, keep_logits, routed_experts.
  * Float keys: temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, deadline_ms.
  * String keys: id (seeds the request where no seed is set; with a seed the id does not matter).
  * A known key of other engines that is not supported is MOEBIUS_E_UNSUPPORTED, any other MOEBIUS_E_INVALID_ARGUMENT. */
@@ -167,8 +214,17 @@ MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *reque
 MOEBIUS_API moebius_status moebius_engine_submit(moebius_engine *engine, const moebius_request *request, uint64_t *out_id,
                                                  moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_check(const moebius_engine *engine, const moebius_request *request, moebius_error **err);
+/* Queues all of `requests`, or none; out_ids [num]. */
+MOEBIUS_API moebius_status moebius_engine_submit_many(moebius_engine *engine, const moebius_request *const *requests, size_t num,
+                                                      uint64_t *out_ids, moebius_error **err);
 /* Ends a request wherever it is; its FINISHED event (abort) follows. NOT_FOUND: unknown or already finished. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_cancel(moebius_engine *engine, uint64_t id, moebius_error **err);
+
+/* From now on submit is refused (INVALID_STATE). Waits at most timeout_ms until no request runs or waits, while the engine's own thread or
+ * the host's steps on another one end them. TIMEOUT: some still do; to be called again, or they are cancelled. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_drain(moebius_engine *engine, double timeout_ms, moebius_error **err);
+/* Submit is taken again. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_resume(moebius_engine *engine, moebius_error **err);
 
 /* ---- running. Either the host calls step, or the engine's own thread does after start. */
 
@@ -195,6 +251,8 @@ typedef struct moebius_event {
   int32_t type;
   uint64_t step;       /* the step before or in which it happened, from 0 */
   uint64_t request;    /* 0 where none */
+  uint64_t user_data;  /* of the request */
+  int64_t time_ns;     /* when it happened: CLOCK_MONOTONIC, as all times here */
   int32_t sample;      /* of the request's n */
   int32_t token;       /* TOKEN */
   float logprob;       /* TOKEN, where logprobs was asked for */
@@ -208,6 +266,13 @@ typedef struct moebius_event {
   int64_t bytes;         /* written by the switch: weights and KV, all ranks */
   int64_t bytes_changed; /* of these, to a new owner */
   double seconds;
+  int32_t prompt_tokens; /* FINISHED, this and what follows: usage and times of the sample */
+  int32_t cached_tokens; /* of the prompt, found in the prefix cache when it was first scheduled */
+  int32_t generated_tokens;
+  int32_t preemptions;
+  int64_t queued_ns;      /* when it was submitted */
+  int64_t scheduled_ns;   /* when it first ran; 0: never */
+  int64_t first_token_ns; /* 0: never */
   char reason[512];    /* NUL-terminated; only a longer text of a failure is shortened */
 } moebius_event;
 /* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
@@ -295,10 +360,16 @@ MOEBIUS_API moebius_status moebius_engine_metrics_text(const moebius_engine *eng
 MOEBIUS_API moebius_status moebius_engine_take_logits(moebius_engine *engine, uint64_t id, int32_t sample, float *out_logits,
                                                       size_t capacity, size_t *out_count, moebius_error **err);
 
+/* The experts that the router chose, int16_t [positions, num_layers, top_k] of a routed_experts request (moebius_model_info; −1 in a dense
+ * layer), in everything else like the logits. Steps with such a request do not replay captured work. */
+MOEBIUS_API moebius_status moebius_engine_take_routes(moebius_engine *engine, uint64_t id, int32_t sample, int16_t *out_experts,
+                                                      size_t capacity, size_t *out_count, moebius_error **err);
+
 /* ---- tokenizer: byte-level BPE from a model folder's tokenizer.json; the engine itself speaks token ids. Since 0.1.
  * A tokenizer is immutable: any thread. A decoder has one owner and must not outlive its tokenizer. */
 
 MOEBIUS_API moebius_status moebius_tokenizer_load(const char *model_dir, moebius_tokenizer **out_tokenizer, moebius_error **err);
+MOEBIUS_API moebius_status moebius_tokenizer_load_from(const moebius_source *source, moebius_tokenizer **out_tokenizer, moebius_error **err);
 MOEBIUS_API void moebius_tokenizer_destroy(moebius_tokenizer *tokenizer);
 /* Writes up to `capacity` ids and always *out_count; INVALID_ARGUMENT when too small (nothing written but the count). */
 MOEBIUS_API moebius_status moebius_tokenizer_encode(const moebius_tokenizer *tokenizer, const char *text, size_t num_bytes,

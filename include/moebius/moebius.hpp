@@ -65,6 +65,25 @@ class Config {
   Handle<moebius_config, moebius_config_destroy> handle_;
 };
 
+// Files of a model that are not in a folder. The reader is set with moebius_source_set_reader.
+class Source {
+ public:
+  explicit Source(const std::string& name) {
+    moebius_source* s = nullptr;
+    check([&](moebius_error** e) { return moebius_source_create(name.c_str(), &s, e); });
+    handle_.reset(s);
+  }
+  // Borrowed for as long as the source lives.
+  Source& add(const std::string& file_name, const void* data, size_t size) {
+    check([&](moebius_error** e) { return moebius_source_add_memory(get(), file_name.c_str(), data, size, e); });
+    return *this;
+  }
+  moebius_source* get() const { return handle_.get(); }
+
+ private:
+  Handle<moebius_source, moebius_source_destroy> handle_;
+};
+
 class Request {
  public:
   explicit Request(const std::vector<int32_t>& prompt_ids) {
@@ -89,6 +108,10 @@ class Request {
     check([&](moebius_error** e) { return moebius_request_set_ids(get(), key, ids.data(), ids.size(), e); });
     return *this;
   }
+  Request& set_user_data(uint64_t user_data) {
+    check([&](moebius_error** e) { return moebius_request_set_user_data(get(), user_data, e); });
+    return *this;
+  }
   Request& add_logit_bias(int32_t token, float bias) {
     check([&](moebius_error** e) { return moebius_request_add_logit_bias(get(), token, bias, e); });
     return *this;
@@ -106,16 +129,42 @@ class Engine {
     check([&](moebius_error** e) { return moebius_engine_create(model_dir.c_str(), config.get(), &engine, e); });
     handle_.reset(engine);
   }
+  Engine(const Source& source, const Config& config) {
+    moebius_engine* engine = nullptr;
+    check([&](moebius_error** e) { return moebius_engine_create_from(source.get(), config.get(), &engine, e); });
+    handle_.reset(engine);
+  }
   uint64_t submit(const Request& request) {
     uint64_t id = 0;
     check([&](moebius_error** e) { return moebius_engine_submit(get(), request.get(), &id, e); });
     return id;
+  }
+  // All of them or none.
+  std::vector<uint64_t> submit(const std::vector<Request>& requests) {
+    std::vector<const moebius_request*> list;
+    for (const Request& r : requests) list.push_back(r.get());
+    std::vector<uint64_t> ids(list.size());
+    check([&](moebius_error** e) { return moebius_engine_submit_many(get(), list.data(), list.size(), ids.data(), e); });
+    return ids;
   }
   void validate(const Request& request) const {
     check([&](moebius_error** e) { return moebius_engine_check(get(), request.get(), e); });
   }
   void cancel(uint64_t id) {
     check([&](moebius_error** e) { return moebius_engine_cancel(get(), id, e); });
+  }
+  // False: some requests still run or wait.
+  bool drain(double timeout_ms) {
+    try {
+      check([&](moebius_error** e) { return moebius_engine_drain(get(), timeout_ms, e); });
+      return true;
+    } catch (const Error& error) {
+      if (error.code() != MOEBIUS_E_TIMEOUT) throw;
+      return false;
+    }
+  }
+  void resume() {
+    check([&](moebius_error** e) { return moebius_engine_resume(get(), e); });
   }
   moebius_step_result step() {
     moebius_step_result result{};
@@ -179,10 +228,16 @@ class Engine {
     check([&](moebius_error** e) { return moebius_engine_stats(get(), &stats, e); });
     return stats;
   }
-  std::vector<float> take_logits(uint64_t id, int32_t sample = 0) {
-    std::vector<float> out(1);  // never empty, so that the call takes them
+  std::vector<float> take_logits(uint64_t id, int32_t sample = 0) { return take<float>(moebius_engine_take_logits, id, sample); }
+  std::vector<int16_t> take_routes(uint64_t id, int32_t sample = 0) { return take<int16_t>(moebius_engine_take_routes, id, sample); }
+  moebius_engine* get() const { return handle_.get(); }
+
+ private:
+  template <class T, class Take>
+  std::vector<T> take(Take call, uint64_t id, int32_t sample) {
+    std::vector<T> out(1);  // never empty, so that the call takes them
     for (size_t count = 0;;) try {
-        check([&](moebius_error** e) { return moebius_engine_take_logits(get(), id, sample, out.data(), out.size(), &count, e); });
+        check([&](moebius_error** e) { return call(get(), id, sample, out.data(), out.size(), &count, e); });
         out.resize(count);
         return out;
       } catch (const Error&) {
@@ -190,14 +245,17 @@ class Engine {
         out.resize(count);  // again with the room it asked for; another thread's step may add more meanwhile
       }
   }
-  moebius_engine* get() const { return handle_.get(); }
 
- private:
   Handle<moebius_engine, moebius_engine_destroy> handle_;
 };
 
 class Tokenizer {
  public:
+  explicit Tokenizer(const Source& source) {
+    moebius_tokenizer* t = nullptr;
+    check([&](moebius_error** e) { return moebius_tokenizer_load_from(source.get(), &t, e); });
+    handle_.reset(t);
+  }
   explicit Tokenizer(const std::string& model_dir) {
     moebius_tokenizer* t = nullptr;
     check([&](moebius_error** e) { return moebius_tokenizer_load(model_dir.c_str(), &t, e); });

@@ -85,8 +85,9 @@ struct alignas(64) Barrier {
 }  // namespace
 
 struct World::State {
-  State(int ranks, int threads, double deadline_ms)
+  State(int ranks, int threads, double deadline_ms, ThreadHook thread_hook)
       : total(ranks * threads),
+        hook(std::move(thread_hook)),
         deadline(clamped_ms(deadline_ms)),
         rank_barriers(ranks) {
     // More threads than cores: whoever waits must give up its core at once.
@@ -95,6 +96,7 @@ struct World::State {
   }
 
   int total;
+  const ThreadHook hook;
   Clock::duration deadline;
   int spins;
   std::vector<Barrier> rank_barriers;
@@ -172,6 +174,12 @@ struct World::State {
 
   void work(int rank, int thread) {
     _mm_setcsr(kDefaultMxcsr);
+    if (hook) hook(rank, thread, true);
+    take_regions(rank, thread);
+    if (hook) hook(rank, thread, false);
+  }
+
+  void take_regions(int rank, int thread) {
     uint32_t seen = 0;
     for (;;) {
       Waited waited;  // for the caller to leave region `seen` as this thread did
@@ -202,8 +210,8 @@ struct World::State {
   }
 };
 
-World::World(int ranks, int threads, double deadline_ms)
-    : ranks_(ranks), threads_(threads), state_(std::make_shared<State>(ranks, threads, deadline_ms)) {
+World::World(int ranks, int threads, double deadline_ms, ThreadHook hook)
+    : ranks_(ranks), threads_(threads), state_(std::make_shared<State>(ranks, threads, deadline_ms, std::move(hook))) {
   for (int r = 0; r < ranks; ++r)
     for (int t = 0; t < threads; ++t) try {
         if (r + t > 0) start(r, t);

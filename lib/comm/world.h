@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <type_traits>
 
@@ -43,7 +44,9 @@ class World {
  public:
   // The thread that calls run() computes as (rank 0, thread 0); ranks·threads − 1 more are started here. Throws kOutOfMemory when
   // the system has no more.
-  World(int ranks, int threads, double deadline_ms);
+  // hook: each of these calls it first (starting) and last.
+  using ThreadHook = std::function<void(int rank, int thread, bool starting)>;
+  World(int ranks, int threads, double deadline_ms, ThreadHook hook = nullptr);
   ~World();
   World(const World&) = delete;
   World& operator=(const World&) = delete;

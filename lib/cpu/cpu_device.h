@@ -8,12 +8,13 @@
 #include "lib/cpu/stream_copy.h"
 #include "lib/device/buffer.h"
 #include "lib/device/device.h"
+#include "lib/device/host_memory.h"
 
 namespace moebius {
 
 class CpuDevice final : public Device {
  public:
-  CpuDevice(int ranks, const Ops& ops) : ranks_(ranks), ops_(ops) {}
+  CpuDevice(int ranks, const Ops& ops, HostAllocator allocator = {}) : ranks_(ranks), ops_(ops), allocator_(std::move(allocator)) {}
   const char* name() const override { return "cpu"; }
   bool host_memory() const override { return true; }
   const Ops& ops() const override { return ops_; }
@@ -21,8 +22,20 @@ class CpuDevice final : public Device {
   int64_t total_bytes(int) const override { return memory_bytes(_SC_PHYS_PAGES); }
   int64_t free_bytes(int) const override { return memory_bytes(_SC_AVPHYS_PAGES) / 2 / ranks_; }  // the host has other work, and caches files
 
-  std::byte* allocate(int, int64_t bytes) override { return map_memory(bytes); }
-  void release(int, std::byte* memory, int64_t bytes) noexcept override { unmap_memory(memory, bytes); }
+  std::byte* allocate(int, int64_t bytes) override {
+    if (!allocator_) return map_memory(bytes);
+    void* const memory = allocator_.allocate(static_cast<size_t>(bytes), kAlignment);
+    if (memory == nullptr) fail(Code::kOutOfMemory, "the host's allocator has no {} bytes", bytes);
+    if (reinterpret_cast<uintptr_t>(memory) % kAlignment != 0) {
+      allocator_.release(memory, static_cast<size_t>(bytes));
+      fail(Code::kInvalidArgument, "the host's allocator gave memory that is not aligned to {} bytes", kAlignment);
+    }
+    return static_cast<std::byte*>(std::memset(memory, 0, static_cast<size_t>(bytes)));
+  }
+  void release(int, std::byte* memory, int64_t bytes) noexcept override {
+    if (allocator_) allocator_.release(memory, static_cast<size_t>(bytes));
+    else unmap_memory(memory, bytes);
+  }
 
   void* queue(int) override { return nullptr; }
   void write(int, void* to, const void* from, int64_t bytes) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
@@ -41,8 +54,11 @@ class CpuDevice final : public Device {
  private:
   static int64_t memory_bytes(int kind) { return static_cast<int64_t>(sysconf(kind)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE)); }
 
+  static constexpr size_t kAlignment = 4096;
+
   int ranks_;
   const Ops& ops_;
+  const HostAllocator allocator_;
 };
 
 }  // namespace moebius

@@ -154,6 +154,8 @@ const DeviceModule& load_module(const std::string& name, std::string* out_file) 
   return load_module_file(name, found.path);
 }
 
+bool has_module(const std::string& name) { return !find("libmoebius-" + name + ".so").path.empty(); }
+
 std::string find_beside(const std::string& program) {
   const Found found = find(program);
   if (found.path.empty()) fail(Code::kUnsupported, "{} was not found in {} (MOEBIUS_MODULE_PATH names other folders)", program, found.tried);

@@ -13,6 +13,7 @@ namespace moebius {
 const DeviceModule& load_module_file(const std::string& name, const std::string& file);
 // The same by the device's name; out_file: where it was found.
 const DeviceModule& load_module(const std::string& name, std::string* out_file = nullptr);
+bool has_module(const std::string& name);  // its file stands where modules are looked for
 // A program that stands where modules are looked for. Throws kUnsupported.
 std::string find_beside(const std::string& program);
 

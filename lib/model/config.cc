@@ -6,7 +6,6 @@
 #include "lib/base/error.h"
 #include "lib/model/config_keys.h"
 #include "lib/model/json.h"
-#include "lib/model/regular_file.h"
 
 namespace moebius {
 namespace {
@@ -235,19 +234,14 @@ ModelConfig parse_config(std::string_view json_text, const std::string& file_nam
   return m;
 }
 
-ModelConfig read_config(const std::filesystem::path& model_dir) {
+ModelConfig read_config(const ModelFiles& files) {
   constexpr uint64_t kMaxBytes = 64 << 20;
-  std::error_code error;
-  if (!std::filesystem::is_directory(model_dir, error))
-    fail(Code::kNotFound, "{}: no such directory; a model is a folder with config.json and *.safetensors", model_dir.string());
-  const std::filesystem::path path = model_dir / "config.json";
-  ModelConfig m = parse_config(read_text_file(path, kMaxBytes), path.string());
-  const std::filesystem::path generation = model_dir / "generation_config.json";
-  if (std::filesystem::exists(generation, error)) {
-    const json object = parse_json(read_text_file(generation, kMaxBytes), generation.string());
-    const std::string name = generation.string();
-    read_eos(Reader(object, name), m.vocab_size, m.eos_token_ids);
-  }
+  ModelConfig m = parse_config(read_text(files, "config.json", kMaxBytes), files.name_of("config.json"));
+  const char* const generation = "generation_config.json";
+  if (!files.has(generation)) return m;
+  const std::string name = files.name_of(generation);
+  const json object = parse_json(read_text(files, generation, kMaxBytes), name);
+  read_eos(Reader(object, name), m.vocab_size, m.eos_token_ids);
   return m;
 }
 

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "lib/layout/types.h"
+#include "lib/model/files.h"
 
 namespace moebius {
 
@@ -47,7 +47,8 @@ struct FamilyDescriptor {
 
 // Reads config.json and, for eos_token_id only, generation_config.json. Throws kNotFound, kUnsupported (a value that changes
 // the arithmetic and is not implemented, by key and value) or kCorruptModel.
-ModelConfig read_config(const std::filesystem::path& model_dir);
+ModelConfig read_config(const ModelFiles& files);
+inline ModelConfig read_config(const std::filesystem::path& model_dir) { return read_config(FolderFiles(model_dir)); }
 ModelConfig parse_config(std::string_view json_text, const std::string& file_name);
 
 }  // namespace moebius

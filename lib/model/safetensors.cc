@@ -11,7 +11,6 @@
 #include "lib/base/error.h"
 #include "lib/base/numbers.h"
 #include "lib/model/json.h"
-#include "lib/model/regular_file.h"
 
 namespace moebius {
 namespace {
@@ -183,46 +182,45 @@ std::map<std::string, TensorInfo> parse_safetensors_header(const std::string& fi
   return tensors;
 }
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path) {
-  const uint64_t size = file_.size();
+SafetensorsFile::SafetensorsFile(std::unique_ptr<ModelFile> file) : file_(std::move(file)) {
+  const uint64_t size = file_->size();
   if (size < 8) fail(Code::kCorruptModel, "{}: has {} bytes, a safetensors file has at least 8", name(), size);
   uint64_t header = 0;
-  file_.read(0, &header, 8);
+  file_->read(0, &header, 8);
   if (header == 0 || header > kMaxHeaderBytes || header > size - 8)
     fail(Code::kCorruptModel, "{}: header length {} is impossible: the file has {} bytes, a header at most {}", name(), header, size,
          kMaxHeaderBytes);
   data_start_ = 8 + header;
   std::string text(header, '\0');
-  file_.read(8, text.data(), text.size());
+  file_->read(8, text.data(), text.size());
   tensors_ = parse_safetensors_header(name(), text, size - data_start_);
 }
 
 void SafetensorsFile::read(const std::string& tensor, const TensorInfo& info, uint64_t offset, void* out, size_t bytes) const {
   try {
-    file_.read(data_start_ + info.begin + offset, out, bytes);
+    file_->read(data_start_ + info.begin + offset, out, bytes);
   } catch (const Error& e) {
     fail(e.code(), "{} (tensor '{}', from byte {} of its {})", e.what(), tensor, offset, info.end - info.begin);
   }
 }
 
-Checkpoint::Checkpoint(const std::filesystem::path& model_dir) : name_(model_dir.string()) {
-  std::error_code error;
-  const std::filesystem::path index = model_dir / "model.safetensors.index.json", single = model_dir / "model.safetensors";
-  if (std::filesystem::exists(index, error)) {
-    read_index(model_dir, index);
+Checkpoint::Checkpoint(const ModelFiles& files) : name_(files.name()) {
+  const char* const index = "model.safetensors.index.json";
+  const char* const single = "model.safetensors";
+  if (files.has(index)) {
+    read_index(files, index);
     return;
   }
-  if (!std::filesystem::exists(single, error))
-    fail(Code::kNotFound, "{}: holds neither model.safetensors nor model.safetensors.index.json", name_);
-  files_.push_back(std::make_unique<SafetensorsFile>(single));
+  if (!files.has(single)) fail(Code::kNotFound, "{}: holds neither {} nor {}", name_, single, index);
+  files_.push_back(std::make_unique<SafetensorsFile>(files.open(single)));
   for (const auto& [name, info] : files_[0]->tensors()) tensors_[name] = {files_[0].get(), &name, &info};
 }
 
-void Checkpoint::read_index(const std::filesystem::path& model_dir, const std::filesystem::path& index) {
+void Checkpoint::read_index(const ModelFiles& files, const std::string& index) {
   constexpr uint64_t kMaxIndexBytes = 256 << 20;
   constexpr size_t kMaxShards = 4096;
-  const std::string where = index.string();
-  const json object = parse_json(read_text_file(index, kMaxIndexBytes), where);
+  const std::string where = files.name_of(index);
+  const json object = parse_json(read_text(files, index, kMaxIndexBytes), where);
   if (!object.is_object() || !object.contains("weight_map") || !object["weight_map"].is_object())
     fail(Code::kCorruptModel, "{}: weight_map is missing", where);
   std::map<std::string, const SafetensorsFile*> shards;
@@ -234,7 +232,7 @@ void Checkpoint::read_index(const std::filesystem::path& model_dir, const std::f
     const SafetensorsFile*& shard = shards[base];
     if (shard == nullptr) {
       if (shards.size() > kMaxShards) fail(Code::kCorruptModel, "{}: more than {} files", where, kMaxShards);
-      files_.push_back(std::make_unique<SafetensorsFile>(model_dir / base));
+      files_.push_back(std::make_unique<SafetensorsFile>(files.open(base)));
       shard = files_.back().get();
     }
     const auto it = shard->tensors().find(tensor);

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
@@ -11,7 +10,7 @@
 #include <string_view>
 #include <vector>
 
-#include "lib/model/regular_file.h"
+#include "lib/model/files.h"
 
 namespace moebius {
 
@@ -24,20 +23,20 @@ struct TensorInfo {
   uint64_t begin = 0, end = 0;  // bytes from the start of the file's data
 };
 
-// One file, read with pread: one that shrinks or cannot be read while it is open is an error with a message, where a mapping
+// One file, read piece by piece: one that shrinks or cannot be read while it is open is an error with a message, where a mapping
 // would end the host process with SIGBUS.
 class SafetensorsFile {
  public:
-  explicit SafetensorsFile(const std::filesystem::path& path);
+  explicit SafetensorsFile(std::unique_ptr<ModelFile> file);
 
-  const std::string& name() const { return file_.name(); }
+  const std::string& name() const { return file_->name(); }
   const std::map<std::string, TensorInfo>& tensors() const { return tensors_; }
   // Bytes [offset, offset + bytes) of a tensor of this file. Throws kCorruptModel where the file ends early, or kIo; the message
   // names the file, the tensor and the offset. Any number of threads may read.
   void read(const std::string& tensor, const TensorInfo& info, uint64_t offset, void* out, size_t bytes) const;
 
  private:
-  RegularFile file_;
+  std::unique_ptr<ModelFile> file_;
   uint64_t data_start_ = 0;
   std::map<std::string, TensorInfo> tensors_;
 };
@@ -45,10 +44,11 @@ class SafetensorsFile {
 // Parses a header (the JSON text) for a file whose data has data_bytes bytes. `file` is for messages.
 std::map<std::string, TensorInfo> parse_safetensors_header(const std::string& file, std::string_view json, uint64_t data_bytes);
 
-// A folder with model.safetensors, or model.safetensors.index.json and its shards.
+// model.safetensors, or model.safetensors.index.json and its shards. Of `files` nothing is kept but what it opened.
 class Checkpoint {
  public:
-  explicit Checkpoint(const std::filesystem::path& model_dir);
+  explicit Checkpoint(const ModelFiles& files);
+  explicit Checkpoint(const std::filesystem::path& model_dir) : Checkpoint(FolderFiles(model_dir)) {}
 
   struct Tensor {
     const SafetensorsFile* file = nullptr;
@@ -61,7 +61,7 @@ class Checkpoint {
   const std::string& name() const { return name_; }
 
  private:
-  void read_index(const std::filesystem::path& model_dir, const std::filesystem::path& index);
+  void read_index(const ModelFiles& files, const std::string& index);
 
   std::string name_;
   std::vector<std::unique_ptr<SafetensorsFile>> files_;

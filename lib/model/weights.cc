@@ -204,7 +204,7 @@ class StoredReader final : public MatrixReader {
 
 class CheckpointSource final : public WeightSource {
  public:
-  CheckpointSource(const std::filesystem::path& dir, const ModelConfig& model) : checkpoint_(dir), model_(model) {}
+  CheckpointSource(const ModelFiles& files, const ModelConfig& model) : checkpoint_(files), model_(model) {}
 
   const Checkpoint& checkpoint() const { return checkpoint_; }
   bool has(const std::string& name) const override { return checkpoint_.find(name) != nullptr; }
@@ -343,9 +343,9 @@ void report_unused(const Checkpoint& checkpoint, const std::unordered_set<std::s
 
 }  // namespace
 
-std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
+std::unique_ptr<WeightSource> open_checkpoint(const ModelFiles& files, const ModelConfig& model,
                                               const std::function<void(const std::string&)>& warning) {
-  auto source = std::make_unique<CheckpointSource>(model_dir, model);
+  auto source = std::make_unique<CheckpointSource>(files, model);
   report_unused(source->checkpoint(), check_tensors(*source, model), model, warning);
   return source;
 }

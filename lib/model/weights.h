@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <functional>
 #include <memory>
 #include <span>
@@ -40,8 +39,12 @@ class WeightSource {
 // Every tensor that the config calls for is looked up and its shape compared before this returns. A tensor that is not read but
 // would change the arithmetic (anything else in a layer, also one beyond num_hidden_layers: a bias, a shared expert, an expert too
 // many, sinks; a bias elsewhere) is refused by name; what remains is told to `warning` (may be null) in one line.
-std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
+std::unique_ptr<WeightSource> open_checkpoint(const ModelFiles& files, const ModelConfig& model,
                                               const std::function<void(const std::string&)>& warning);
+inline std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
+                                                     const std::function<void(const std::string&)>& warning) {
+  return open_checkpoint(FolderFiles(model_dir), model, warning);
+}
 // Seeded random weights: an element depends on (seed, name, index) only. Router rows are scaled so that experts are hit about
 // evenly.
 std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& model, uint64_t seed);

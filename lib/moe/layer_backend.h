@@ -5,6 +5,7 @@
 #pragma once
 
 #include "lib/comm/communicator.h"
+#include "lib/device/device.h"
 #include "lib/moe/layer_weights.h"
 
 namespace moebius {
@@ -44,6 +45,8 @@ struct RankContext {
   Communicator* comm = nullptr;
   RankBuffers* buffers = nullptr;
   MlpDims dims;
+  Device* device = nullptr;
+  int32_t* routes = nullptr;        // [layers, max_rows, top_k] of the host's, where rank 0 leaves every row's experts; else null
   const int32_t* tokens = nullptr;  // of a step that is filled up, whose rows of token −1 choose no experts; else null
 };
 

@@ -32,8 +32,9 @@ std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfi
     if (nccl) fail(Code::kInvalidArgument, "communicator nccl is of another device than the cpu");
     if (config.rank_processes) fail(Code::kInvalidArgument, "rank_processes is of another device than the cpu");
     if (!config.streams.empty() || !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "streams and nccl_comms are of another device than the cpu");
-    return std::make_unique<CpuDevice>(config.ranks, cpu_ops(config.isa));
+    return std::make_unique<CpuDevice>(config.ranks, cpu_ops(config.isa), config.allocator);
   }
+  if (config.allocator) fail(Code::kUnsupported, "an allocator is of the cpu's memory; device '{}' allocates its own", config.device);
   if (!nccl && !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "nccl_comms are of communicator nccl; it is '{}'", config.communicator);
   // [ranks] entries or none.
   const auto list = [&](const char* name, const auto& values) {

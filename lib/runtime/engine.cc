@@ -123,10 +123,7 @@ int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const
   return own + shape.threads * SamplerScratch::bytes(model.vocab_size) + div_up(logits_bytes(shape, model), config.ranks);
 }
 
-std::string folder_name(const std::filesystem::path& dir) {
-  const std::filesystem::path path = std::filesystem::absolute(dir).lexically_normal();
-  return (path.has_filename() ? path : path.parent_path()).filename().string();  // "a/b/" has an empty file name
-}
+int64_t ns_of(Clock::time_point t) { return std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count(); }
 
 std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages(); }
 
@@ -152,16 +149,16 @@ int64_t Readings::place(const WorkspaceShape& shape, int64_t vocab, int ranks, s
 
 // ---- construction
 
-Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& config)
-    : model_(read_config(model_dir)),
+Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
+    : model_(read_config(files)),
       config_(complete(config, model_)),
       threads_(threads_per_rank(config_, model_)),
       host_ops_(cpu_ops(config_.isa)),
       device_(open_device(config_, model_)),
       caller_(*device_),
-      world_(config_.ranks, threads_, config_.wait_deadline_ms),
+      world_(config_.ranks, threads_, config_.wait_deadline_ms, config_.thread_hook),
       shape_(workspace_shape(model_, config_, threads_, *device_)),
-      store_(model_dir, model_, config_, world_, *device_, workspace_bytes(*device_, shape_, model_, config_)),
+      store_(files, model_, config_, world_, *device_, workspace_bytes(*device_, shape_, model_, config_)),
       kv_(store_.arena().tp_pages(), ep_pages_of(store_.arena()), config_.page_tokens, config_.prefix_cache,
           config_.layout == Layout::kTp ? Phase::kTp : Phase::kEp),
       scheduler_(kv_, {config_.chunk_tokens, config_.max_batch, config_.max_queue, config_.prefix_cache}),
@@ -188,6 +185,7 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
     context.ops = &device_->ops();
     context.comm = comms_.back().get();
     context.buffers = &workspaces_[r]->buffers;
+    context.device = device_.get();
     context.dims = {shape_.hidden, static_cast<int32_t>(shape_.num_experts), model_.top_k, model_.norm_topk_prob};
     executors_.push_back(std::make_unique<RankExecutor>(store_.forward(r), store_.tables(r), context));
   }
@@ -196,13 +194,17 @@ Engine::Impl::Impl(const std::filesystem::path& model_dir, const EngineConfig& c
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
   policy_ = make_policy(config_.policy, policy_limits(config_));
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
-  metrics_info_ = {folder_name(model_dir), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
+  metrics_info_ = {files.label(), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
                    config_.engine_id};
   for (int h = 0; h < kv_.num_homes(); ++h) metrics_info_.ep_pages += kv_.ep_capacity(h);
   wished_seams_.reserve(kMaxWishes);
   seams_.reserve(kMaxWishes);
   stats_.num_layers = model_.shape.num_layers();
   publish_stats();
+  log(LogLevel::kInfo, "load",
+      fmt::format("{}: {} on {} ranks of {} ({} threads each) in {:.1f} s, layout {}, KV for {} tokens in tp", files.name(), model_.family,
+                  config_.ranks, device_->name(), threads_, metrics_info_.load_seconds, name_of(config_.layout),
+                  kv_.tp_capacity() * config_.page_tokens));
   caller_.restore();
 }
 
@@ -248,7 +250,7 @@ void Engine::Impl::refuse_if_failed() const {
 }
 
 // Under inbox_mutex_.
-void Engine::Impl::refuse_if_full(int n) {
+void Engine::Impl::refuse_if_full(int64_t n) {
   if (waiting_hint_ + n <= config_.max_queue) return;
   metrics_.on_rejection();
   fail(Code::kQueueFull, "{} requests are waiting, max_queue is {}", waiting_hint_, config_.max_queue);
@@ -258,39 +260,75 @@ void Engine::Impl::check(const RequestSpec& spec) const {
   check_request(spec);
   std::lock_guard lock(inbox_mutex_);
   refuse_if_failed();
+  refuse_if_draining();
 }
 
-uint64_t Engine::Impl::submit(const RequestSpec& spec) {
-  check_request(spec);
-  auto request = std::make_unique<Request>();
-  request->spec = spec;
-  request->submitted = Clock::now();
-  if (spec.deadline_ms > 0)
-    request->deadline = request->submitted + clamped_ms(spec.deadline_ms);
-  {
-    std::lock_guard lock(inbox_mutex_);
-    refuse_if_failed();
-    refuse_if_full(spec.sampling.n);
-    request->number = next_number_++;
+// Under inbox_mutex_.
+void Engine::Impl::refuse_if_draining() const {
+  if (draining_) fail(Code::kInvalidState, "the engine is draining and takes no requests until it is resumed");
+}
+
+void Engine::Impl::submit(std::span<const RequestSpec* const> specs, uint64_t* out_numbers) {
+  int64_t samples = 0;
+  for (const RequestSpec* spec : specs) {
+    check_request(*spec);
+    samples += spec->sampling.n;
   }
-  make_samples(*request);  // unlocked: up to 1,024 copies of the prompt
-  const uint64_t number = request->number;
+  const auto refuse = [&] {
+    refuse_if_failed();
+    refuse_if_draining();
+    refuse_if_full(samples);
+  };
+  uint64_t first = 0;
   {
     std::lock_guard lock(inbox_mutex_);
-    refuse_if_failed();
-    refuse_if_full(spec.sampling.n);
-    const auto it = requests_.emplace(number, std::move(request)).first;
+    refuse();
+    first = next_number_;
+    next_number_ += specs.size();
+  }
+  std::vector<std::unique_ptr<Request>> made;  // unlocked: up to 1,024 copies of each prompt
+  for (const RequestSpec* spec : specs) made.push_back(make_request(*spec, first + made.size()));
+  {
+    std::lock_guard lock(inbox_mutex_);
+    refuse();
+    const size_t inbox_size = inbox_.size() + made.size();
+    if (inbox_.capacity() < inbox_size) inbox_.reserve(2 * inbox_size);
+    size_t kept = 0;
     try {
-      inbox_.push_back(it->second.get());
+      for (; kept < made.size(); ++kept) requests_[first + kept] = std::move(made[kept]);
     } catch (...) {
-      requests_.erase(it);
+      for (size_t i = 0; i <= kept; ++i) requests_.erase(first + i);
       throw;
     }
-    waiting_hint_ += spec.sampling.n;
+    for (size_t i = 0; i < made.size(); ++i) inbox_.push_back(requests_[first + i].get());
+    waiting_hint_ += samples;
     metrics_.set_waiting(waiting_hint_);
   }
   inbox_filled_.notify_one();
-  return number;
+  for (size_t i = 0; i < specs.size(); ++i) out_numbers[i] = first + i;
+}
+
+std::unique_ptr<Request> Engine::Impl::make_request(const RequestSpec& spec, uint64_t number) const {
+  auto request = std::make_unique<Request>();
+  request->spec = spec;
+  request->number = number;
+  request->submitted = Clock::now();
+  if (spec.deadline_ms > 0) request->deadline = request->submitted + clamped_ms(spec.deadline_ms);
+  make_samples(*request);
+  return request;
+}
+
+bool Engine::Impl::drain(double timeout_ms) {
+  std::unique_lock lock(inbox_mutex_);
+  refuse_if_failed();
+  draining_ = true;
+  return emptied_.wait_for(lock, clamped_ms(timeout_ms), [&] { return published_.running == 0 && waiting_hint_ == 0; });
+}
+
+void Engine::Impl::resume() {
+  std::lock_guard lock(inbox_mutex_);
+  refuse_if_failed();
+  draining_ = false;
 }
 
 void Engine::Impl::make_samples(Request& request) const {
@@ -364,6 +402,8 @@ void Engine::Impl::count_moved(const Event& event) {
 
 void Engine::Impl::emit(Event&& event) {
   event.step = step_;
+  event.time_ns = ns_of(Clock::now());
+  if (config_.log) log_event(event);
   switch (event.type) {
     case EventType::kSwitchFinished:
       count_moved(event);
@@ -394,13 +434,31 @@ void Engine::Impl::emit(Event&& event) {
   events_.push(std::move(event));
 }
 
-void Engine::Impl::emit_request(EventType type, const Sequence& sequence) {
+void Engine::Impl::log(LogLevel level, const char* category, const std::string& message) const {
+  if (config_.log) config_.log(level, category, message);
+}
+
+void Engine::Impl::log_event(const Event& e) const {
+  const auto moved = [&] { return fmt::format("{} to {}, seam {}, {} bytes in {:.3f} s", name_of(e.from), name_of(e.to), e.seam, e.bytes, e.seconds); };
+  switch (e.type) {
+    case EventType::kSwitchFinished: return log(LogLevel::kInfo, "switch", "finished: " + moved());
+    case EventType::kSwitchRefused: return log(LogLevel::kWarning, "switch", fmt::format("refused to {}: {}", name_of(e.to), e.reason.view()));
+    case EventType::kRolledBack: return log(LogLevel::kWarning, "switch", fmt::format("rolled back: {}: {}", moved(), e.reason.view()));
+    case EventType::kDecision: return log(LogLevel::kInfo, "policy", e.reason.str());
+    default: return;
+  }
+}
+
+Event Engine::Impl::request_event(EventType type, const Sequence& sequence) const {
   Event event;
   event.type = type;
   event.request = sequence.request->number;
+  event.user_data = sequence.request->spec.user_data;
   event.sample = sequence.sample;
-  emit(std::move(event));
+  return event;
 }
+
+void Engine::Impl::emit_request(EventType type, const Sequence& sequence) { emit(request_event(type, sequence)); }
 
 // ---- a step
 
@@ -557,11 +615,8 @@ void Engine::Impl::run_plan(StepResult& result) {
   for (const ScheduledChunk& chunk : plan_.chunks) {
     Sequence& s = *chunk.sequence;
     if (s.first_scheduled == Clock::time_point{}) s.first_scheduled = begin;
-    if (s.request->spec.keep_logits) {
-      const int64_t positions = s.computed + chunk.num_rows - s.logits_taken;
-      s.logits.resize(static_cast<size_t>(std::max<int64_t>(positions, s.logits_kept - s.logits_taken) * model_.vocab_size));
-    }
   }
+  make_records();
   if (device_->ops().choose_tokens != nullptr) list_choices();
   prepare_ranks();
   shape_now_ = &choose_shape();
@@ -577,6 +632,21 @@ void Engine::Impl::run_plan(StepResult& result) {
   measure_expert_load();
   accept_tokens();
   metrics_.on_step(plan_.num_rows());
+}
+
+// Room for what requests keep of this step's positions. Choices of experts are read layer by layer, which no captured step does.
+void Engine::Impl::make_records() {
+  bool routes = false;
+  for (const ScheduledChunk& chunk : plan_.chunks) {
+    Sequence& s = *chunk.sequence;
+    const RequestSpec& spec = s.request->spec;
+    if (spec.keep_logits) s.logits.make_room(s.computed + chunk.num_rows, model_.vocab_size);
+    if (spec.keep_routes) s.routes.make_room(s.computed + chunk.num_rows, route_width());
+    routes |= spec.keep_routes;
+  }
+  if (routes && routes_.data() == nullptr)
+    routes_ = PinnedBuffer(*device_, route_width() * shape_.max_rows * static_cast<int64_t>(sizeof(int32_t)));
+  executors_[0]->context().routes = routes ? reinterpret_cast<int32_t*>(routes_.data()) : nullptr;
 }
 
 void Engine::Impl::count_prompt_tokens() {
@@ -755,6 +825,7 @@ const StepShape& Engine::Impl::choose_shape() {
   const StepShape& own = plan_.shape;
   const int layers = model_.shape.num_layers();
   if (own.num_chunks != own.num_rows || (own.seam > 0 && own.seam < layers)) return own;  // a prompt's rows, or a seam inside
+  if (executors_[0]->context().routes != nullptr) return own;
   const bool is_tp = own.seam == layers;
   int64_t most = is_tp ? own.num_rows : 0;
   for (const Range& home : own.homes) most = std::max(most, home.size());
@@ -798,9 +869,8 @@ void Engine::Impl::read_counts(int rank) {
 
 void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int32_t chosen, int lane) {
   Sequence& s = *plan_.chunks[row.chunk].sequence;
-  if (s.request->spec.keep_logits && row.position >= s.logits_kept)
-    std::memcpy(s.logits.data() + (row.position - s.logits_taken) * model_.vocab_size, logits,
-                static_cast<size_t>(model_.vocab_size) * sizeof(float));
+  if (s.request->spec.keep_logits && s.logits.wants(row.position))
+    std::memcpy(s.logits.at(row.position, model_.vocab_size), logits, static_cast<size_t>(model_.vocab_size) * sizeof(float));
   if (row.on_device) {
     SampleResult& result = sampled_[row.chunk] = {};
     result.failed = chosen < 0;
@@ -814,9 +884,25 @@ void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int32_t 
 void Engine::Impl::accept_tokens() {
   for (size_t i = 0; i < plan_.chunks.size(); ++i) {
     Sequence& s = *plan_.chunks[i].sequence;
-    if (s.request->spec.keep_logits) s.logits_kept = std::max(s.logits_kept, s.computed);
+    if (s.request->spec.keep_logits) s.logits.kept = std::max(s.logits.kept, s.computed);
+    if (s.request->spec.keep_routes) keep_routes(plan_.chunks[i]);
     if (plan_.chunks[i].samples) accept(s, sampled_[i]);
   }
+}
+
+void Engine::Impl::keep_routes(const ScheduledChunk& chunk) {
+  Sequence& s = *chunk.sequence;
+  const auto* const routes = reinterpret_cast<const int32_t*>(routes_.data());
+  const int64_t first = s.computed - chunk.num_rows, top_k = shape_.top_k;
+  for (int64_t p = std::max(first, s.routes.kept); p < s.computed; ++p) {
+    int16_t* out = s.routes.at(p, route_width());
+    for (int l = 0; l < model_.shape.num_layers(); ++l, out += top_k) {
+      const bool dense = model_.shape.mlps[static_cast<size_t>(l)].num_experts == 0;
+      const int32_t* const chosen = routes + (l * shape_.max_rows + chunk.row_begin + p - first) * top_k;
+      for (int64_t k = 0; k < top_k; ++k) out[k] = dense ? int16_t{-1} : static_cast<int16_t>(chosen[k]);
+    }
+  }
+  s.routes.kept = std::max(s.routes.kept, s.computed);
 }
 
 void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
@@ -839,10 +925,7 @@ void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
   s.last_token = now;
   s.tokens.push_back(result.token);
   ++stats_.generation_tokens;
-  Event event;
-  event.type = EventType::kToken;
-  event.request = request.number;
-  event.sample = s.sample;
+  Event event = request_event(EventType::kToken, s);
   event.token = result.token;
   event.logprob = result.logprob;
   event.num_top = result.num_top;
@@ -863,19 +946,22 @@ void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
 
 void Engine::Impl::finish(Sequence& s, FinishReason reason, std::string_view why) {
   scheduler_.remove(s);
-  Event event;
-  event.type = EventType::kFinished;
-  event.request = s.request->number;
-  event.sample = s.sample;
-  event.finish_reason = reason;
-  event.reason = why;
-  emit(std::move(event));
+  emit(end_event(s, reason, why));
   record_end(s, reason);
   std::lock_guard lock(inbox_mutex_);
   if (--s.request->unfinished > 0) return;
   int64_t most = 0;
   for (const Sequence& sample : s.request->samples) most = std::max(most, sample.generated());
   metrics_.on_samples_finished(s.request->spec.sampling.n, most);
+}
+
+Event Engine::Impl::end_event(const Sequence& s, FinishReason reason, std::string_view why) const {
+  Event event = request_event(EventType::kFinished, s);
+  event.finish_reason = reason;
+  event.usage = {static_cast<int32_t>(s.prompt_tokens()), s.cached_tokens,    static_cast<int32_t>(s.generated()), s.preemptions,
+                 ns_of(s.request->submitted),             ns_of(s.first_scheduled), ns_of(s.first_token)};
+  event.reason = why;
+  return event;
 }
 
 void Engine::Impl::record_end(const Sequence& s, FinishReason reason) {
@@ -887,10 +973,10 @@ void Engine::Impl::record_end(const Sequence& s, FinishReason reason) {
   metrics_.on_request_finished(times, s.prompt_tokens(), s.generated(), s.request->spec.sampling.max_tokens, reason);
 }
 
-// Kept logits outlive the request until they are taken.
+// What is kept outlives the request until it is taken.
 void Engine::Impl::forget_if_done(Request& request) {
   std::lock_guard lock(inbox_mutex_);
-  if (request.unfinished == 0 && !request.spec.keep_logits) requests_.erase(request.number);
+  if (request.unfinished == 0 && !keeps_positions(request.spec)) requests_.erase(request.number);
 }
 
 void Engine::Impl::fail_everything(std::string_view why) {
@@ -903,14 +989,7 @@ void Engine::Impl::fail_everything(std::string_view why) {
       s.state = SequenceState::kFinished;
       --request->unfinished;
       record_end(s, FinishReason::kError);
-      Event event;
-      event.type = EventType::kFinished;
-      event.request = number;
-      event.sample = s.sample;
-      event.finish_reason = FinishReason::kError;
-      event.reason = why;
-      event.step = step_;
-      events_.push(std::move(event));
+      emit(end_event(s, FinishReason::kError, why));
     }
   inbox_.clear();
   // Switches have their outcome too: the one under way, those taken up and not begun, those not taken up.
@@ -923,6 +1002,8 @@ void Engine::Impl::fail_everything(std::string_view why) {
   stats_.switching = false;
   metrics_.set_gauges(stats_);
   published_ = stats_;
+  emptied_.notify_all();
+  log(LogLevel::kError, "engine", fmt::format("failed: {}", why));
 }
 
 // ---- reports
@@ -941,6 +1022,7 @@ void Engine::Impl::publish_stats() {
   stats_.kv_usage = kv_.usage();
   metrics_.set_gauges(stats_);
   published_ = stats_;
+  if (draining_ && stats_.running + stats_.waiting == 0) emptied_.notify_all();
 }
 
 EngineStats Engine::Impl::stats() const {
@@ -1000,33 +1082,45 @@ SwitchEstimate Engine::Impl::estimate_switch(Layout to) {
   return e;
 }
 
-Sequence& Engine::Impl::sequence_with_logits(uint64_t number, int32_t sample) {
+Sequence& Engine::Impl::sequence_that_keeps(uint64_t number, int32_t sample, const char* key, bool RequestSpec::*wanted) {
   const auto it = requests_.find(number);
-  if (it == requests_.end()) fail(Code::kNotFound, "request {} is not known, or its logits have been taken", number);
+  if (it == requests_.end()) fail(Code::kNotFound, "request {} is not known, or what it kept has been taken", number);
   Request& request = *it->second;
-  if (!request.spec.keep_logits) fail(Code::kInvalidState, "request {} was submitted without keep_logits", number);
+  if (!(request.spec.*wanted)) fail(Code::kInvalidState, "request {} was submitted without {}", number, key);
   if (sample < 0 || sample >= static_cast<int32_t>(request.samples.size()))
     fail(Code::kInvalidArgument, "sample {} of request {}: it has {}", sample, number, request.samples.size());
   return request.samples[static_cast<size_t>(sample)];
 }
 
 // One locked call: a step between asking and taking would add rows that the caller made no room for.
-size_t Engine::Impl::take_logits(uint64_t number, int32_t sample, std::span<float> out) {
+template <class T>
+size_t Engine::Impl::take(uint64_t number, int32_t sample, Record<T> Sequence::*record, const char* key, bool RequestSpec::*wanted,
+                          int64_t width, std::span<T> out) {
   std::lock_guard step_lock(step_mutex_);
   std::lock_guard lock(inbox_mutex_);
-  Sequence& s = sequence_with_logits(number, sample);
-  const size_t count = static_cast<size_t>((s.logits_kept - s.logits_taken) * model_.vocab_size);
+  Sequence& s = sequence_that_keeps(number, sample, key, wanted);
+  Record<T>& r = s.*record;
+  const size_t count = static_cast<size_t>((r.kept - r.taken) * width);
   if (out.data() == nullptr || out.size() < count) return count;
-  std::copy_n(s.logits.begin(), count, out.begin());
+  std::copy_n(r.values.begin(), count, out.begin());
   if (world_.dead()) return count;  // a stuck thread may still write the rows after them: they stay, and can be taken again
-  s.logits = {};
-  s.logits_taken = s.logits_kept;
-  s.logits_collected = s.state == SequenceState::kFinished;
+  r.values = {};
+  r.taken = r.kept;
+  r.collected = s.state == SequenceState::kFinished;
   const Request& request = *s.request;
-  if (request.unfinished == 0 &&
-      std::all_of(request.samples.begin(), request.samples.end(), [](const Sequence& x) { return x.logits_collected; }))
-    requests_.erase(number);
+  const auto collected = [&](const Sequence& x) {
+    return (!request.spec.keep_logits || x.logits.collected) && (!request.spec.keep_routes || x.routes.collected);
+  };
+  if (request.unfinished == 0 && std::all_of(request.samples.begin(), request.samples.end(), collected)) requests_.erase(number);
   return count;
+}
+
+size_t Engine::Impl::take_logits(uint64_t number, int32_t sample, std::span<float> out) {
+  return take(number, sample, &Sequence::logits, "keep_logits", &RequestSpec::keep_logits, model_.vocab_size, out);
+}
+
+size_t Engine::Impl::take_routes(uint64_t number, int32_t sample, std::span<int16_t> out) {
+  return take(number, sample, &Sequence::routes, "routed_experts", &RequestSpec::keep_routes, route_width(), out);
 }
 
 // ---- the engine's own thread
@@ -1055,12 +1149,14 @@ void Engine::Impl::start() {
   if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread runs already");
   own_thread_stops_ = false;
   own_thread_ = std::thread([this] {
+    if (config_.thread_hook) config_.thread_hook(-1, -1, true);
     try {
       while (!own_thread_stops_)
         if (has_work() || (wait_for_call() && policy_->watches())) step();
     } catch (...) {
       // every request has its final event, and submit says why
     }
+    if (config_.thread_hook) config_.thread_hook(-1, -1, false);
   });
 }
 
@@ -1073,10 +1169,10 @@ void Engine::Impl::stop() {
 
 // ---- the public face
 
-Engine::Engine(const std::filesystem::path& model_dir, const EngineConfig& config)
+Engine::Engine(const ModelFiles& files, const EngineConfig& config)
     : impl_([&] {
         const FloatingPointMode mode;  // tables and weights are made in it too
-        return std::make_shared<Impl>(model_dir, config);
+        return std::make_shared<Impl>(files, config);
       }()) {}
 
 Engine::~Engine() {
@@ -1084,7 +1180,15 @@ Engine::~Engine() {
   if (impl_->world().dead()) impl_->world().keep_alive(impl_);
 }
 
-uint64_t Engine::submit(const RequestSpec& spec) { return impl_->submit(spec); }
+uint64_t Engine::submit(const RequestSpec& spec) {
+  const RequestSpec* const specs[] = {&spec};
+  uint64_t number = 0;
+  impl_->submit(specs, &number);
+  return number;
+}
+void Engine::submit(std::span<const RequestSpec* const> specs, uint64_t* out_numbers) { impl_->submit(specs, out_numbers); }
+bool Engine::drain(double timeout_ms) { return impl_->drain(timeout_ms); }
+void Engine::resume() { impl_->resume(); }
 void Engine::check(const RequestSpec& spec) const { impl_->check(spec); }
 bool Engine::cancel(uint64_t request) { return impl_->cancel(request); }
 StepResult Engine::step() { return impl_->step(); }
@@ -1102,6 +1206,7 @@ std::string Engine::metrics_text() const { return impl_->metrics_text(); }
 ModelInfo Engine::model() const { return impl_->model(); }
 MemoryReport Engine::memory() const { return impl_->memory(); }
 size_t Engine::take_logits(uint64_t request, int32_t sample, std::span<float> out) { return impl_->take_logits(request, sample, out); }
+size_t Engine::take_routes(uint64_t request, int32_t sample, std::span<int16_t> out) { return impl_->take_routes(request, sample, out); }
 std::vector<float> Engine::take_logits(uint64_t request, int32_t sample) {
   std::vector<float> out;
   for (size_t count = impl_->take_logits(request, sample, {});;) {

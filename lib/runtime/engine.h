@@ -14,12 +14,16 @@
 #include <string>
 #include <vector>
 
+#include "lib/device/host_memory.h"
 #include "lib/layout/types.h"
+#include "lib/model/files.h"
 #include "lib/runtime/event.h"
 #include "lib/runtime/policy.h"
 #include "lib/runtime/sampling_params.h"
 
 namespace moebius {
+
+enum class LogLevel : int32_t { kError = 0, kWarning = 1, kInfo = 2 };
 
 struct EngineConfig {
   int ranks = 1;
@@ -53,7 +57,12 @@ struct EngineConfig {
   bool dummy_weights = false;      // seeded random weights, config.json only (benchmarks)
   // bytes done, bytes in all; false cancels the load.
   std::function<bool(int64_t, int64_t)> progress;
-  std::function<void(const std::string&)> warning;
+  // What happens, in a line: on the thread that it happens on, some of it inside a step; may not call the engine. The category is load,
+  // switch, policy or engine.
+  std::function<void(LogLevel, const char* category, const std::string& message)> log;
+  // Every thread of the library's calls it first (starting) and last: the ranks', and the engine's own as rank and thread −1.
+  std::function<void(int rank, int thread, bool starting)> thread_hook;
+  HostAllocator allocator;         // of the large memory of ranks on the cpu; empty: mappings of huge pages
 
   bool fast() const { return mode == "fast"; }  // of a config that the engine has completed
 };
@@ -65,6 +74,8 @@ struct RequestSpec {
   int32_t priority = 0;             // lower runs first, then arrival
   double deadline_ms = 0;           // 0: none; from submit, then finished as abort
   bool keep_logits = false;         // every position's logits, to be fetched with take_logits
+  bool keep_routes = false;         // every position's choice of experts, to be fetched with take_routes
+  uint64_t user_data = 0;           // comes back in every event of the request
 };
 
 struct ModelInfo {
@@ -115,16 +126,23 @@ struct SwitchEstimate {
 
 class Engine {
  public:
-  Engine(const std::filesystem::path& model_dir, const EngineConfig& config);
+  // Nothing of `files` is used once the engine is made.
+  Engine(const ModelFiles& files, const EngineConfig& config);
+  Engine(const std::filesystem::path& model_dir, const EngineConfig& config) : Engine(FolderFiles(model_dir), config) {}
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
   // Throws Error: kInvalidArgument (empty prompt, id outside the vocabulary, sampling), kContextTooLong, kDoesNotFit, kQueueFull.
   uint64_t submit(const RequestSpec& spec);
+  // All of them or none.
+  void submit(std::span<const RequestSpec* const> specs, uint64_t* out_numbers);
   // The same checks but for the queue's, without queueing.
   void check(const RequestSpec& spec) const;
   bool cancel(uint64_t request);  // false: unknown or already finished
+  // From now on submit is refused (kInvalidState). Waits at most timeout_ms until no request runs or waits; false: some still do.
+  bool drain(double timeout_ms);
+  void resume();                  // submit is taken again
 
   StepResult step();
   void start();  // the engine's own thread steps whenever there is work, and now and then while a policy watches
@@ -150,6 +168,9 @@ class Engine {
   // all of them are moved into `out` when they fit, none when they do not or when out.data() is null.
   size_t take_logits(uint64_t request, int32_t sample, std::span<float> out);
   std::vector<float> take_logits(uint64_t request, int32_t sample = 0);
+  // The same for the experts that the router chose: [positions, num_layers, top_k] of a keep_routes request, −1 in a dense layer. A
+  // row whose numbers are NaN may have chosen none.
+  size_t take_routes(uint64_t request, int32_t sample, std::span<int16_t> out);
 
   class Impl;
   Impl& impl() { return *impl_; }   // for tests and benchmarks: lib/runtime/engine_impl.h

@@ -45,13 +45,15 @@ class Readings {
 
 class Engine::Impl {
  public:
-  Impl(const std::filesystem::path& model_dir, const EngineConfig& config);
+  Impl(const ModelFiles& files, const EngineConfig& config);
   ~Impl();
 
-  uint64_t submit(const RequestSpec& spec);
+  void submit(std::span<const RequestSpec* const> specs, uint64_t* out_numbers);
   void check(const RequestSpec& spec) const;  // what submit checks, but for the queue
   void check_request(const RequestSpec& spec) const;
   bool cancel(uint64_t request);
+  bool drain(double timeout_ms);
+  void resume();
   StepResult step();
   void start();
   void stop();
@@ -66,6 +68,7 @@ class Engine::Impl {
   ModelInfo model() const;
   MemoryReport memory() const;
   size_t take_logits(uint64_t request, int32_t sample, std::span<float> out);
+  size_t take_routes(uint64_t request, int32_t sample, std::span<int16_t> out);
 
   // For tests and benchmarks, between steps only.
   World& world() { return world_; }
@@ -83,7 +86,9 @@ class Engine::Impl {
  private:
   void compare_ranks();
   void refuse_if_failed() const;
-  void refuse_if_full(int n);
+  void refuse_if_draining() const;
+  void refuse_if_full(int64_t n);
+  std::unique_ptr<Request> make_request(const RequestSpec& spec, uint64_t number) const;
   void make_samples(Request& request) const;
   void take_inbox();
   void take_wishes();
@@ -107,12 +112,22 @@ class Engine::Impl {
   void accept_tokens();
   void accept(Sequence& sequence, const SampleResult& result);
   void finish(Sequence& sequence, FinishReason reason, std::string_view why = {});
+  Event end_event(const Sequence& sequence, FinishReason reason, std::string_view why) const;
   void record_end(const Sequence& sequence, FinishReason reason);
   void forget_if_done(Request& request);
-  Sequence& sequence_with_logits(uint64_t request, int32_t sample);
+  template <class T>
+  size_t take(uint64_t number, int32_t sample, Record<T> Sequence::*record, const char* key, bool RequestSpec::*wanted, int64_t width,
+              std::span<T> out);
+  Sequence& sequence_that_keeps(uint64_t request, int32_t sample, const char* key, bool RequestSpec::*wanted);
+  void make_records();
+  void keep_routes(const ScheduledChunk& chunk);
+  int64_t route_width() const { return model_.shape.num_layers() * int64_t{shape_.top_k}; }
   void fail_everything(std::string_view why);
   void count_moved(const Event& event);
   void emit(Event&& event);
+  void log_event(const Event& event) const;
+  void log(LogLevel level, const char* category, const std::string& message) const;
+  Event request_event(EventType type, const Sequence& sequence) const;
   void emit_request(EventType type, const Sequence& sequence);
   void report_seam(int32_t target);
   void refuse_seam(int32_t target, std::string_view why);
@@ -152,6 +167,7 @@ class Engine::Impl {
   std::vector<std::unique_ptr<Communicator>> comms_;
   std::vector<std::unique_ptr<RankExecutor>> executors_;
   Readings readings_;
+  PinnedBuffer routes_;                                 // [layers, max_rows, top_k] int32, of a step; made when a request wants them
   std::vector<SamplerScratch> sampler_scratch_;         // [ranks · threads]
   std::vector<SampleResult> sampled_;                   // [chunks]
 
@@ -171,6 +187,8 @@ class Engine::Impl {
   std::mutex step_mutex_;
   mutable std::mutex inbox_mutex_;
   std::condition_variable inbox_filled_;
+  std::condition_variable emptied_;      // nothing runs or waits
+  bool draining_ = false;
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   std::vector<Request*> inbox_;
   std::vector<uint64_t> cancels_;

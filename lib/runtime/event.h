@@ -35,10 +35,19 @@ struct TokenLogprob {
 // numbers; as much as moebius_event's reason.
 using Reason = FixedText<511>;
 
+// What a sample took, and when (CLOCK_MONOTONIC, ns; 0: never).
+struct RequestUsage {
+  int32_t prompt_tokens = 0, cached_tokens = 0;  // cached: of the prompt, found in the prefix cache when first scheduled
+  int32_t generated_tokens = 0, preemptions = 0;
+  int64_t queued_ns = 0, scheduled_ns = 0, first_token_ns = 0;
+};
+
 struct Event {
   EventType type = EventType::kToken;
   uint64_t step = 0;            // the step before or in which it happened
   uint64_t request = 0;         // engine's number of the request, 0 where none
+  uint64_t user_data = 0;       // the request's
+  int64_t time_ns = 0;          // when it was emitted, CLOCK_MONOTONIC
   int32_t sample = 0;           // of its n
   int32_t token = -1;           // kToken
   float logprob = 0;            // kToken with logprobs
@@ -50,6 +59,7 @@ struct Event {
   int64_t bytes = 0;            // written by the switch (weights and KV, all ranks)
   int64_t bytes_changed = 0;    // of these, to a new owner
   double seconds = 0;
+  RequestUsage usage;           // kFinished
   Reason reason;                // rare events have one
 };
 

@@ -44,11 +44,14 @@ SliceCounts bounded_slice_counts(const ModelShape& shape, int slices_per_expert)
   return counts;
 }
 
-std::unique_ptr<WeightSource> open_weights(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config) {
-  if (config.warning && !model.unknown_keys.empty())
-    config.warning(fmt::format("{}: {} keys are not known and were ignored: {}", (model_dir / "config.json").string(), model.unknown_keys.size(),
-                               fmt::join(model.unknown_keys, ", ")));
-  return config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(model_dir, model, config.warning);
+std::unique_ptr<WeightSource> open_weights(const ModelFiles& files, const ModelConfig& model, const EngineConfig& config) {
+  const auto warn = [&](const std::string& text) {
+    if (config.log) config.log(LogLevel::kWarning, "load", text);
+  };
+  if (!model.unknown_keys.empty())
+    warn(fmt::format("{}: {} keys are not known and were ignored: {}", files.name_of("config.json"), model.unknown_keys.size(),
+                     fmt::join(model.unknown_keys, ", ")));
+  return config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(files, model, warn);
 }
 
 int64_t rope_bytes(const ModelConfig& model, int64_t positions) {
@@ -95,9 +98,9 @@ class Lists {
 
 }  // namespace
 
-ModelStore::ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
+ModelStore::ModelStore(const ModelFiles& files, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
                        int64_t workspace_bytes)
-    : ModelStore(*open_weights(model_dir, model, config), model, config, world, device, workspace_bytes) {}
+    : ModelStore(*open_weights(files, model, config), model, config, world, device, workspace_bytes) {}
 
 ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
                        int64_t workspace_bytes)

@@ -1,7 +1,6 @@
 // A model laid out for a world: its arenas, what is replicated, and every rank's tables for both layouts.
 #pragma once
 
-#include <filesystem>
 #include <memory>
 #include <vector>
 
@@ -22,7 +21,7 @@ class ModelStore {
   // Compares the checkpoint with config.json before any table is built from its numbers, plans the arenas within
   // config.memory_bytes, reserves them and loads each rank's slices of the start layout. workspace_bytes: what a rank needs
   // beside its arena. model, world and device outlive it.
-  ModelStore(const std::filesystem::path& model_dir, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
+  ModelStore(const ModelFiles& files, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
              int64_t workspace_bytes);
   // The same from weights that have been compared already.
   ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,

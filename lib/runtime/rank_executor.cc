@@ -141,11 +141,19 @@ void RankExecutor::forward(const StepShape& shape, const StepView& view, const L
     add_norm(rows, {attention, layer.attention_scale}, layer.post_attention_norm, !layer.dense(), lane);
     context_.comm->rank_barrier();
     pending = {backend.run_mlp(context_, layer, rows, shape.homes.data(), num_rows, lane), layer.mlp_scale};
+    if (context_.routes != nullptr && lane.thread == 0 && !layer.dense()) keep_routes(l, num_rows);
   }
   add_norm(rows, pending, model_.final_norm, false, lane);
   // The LM head is divided by vocabulary, so every rank needs every row.
   if (shape.seam < model_.num_layers) context_.comm->gather_rows(shape.homes.data(), lane);
   else context_.comm->rank_barrier();
+}
+
+// In either layout a rank has every row's choices when it has run the MLP, until the next layer's router.
+void RankExecutor::keep_routes(int32_t layer, int64_t num_rows) {
+  const RankBuffers& b = *context_.buffers;
+  const int64_t row = context_.dims.top_k * static_cast<int64_t>(sizeof(int32_t));
+  context_.device->read(context_.comm->rank(), context_.routes + layer * b.max_rows * context_.dims.top_k, row, b.expert_ids, row, row, num_rows);
 }
 
 Range RankExecutor::columns() const {

@@ -42,6 +42,7 @@ class RankExecutor {
     float scale = 1;
   };
   void add_norm(Range rows, const Sums& sums, const float* weight, bool keep_float, const Lane& lane);
+  void keep_routes(int32_t layer, int64_t num_rows);
   void attend(const StepShape& shape, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane);
 
   const ForwardModel& model_;

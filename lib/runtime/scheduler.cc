@@ -141,7 +141,7 @@ int Scheduler::place_for(const Sequence& sequence) {
 
 // Full blocks that a sequence may take from others; at least one token is left to compute.
 int64_t Scheduler::shareable_blocks(const Sequence& sequence) const {
-  if (!limits_.prefix_cache || sequence.request->spec.keep_logits) return 0;
+  if (!limits_.prefix_cache || keeps_positions(sequence.request->spec)) return 0;
   return (static_cast<int64_t>(sequence.tokens.size()) - 1) / kv_.page_tokens();
 }
 
@@ -198,7 +198,9 @@ int64_t Scheduler::take_prefix(Sequence& sequence) {
 // Waiting → running.
 void Scheduler::admit(Sequence& sequence, int place) {
   sequence.home = kv_.phase() == Phase::kTp ? -1 : place;
-  prefix_hits += static_cast<uint64_t>(take_prefix(sequence));
+  const int64_t hits = take_prefix(sequence);
+  if (sequence.preemptions == 0) sequence.cached_tokens = static_cast<int32_t>(hits);
+  prefix_hits += static_cast<uint64_t>(hits);
   prefix_queries += static_cast<uint64_t>(sequence.tokens.size());
   leave_waiting(sequence);
   sequence.state = SequenceState::kRunning;
@@ -276,7 +278,7 @@ void Scheduler::order_by_home(StepPlan& out) {
       for (int32_t i = 0; i < p.num_rows; ++i) {
         out.tokens.push_back(s.tokens[first + i]);
         const bool last = samples && i + 1 == p.num_rows;
-        if (last || (s.request->spec.keep_logits && first + i >= s.logits_kept))
+        if (last || (s.request->spec.keep_logits && s.logits.wants(first + i)))
           out.logit_rows.push_back({row + i, static_cast<int32_t>(out.chunks.size()), first + i, last});
       }
       (s.computed + p.num_rows > s.prompt_tokens() && p.num_rows == 1 ? out.decode_rows : out.prefill_rows) += p.num_rows;

@@ -1,6 +1,7 @@
 // A request as the engine keeps it, and its sequences: one for each of its n samples.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -19,6 +20,21 @@ enum class SequenceState : uint8_t { kWaiting, kRunning, kFinished };
 
 struct Request;
 
+// What is kept of every position, once each, until it is taken: `width` values a position.
+template <class T>
+struct Record {
+  std::vector<T> values;   // positions [taken, kept)
+  int64_t kept = 0;        // positions recorded so far
+  int64_t taken = 0;       // of these, handed out
+  bool collected = false;  // all of them, the sequence being finished
+
+  void make_room(int64_t positions, int64_t width) {  // up to that position
+    values.resize(static_cast<size_t>((std::max(positions, kept) - taken) * width));
+  }
+  bool wants(int64_t position) const { return position >= kept; }
+  T* at(int64_t position, int64_t width) { return values.data() + (position - taken) * width; }
+};
+
 // Invariants: 0 ≤ computed < tokens.size() between steps; the KV of tokens [0, computed) is written and committed;
 // blocks cover at least [0, computed); the last sampled token has no KV yet.
 struct Sequence {
@@ -35,12 +51,10 @@ struct Sequence {
   uint64_t root = 0;                   // KvManager::root_of its first block
   int32_t chained_blocks = 0;          // full blocks that `chain` covers
   SamplerState sampler;
-  std::vector<float> logits;           // keep_logits: positions [logits_taken, logits_kept) × vocab
-  int64_t logits_kept = 0;             // positions recorded so far, each once
-  int64_t logits_taken = 0;            // of these, handed out
-  bool logits_collected = false;       // all of them, the sequence being finished
+  Record<float> logits;                // keep_logits: [positions, vocab]
+  Record<int16_t> routes;              // keep_routes: [positions, layers, top_k]
   Clock::time_point first_scheduled{}, first_token{}, last_token{};
-  int32_t preemptions = 0;
+  int32_t preemptions = 0, cached_tokens = 0;
   int64_t prompt_counted = 0;          // prompt tokens that metrics have seen: recomputed ones do not count again
 
   int64_t prompt_tokens() const;
@@ -56,6 +70,9 @@ struct Request {
   int32_t unfinished = 0;
   bool arrived = false;                       // taken over from the inbox by a step
 };
+
+// Of positions that were computed before nothing is recorded: no part of such a request comes from the prefix cache.
+inline bool keeps_positions(const RequestSpec& spec) { return spec.keep_logits || spec.keep_routes; }
 
 inline int64_t Sequence::prompt_tokens() const { return static_cast<int64_t>(request->spec.prompt_ids.size()); }
 

@@ -1,12 +1,18 @@
 // The C ABI: NULL everywhere, wrong sizes, ownership, and a run of everything together.
 #include <poll.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
+#include <iterator>
 #include <map>
+#include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -63,7 +69,9 @@ TEST_CASE("every function takes NULL for any pointer and says so") {
       moebius_config_set_str(config, "layout", "tp", nullptr),
       moebius_config_set_str(config, "layout", nullptr, nullptr),
       moebius_config_set_progress(config, nullptr, nullptr, nullptr),
-      moebius_config_set_warning(config, nullptr, nullptr, nullptr),
+      moebius_config_set_log(config, nullptr, nullptr, nullptr),
+      moebius_config_set_thread_hook(config, nullptr, nullptr, nullptr),
+      moebius_config_set_allocator(config, nullptr, nullptr, nullptr, nullptr),
       moebius_engine_create(nullptr, nullptr, &engine, nullptr),
       moebius_engine_create("x", nullptr, nullptr, nullptr),
       moebius_engine_model(engine, nullptr, nullptr),
@@ -111,9 +119,10 @@ TEST_CASE("every function takes NULL for any pointer and says so") {
 TEST_CASE("config keys are enumerated; an unknown one names the nearest, a wrong type its own") {
   moebius_cpp::Config c;
   size_t n = 0;
-  const char *name = nullptr, *type = nullptr, *fallback = nullptr, *doc = nullptr;
-  for (; moebius_config_key(n, &name, &type, &fallback, &doc, nullptr) == MOEBIUS_OK; ++n) {
+  const char *name = nullptr, *type = nullptr, *fallback = nullptr, *doc = nullptr, *stability = nullptr;
+  for (; moebius_config_key(n, &name, &type, &fallback, &doc, &stability, nullptr) == MOEBIUS_OK; ++n) {
     CHECK(std::strlen(doc) > 0);
+    CHECK((std::string(stability) == "stable" || std::string(stability) == "experimental"));
     moebius_status status = MOEBIUS_E_INTERNAL;  // every key takes a value of its type
     if (std::string(type) == "i64") status = moebius_config_set_i64(c.get(), name, 1, nullptr);
     if (std::string(type) == "f64") status = moebius_config_set_f64(c.get(), name, 1, nullptr);
@@ -625,6 +634,232 @@ TEST_CASE("a descriptor is readable while events wait: a host sleeps until then"
   CHECK_FALSE(readable(0));
 }
 
+TEST_CASE("a model's files may lie in memory, or behind the host's reader, and give the same tokens") {
+  const auto file = [](const char* name) {
+    std::ifstream in(kModel + "/" + name, std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(in), {});
+  };
+  static const std::map<std::string, std::string> files = {
+      {"config.json", file("config.json")}, {"model.safetensors", file("model.safetensors")}, {"tokenizer.json", file("tokenizer.json")}};
+  moebius_cpp::Config c;
+  c.set("threads", int64_t{1}).set("kv_tokens", int64_t{1024});
+  const auto tokens_of = [](moebius_cpp::Engine engine) {
+    moebius_cpp::Request r({52, 49, 47});
+    engine.submit(r.set("temperature", int64_t{0}).set("max_tokens", int64_t{8}));
+    std::vector<int32_t> out;
+    std::vector<moebius_event> events;
+    while (engine.step().worked)
+      for (engine.poll(events); const auto& e : events)
+        if (e.type == MOEBIUS_EVENT_TOKEN) out.push_back(e.token);
+    return out;
+  };
+  const std::vector<int32_t> expected = tokens_of(moebius_cpp::Engine(kModel, c));
+  REQUIRE(expected.size() == 8);
+
+  moebius_cpp::Source memory("in memory");
+  for (const auto& [name, text] : files) memory.add(name, text.data(), text.size());
+  CHECK(tokens_of(moebius_cpp::Engine(memory, c)) == expected);
+  CHECK(moebius_cpp::Tokenizer(memory).encode("ROMEO:") == moebius_cpp::Tokenizer(kModel).encode("ROMEO:"));
+
+  moebius_cpp::Source reader("behind a reader");
+  static bool broken = false;
+  const moebius_size_fn size = [](void*, const char* name) -> int64_t {
+    const auto it = files.find(name);
+    return it == files.end() ? -1 : static_cast<int64_t>(it->second.size());
+  };
+  const moebius_read_fn read = [](void*, const char* name, uint64_t offset, void* out, size_t bytes) -> int32_t {
+    std::memcpy(out, files.at(name).data() + offset, bytes);
+    return broken && bytes > 4096 ? 5 : 0;
+  };
+  REQUIRE(moebius_source_set_reader(reader.get(), size, read, nullptr, nullptr) == MOEBIUS_OK);
+  CHECK(tokens_of(moebius_cpp::Engine(reader, c)) == expected);
+  broken = true;
+  moebius_engine* none = nullptr;
+  Message m;
+  CHECK(moebius_engine_create_from(reader.get(), c.get(), &none, &m.error) == MOEBIUS_E_IO);
+  CHECK_THAT(m.text(), Catch::Contains("behind a reader/") && Catch::Contains("reader says 5"));
+  Message missing;
+  CHECK(moebius_engine_create_from(moebius_cpp::Source("nothing").get(), c.get(), &none, &missing.error) == MOEBIUS_E_NOT_FOUND);
+  CHECK_THAT(missing.text(), Catch::Contains("nothing/config.json"));
+}
+
+TEST_CASE("a host sees the library's log, its threads, and gives it memory") {
+  struct Host {
+    std::mutex mutex;
+    std::vector<std::string> lines;
+    int starting = 0, ending = 0, blocks = 0;
+    size_t bytes = 0;
+  } host;
+  moebius_cpp::Config c;
+  c.set("ranks", int64_t{2}).set("threads", int64_t{2}).set("kv_tokens", int64_t{1024});
+  moebius_config_set_log(c.get(), [](void* user, int32_t level, const char* category, const char* message) {
+    auto& h = *static_cast<Host*>(user);
+    std::lock_guard lock(h.mutex);
+    h.lines.push_back(std::to_string(level) + " " + category + " " + message);
+  }, &host, nullptr);
+  moebius_config_set_thread_hook(c.get(), [](void* user, int32_t rank, int32_t thread, int32_t starting) {
+    auto& h = *static_cast<Host*>(user);
+    std::lock_guard lock(h.mutex);
+    ++(starting != 0 ? h.starting : h.ending);
+    if (rank < 0 ? thread != -1 : (rank > 1 || thread < 0 || thread > 1)) h.lines.push_back("impossible thread");
+  }, &host, nullptr);
+  moebius_config_set_allocator(
+      c.get(),
+      [](void* user, size_t size, size_t alignment) {
+        auto& h = *static_cast<Host*>(user);
+        ++h.blocks;
+        h.bytes += size;
+        void* memory = std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
+        std::memset(memory, 0x5a, size);  // the library does not count on zeros
+        return memory;
+      },
+      [](void* user, void* memory, size_t size) {
+        auto& h = *static_cast<Host*>(user);
+        --h.blocks;
+        h.bytes -= size;
+        std::free(memory);
+      },
+      &host, nullptr);
+  {
+    moebius_cpp::Engine engine(kModel, c);
+    CHECK(host.blocks > 0);
+    CHECK(host.bytes > 0);
+    engine.start();
+    engine.submit(moebius_cpp::Request({1, 2, 3}));
+    engine.request_switch(MOEBIUS_LAYOUT_EP);
+    moebius_cpp::check([&](moebius_error** e) { return moebius_engine_drain(engine.get(), 20000, e); });
+    while (engine.stats().switches == 0) std::this_thread::yield();
+  }
+  CHECK(host.starting == 4);  // three that compute beside the caller's, and the engine's own
+  CHECK(host.ending == host.starting);
+  CHECK(host.blocks == 0);
+  CHECK(host.bytes == 0);
+  std::string all;
+  for (const std::string& line : host.lines) all += line + "\n";
+  CHECK_THAT(all, Catch::Contains("2 load ") && Catch::Contains("qwen3_moe on 2 ranks of cpu"));
+  CHECK_THAT(all, Catch::Contains("2 switch finished: tp to ep, seam 0, "));
+  CHECK_THAT(all, !Catch::Contains("impossible"));
+
+  moebius_config_set_allocator(c.get(), [](void*, size_t, size_t) -> void* { return nullptr; }, [](void*, void*, size_t) {}, nullptr, nullptr);
+  moebius_engine* none = nullptr;
+  CHECK(moebius_engine_create(kModel.c_str(), c.get(), &none, nullptr) == MOEBIUS_E_OUT_OF_MEMORY);
+}
+
+TEST_CASE("many requests are queued at once or not at all; their events carry the host's number, usage and times") {
+  moebius_cpp::Engine engine = small_engine();
+  std::vector<moebius_cpp::Request> requests;
+  for (uint64_t i = 0; i < 3; ++i) {
+    requests.emplace_back(std::vector<int32_t>(20, 7));
+    requests.back().set("max_tokens", int64_t{2} + static_cast<int64_t>(i)).set("ignore_eos", int64_t{1});
+    moebius_request_set_user_data(requests.back().get(), 1000 + i, nullptr);
+  }
+  const moebius_request* list[] = {requests[0].get(), requests[1].get(), requests[2].get()};
+  uint64_t ids[3] = {};
+  REQUIRE(moebius_engine_submit_many(engine.get(), list, 3, ids, nullptr) == MOEBIUS_OK);
+  CHECK(ids[1] == ids[0] + 1);
+  const moebius_cpp::Request empty({});
+  const moebius_request* bad[] = {requests[0].get(), empty.get()};
+  uint64_t untouched[2] = {77, 77};
+  CHECK(moebius_engine_submit_many(engine.get(), bad, 2, untouched, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(untouched[0] == 77);
+  CHECK(engine.stats().waiting == 3);
+  bad[1] = nullptr;
+  CHECK(moebius_engine_submit_many(engine.get(), bad, 2, untouched, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_engine_submit_many(engine.get(), nullptr, 0, nullptr, nullptr) == MOEBIUS_OK);
+
+  std::vector<moebius_event> events;
+  std::map<uint64_t, moebius_event> ends;
+  while (engine.step().worked)
+    for (engine.poll(events); const auto& e : events) {
+      if (e.request != 0) CHECK(e.user_data == 1000 + (e.request - ids[0]));
+      if (e.type == MOEBIUS_EVENT_FINISHED) ends[e.request] = e;
+    }
+  REQUIRE(ends.size() == 3);
+  for (int i = 0; i < 3; ++i) {
+    const moebius_event& e = ends[ids[i]];
+    CHECK(e.prompt_tokens == 20);
+    CHECK(e.generated_tokens == 2 + i);
+    CHECK(e.preemptions == 0);
+    CHECK(e.queued_ns > 0);
+    CHECK(e.queued_ns <= e.scheduled_ns);
+    CHECK(e.scheduled_ns < e.first_token_ns);
+    CHECK(e.first_token_ns <= e.time_ns);
+  }
+  const uint64_t again = engine.submit(requests[0]);  // its first page is in the prefix cache
+  while (engine.step().worked)
+    for (engine.poll(events); const auto& e : events)
+      if (e.type == MOEBIUS_EVENT_FINISHED && e.request == again) CHECK(e.cached_tokens == 16);
+}
+
+TEST_CASE("an engine that drains takes nothing new, ends what it has, and can be resumed") {
+  moebius_cpp::Engine engine = small_engine();
+  moebius_cpp::Request r({1, 2, 3});
+  r.set("max_tokens", int64_t{5}).set("ignore_eos", int64_t{1});
+  engine.submit(r);
+  Message m;
+  CHECK(moebius_engine_drain(engine.get(), 0, &m.error) == MOEBIUS_E_TIMEOUT);
+  CHECK_THAT(m.text(), Catch::Contains("0 requests run and 1 wait"));
+  CHECK(moebius_engine_submit(engine.get(), r.get(), nullptr, nullptr) == MOEBIUS_E_INVALID_STATE);
+  CHECK(moebius_engine_check(engine.get(), r.get(), nullptr) == MOEBIUS_E_INVALID_STATE);
+  std::thread host([&] {
+    while (engine.step().worked) {
+    }
+  });
+  CHECK(moebius_engine_drain(engine.get(), 20000, nullptr) == MOEBIUS_OK);
+  host.join();
+  CHECK(engine.stats().generation_tokens == 5);
+  CHECK(moebius_engine_resume(engine.get(), nullptr) == MOEBIUS_OK);
+  CHECK(moebius_engine_submit(engine.get(), r.get(), nullptr, nullptr) == MOEBIUS_OK);
+}
+
+TEST_CASE("the experts of every position can be had, and are the same in every layout") {
+  const std::vector<int32_t> prompt = {52, 49, 47, 300, 12, 9, 411, 77, 5, 18, 200, 31, 64, 8, 99, 101, 7, 6, 5};
+  const auto routes_of = [&](int ranks, int32_t seam, int64_t chunk) {
+    moebius_cpp::Config c;
+    c.set("ranks", int64_t{ranks}).set("threads", int64_t{1}).set("kv_tokens", int64_t{1024}).set("chunk_tokens", chunk);
+    moebius_cpp::Engine engine(kModel, c);
+    engine.hold_seam(seam);
+    moebius_cpp::Request r(prompt), other({3, 4, 5});
+    const uint64_t first = engine.submit(other.set("max_tokens", int64_t{9}));
+    const uint64_t id = engine.submit(r.set("max_tokens", int64_t{6}).set("temperature", int64_t{0}).set("ignore_eos", int64_t{1}).set("routed_experts", int64_t{1}));
+    while (engine.step().worked) {
+    }
+    CHECK(moebius_engine_take_routes(engine.get(), first, 0, nullptr, 0, nullptr, nullptr) == MOEBIUS_E_NOT_FOUND);
+    size_t count = 0;
+    CHECK(moebius_engine_take_routes(engine.get(), id, 0, nullptr, 0, &count, nullptr) == MOEBIUS_OK);
+    std::vector<int16_t> out(count);
+    CHECK(moebius_engine_take_routes(engine.get(), id, 0, out.data(), count - 1, &count, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+    CHECK(moebius_engine_take_routes(engine.get(), id, 0, out.data(), count, &count, nullptr) == MOEBIUS_OK);
+    CHECK(moebius_engine_take_routes(engine.get(), id, 0, nullptr, 0, nullptr, nullptr) == MOEBIUS_E_NOT_FOUND);  // taken
+    return out;
+  };
+  const moebius_model_info info = small_engine(1).model();
+  const std::vector<int16_t> expected = routes_of(1, 0, 512);
+  const size_t row = static_cast<size_t>(info.num_layers * info.top_k);
+  REQUIRE(expected.size() == (prompt.size() + 5) * row);  // the last token is never fed
+  std::vector<int> hits(static_cast<size_t>(info.num_experts));
+  for (size_t i = 0; i < expected.size(); i += static_cast<size_t>(info.top_k)) {
+    const std::set<int16_t> chosen(expected.begin() + static_cast<int64_t>(i), expected.begin() + static_cast<int64_t>(i) + info.top_k);
+    CHECK(chosen.size() == static_cast<size_t>(info.top_k));
+    for (int16_t e : chosen) ++hits.at(static_cast<size_t>(e));
+  }
+  CHECK(std::count(hits.begin(), hits.end(), 0) < info.num_experts / 2);
+  CHECK(routes_of(2, info.num_layers, 512) == expected);
+  CHECK(routes_of(2, 0, 7) == expected);
+  CHECK(routes_of(4, 3, 3) == expected);
+}
+
+TEST_CASE("the library tells what it is and has") {
+  CHECK(moebius_has_feature("cpu") == 1);
+  CHECK(moebius_has_feature("portable") == 1);
+  CHECK(moebius_has_feature("warp drive") == 0);
+  CHECK(moebius_has_feature(nullptr) == 0);
+  CHECK_THAT(moebius_build_info(), Catch::Contains("\"version\": \"0.") && Catch::Contains("\"portable\"") && Catch::Contains("\"cpu\""));
+  CHECK(moebius_struct_size("moebius_event") == sizeof(moebius_event));
+  CHECK(moebius_struct_size("moebius_stats") == sizeof(moebius_stats));
+  CHECK(moebius_struct_size("no such") == 0);
+}
+
 TEST_CASE("on failure no out-parameter is touched but a needed size") {
   auto engine = small_engine(1);
   moebius_engine* e = engine.get();
@@ -651,7 +886,7 @@ TEST_CASE("on failure no out-parameter is touched but a needed size") {
   };
   const std::vector<Call> calls = {
       {"engine_create", [&] { return moebius_engine_create("/no/such", nullptr, as(out_engine), nullptr); }},
-      {"config_key", [&] { return moebius_config_key(9999, as(text), as(text), as(text), as(text), nullptr); }},
+      {"config_key", [&] { return moebius_config_key(9999, as(text), as(text), as(text), as(text), as(text), nullptr); }},
       {"engine_submit", [&] { return moebius_engine_submit(e, empty.get(), as((uint64_t*)nullptr), nullptr); }},
       {"engine_model", [&] { return moebius_engine_model(e, sized((moebius_model_info*)nullptr, 4), nullptr); }},
       {"engine_step", [&] { return moebius_engine_step(e, sized((moebius_step_result*)nullptr, 4), nullptr); }},

@@ -109,7 +109,9 @@ TEST_CASE("memory_bytes covers the rotary table") {
 TEST_CASE("keys of config.json that are not known are told once") {
   std::vector<std::string> warnings;
   EngineConfig config = tp_config();
-  config.warning = [&](const std::string& w) { warnings.push_back(w); };
+  config.log = [&](LogLevel level, const char*, const std::string& w) {
+    if (level == LogLevel::kWarning) warnings.push_back(w);
+  };
   Engine engine(ChangedModel(kQwen, {{"flux_capacitor", 1.21}, {"other", "x"}}).path(), config);
   REQUIRE(warnings.size() == 1);
   CHECK_THAT(warnings[0], Contains("config.json") && Contains("2 keys") && Contains("flux_capacitor = 1.21, other = \"x\""));

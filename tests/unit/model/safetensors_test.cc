@@ -4,7 +4,6 @@
 #include <sys/stat.h>
 
 #include "lib/base/error.h"
-#include "lib/model/regular_file.h"
 #include "tests/catch.h"
 #include "tests/unit/model/files.h"
 
@@ -13,13 +12,15 @@ namespace {
 
 using Catch::Contains;
 
+std::unique_ptr<ModelFile> open_file(const std::filesystem::path& path) { return FolderFiles(path.parent_path()).open(path.filename()); }
+
 // Opens a file with these bytes; the message of the refusal ("" when it is accepted).
 std::string refusal(const std::string& bytes) {
   const TempFolder folder;
   const auto path = folder / "attacked.safetensors";
   write_file(path, bytes);
   try {
-    SafetensorsFile file(path);
+    SafetensorsFile file(open_file(path));
     return "";
   } catch (const Error& e) {
     CHECK_THAT(e.what(), Contains("attacked.safetensors"));
@@ -43,7 +44,7 @@ TEST_CASE("a good file is read, with whitespace around the header, empty tensors
              safetensors(" \n{\"__metadata__\":{\"format\":\"pt\"}," + entry("a", "BF16", "2,3", "0,12") + "," + entry("empty", "F32", "0,7", "12,12") + "," +
                              entry("scalar", "F32", "", "12,16") + "}   ",
                          16));
-  const SafetensorsFile file(folder / "good.safetensors");
+  const SafetensorsFile file(open_file(folder / "good.safetensors"));
   REQUIRE(file.tensors().size() == 3);
   CHECK(file.tensors().at("a").shape == std::vector<int64_t>{2, 3});
   CHECK(file.tensors().at("a").dtype == Dtype::kBf16);
@@ -144,7 +145,7 @@ TEST_CASE("13: a truncated file") {
 TEST_CASE("13: a file that shrinks after it was opened is an error with the file, the tensor and the place") {
   const TempFolder folder;
   write_file(folder / "a", safetensors("{" + entry("a", "F32", "4", "0,16") + "," + entry("b", "F32", "4", "16,32") + "}", 32));
-  const SafetensorsFile file(folder / "a");
+  const SafetensorsFile file(open_file(folder / "a"));
   char bytes[16];
   CHECK_NOTHROW(file.read("b", file.tensors().at("b"), 0, bytes, 16));
   const uint64_t size = std::filesystem::file_size(folder / "a");

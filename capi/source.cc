@@ -1,0 +1,84 @@
+#include "capi/source.h"
+
+#include "capi/guarded.h"
+
+namespace moebius::capi {
+namespace {
+
+class MemoryFile final : public ModelFile {
+ public:
+  MemoryFile(std::string name, std::span<const std::byte> bytes) : ModelFile(std::move(name), bytes.size()), bytes_(bytes) {}
+  void read(uint64_t offset, void* out, size_t bytes) const override {
+    if (offset > bytes_.size() || bytes > bytes_.size() - offset)
+      fail(Code::kCorruptModel, "{}: ends at byte {}, {} were read from {} on", name_, bytes_.size(), bytes, offset);
+    if (bytes > 0) std::memcpy(out, bytes_.data() + offset, bytes);
+  }
+
+ private:
+  std::span<const std::byte> bytes_;
+};
+
+class ReaderFile final : public ModelFile {
+ public:
+  ReaderFile(std::string name, uint64_t size, std::string file, moebius_read_fn read, void* user)
+      : ModelFile(std::move(name), size), file_(std::move(file)), read_(read), user_(user) {}
+  void read(uint64_t offset, void* out, size_t bytes) const override {
+    if (bytes == 0) return;
+    if (const int32_t status = read_(user_, file_.c_str(), offset, out, bytes); status != 0)
+      fail(Code::kIo, "{}: the host's reader says {} for {} bytes from {} on", name_, status, bytes, offset);
+  }
+
+ private:
+  const std::string file_;
+  moebius_read_fn read_;
+  void* user_;
+};
+
+}  // namespace
+
+std::unique_ptr<ModelFile> HostFiles::open(const std::string& file) const {
+  if (const auto it = memory_.find(file); it != memory_.end()) return std::make_unique<MemoryFile>(name_of(file), it->second);
+  const int64_t size = size_of(file);
+  if (size < 0) fail(Code::kNotFound, "{}: the source has no such file", name_of(file));
+  return std::make_unique<ReaderFile>(name_of(file), static_cast<uint64_t>(size), file, read_, user_);
+}
+
+}  // namespace moebius::capi
+
+using moebius::Code;
+using moebius::fail;
+using moebius::capi::guarded;
+using moebius::capi::not_null;
+
+extern "C" {
+
+moebius_status moebius_source_create(const char* name, moebius_source** out_source, moebius_error** err) {
+  return guarded(err, [&] {
+    not_null(name, "name");
+    not_null(out_source, "out_source");
+    *out_source = new moebius_source{moebius::capi::HostFiles(name)};
+  });
+}
+
+void moebius_source_destroy(moebius_source* source) { delete source; }
+
+moebius_status moebius_source_add_memory(moebius_source* source, const char* file_name, const void* data, size_t size, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_source& s = not_null(source, "source");
+    not_null(file_name, "file_name");
+    const auto* bytes = static_cast<const std::byte*>(data);
+    if (size > 0) not_null(bytes, "data");
+    s.files.add(file_name, {bytes, size});
+  });
+}
+
+moebius_status moebius_source_set_reader(moebius_source* source, moebius_size_fn size_fn, moebius_read_fn read_fn, void* user,
+                                         moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_source& s = not_null(source, "source");
+    if (size_fn == nullptr || read_fn == nullptr) fail(Code::kInvalidArgument, "size_fn or read_fn is NULL");
+    s.files.set_reader(size_fn, read_fn, user);
+  });
+}
+
+}  // extern "C"

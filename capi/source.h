@@ -1,0 +1,39 @@
+// The files of a model that a host keeps in memory or reads itself.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <span>
+#include <string>
+
+#include "lib/model/files.h"
+#include "moebius/moebius.h"
+
+namespace moebius::capi {
+
+class HostFiles final : public ModelFiles {
+ public:
+  explicit HostFiles(std::string name) : name_(std::move(name)) {}
+  void add(const std::string& file, std::span<const std::byte> bytes) { memory_[file] = bytes; }
+  void set_reader(moebius_size_fn size, moebius_read_fn read, void* user) { size_ = size, read_ = read, user_ = user; }
+
+  std::string name() const override { return name_; }
+  std::string label() const override { return name_; }
+  bool has(const std::string& file) const override { return memory_.contains(file) || size_of(file) >= 0; }
+  std::unique_ptr<ModelFile> open(const std::string& file) const override;
+
+ private:
+  int64_t size_of(const std::string& file) const { return size_ != nullptr ? size_(user_, file.c_str()) : -1; }
+
+  std::string name_;
+  std::map<std::string, std::span<const std::byte>> memory_;  // the host's bytes
+  moebius_size_fn size_ = nullptr;
+  moebius_read_fn read_ = nullptr;
+  void* user_ = nullptr;
+};
+
+}  // namespace moebius::capi
+
+struct moebius_source {
+  moebius::capi::HostFiles files;
+};
