@@ -16,13 +16,18 @@ def show_progress(done: int, total: int) -> None:
         print(f'\rloading {100 * done // max(1, total):3d} %', end='\n' if done == total else '', file=sys.stderr, flush=True)
 
 
+def show_problem(level: str, category: str, message: str) -> None:
+    if level != 'info':
+        print(f'{level}: {message}', file=sys.stderr)
+
+
 def main() -> int:
     if len(sys.argv) != 2:
         print(__doc__, file=sys.stderr)
         return 2
     try:
         tokenizer = moebius.Tokenizer(sys.argv[1])
-        engine = moebius.Engine(sys.argv[1], progress=show_progress, warning=lambda text: print('warning:', text, file=sys.stderr), ranks=2, max_batch=8,
+        engine = moebius.Engine(sys.argv[1], progress=show_progress, log=show_problem, ranks=2, max_batch=8,
                                 kv_tokens=4096)
     except moebius.MoebiusError as error:
         print(f'stream.py: {error} ({error.code})', file=sys.stderr)
