@@ -16,7 +16,7 @@ def engine(**config):
 
 class Binding(unittest.TestCase):
     def test_structs_are_those_of_the_library(self):
-        self.assertEqual(ctypes.sizeof(moebius._Event), 752)
+        self.assertEqual(ctypes.sizeof(moebius._Event), 808)
         self.assertEqual(ctypes.sizeof(moebius._Stats), 120)
 
     def test_streams_of_threads_are_those_of_one_request_alone_through_switches(self):
