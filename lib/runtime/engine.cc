@@ -944,15 +944,20 @@ void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
   forget_if_done(request);
 }
 
+// The event comes last: a host that has seen it can no longer cancel the request.
 void Engine::Impl::finish(Sequence& s, FinishReason reason, std::string_view why) {
   scheduler_.remove(s);
-  emit(end_event(s, reason, why));
   record_end(s, reason);
-  std::lock_guard lock(inbox_mutex_);
-  if (--s.request->unfinished > 0) return;
-  int64_t most = 0;
-  for (const Sequence& sample : s.request->samples) most = std::max(most, sample.generated());
-  metrics_.on_samples_finished(s.request->spec.sampling.n, most);
+  const bool last = [&] {
+    std::lock_guard lock(inbox_mutex_);
+    return --s.request->unfinished == 0;
+  }();
+  if (last) {
+    int64_t most = 0;
+    for (const Sequence& sample : s.request->samples) most = std::max(most, sample.generated());
+    metrics_.on_samples_finished(s.request->spec.sampling.n, most);
+  }
+  emit(end_event(s, reason, why));
 }
 
 Event Engine::Impl::end_event(const Sequence& s, FinishReason reason, std::string_view why) const {
