@@ -72,7 +72,9 @@ struct NamedSize {
 #define NAMED_SIZE(type) \
   NamedSize { #type, sizeof(type) }
 constexpr NamedSize kStructs[] = {NAMED_SIZE(moebius_model_info), NAMED_SIZE(moebius_step_result),     NAMED_SIZE(moebius_event),
-                                  NAMED_SIZE(moebius_memory),     NAMED_SIZE(moebius_switch_estimate), NAMED_SIZE(moebius_stats)};
+                                  NAMED_SIZE(moebius_memory),     NAMED_SIZE(moebius_switch_estimate), NAMED_SIZE(moebius_stats),
+                                  NAMED_SIZE(moebius_plan_spec),  NAMED_SIZE(moebius_plan_info),       NAMED_SIZE(moebius_slice),
+                                  NAMED_SIZE(moebius_kv_pool),    NAMED_SIZE(moebius_page_pair),       NAMED_SIZE(moebius_block_copy)};
 
 }  // namespace
 }  // namespace moebius::capi

@@ -4,6 +4,7 @@
 
 #include "capi/config.h"
 #include "capi/guarded.h"
+#include "capi/layouts.h"
 #include "capi/request.h"
 #include "capi/source.h"
 #include "lib/runtime/engine.h"
@@ -16,11 +17,11 @@ namespace {
 
 using moebius::Code;
 using moebius::fail;
-using moebius::Layout;
 using moebius::capi::check_struct;
 using moebius::capi::copy_text;
 using moebius::capi::fill_struct;
 using moebius::capi::guarded;
+using moebius::capi::layout_of;
 using moebius::capi::not_null;
 
 // Sizes of the structs as version 0.1 had them.
@@ -30,11 +31,6 @@ static_assert(sizeof(moebius_model_info) == kModelInfoV1 && sizeof(moebius_step_
               sizeof(moebius_memory) == kMemoryV1);
 
 static_assert(sizeof(moebius_event::reason) == moebius::Reason::kCapacity + 1 && sizeof(moebius_switch_estimate::reason) == sizeof(moebius_event::reason));
-
-Layout layout_of(moebius_layout layout) {
-  if (layout != MOEBIUS_LAYOUT_TP && layout != MOEBIUS_LAYOUT_EP) fail(Code::kInvalidArgument, "layout {} is neither TP (0) nor EP (1)", layout);
-  return static_cast<Layout>(layout);
-}
 
 moebius::EngineConfig config_of(const moebius_config* config) { return config != nullptr ? config->engine : moebius::EngineConfig{}; }
 

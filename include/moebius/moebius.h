@@ -388,6 +388,118 @@ MOEBIUS_API moebius_status moebius_decoder_push(moebius_decoder *decoder, int32_
                                                 moebius_error **err);
 MOEBIUS_API moebius_status moebius_decoder_finish(moebius_decoder *decoder, const char **out_text, size_t *out_bytes, moebius_error **err);
 
+/* ---- plan: the switch alone, for a server that computes by itself. It describes its model's slices, learns where each lies in a rank's
+ * one allocation (its arena) in both layouts, and moves layers one by one while it serves: layers [0, seam) lie in TP, the others in EP.
+ * Weights that all ranks have whole in both layouts (norms, routers, embeddings) are no part of it. Since 0.1. */
+
+typedef struct moebius_plan moebius_plan;
+
+typedef struct moebius_plan_spec {
+  uint32_t struct_size;
+  int32_t num_layers;
+  int32_t num_heads;          /* query heads */
+  int32_t num_kv_heads;
+  int32_t num_experts;        /* of a layer; 0: all layers are dense */
+  int32_t slices_per_expert;  /* S: every MLP is cut into so many slices along its neurons; at least the number of ranks */
+  int32_t head_groups;        /* A: attention is cut into so many groups of query heads, a multiple of num_kv_heads that divides num_heads; 0:
+                                 the fewest that are at least min(S, num_heads) */
+  int32_t reserved;           /* 0 */
+  int64_t attention_bytes;    /* of a head group's slice (its q and o weights). All bytes here are multiples of 64 */
+  int64_t kv_projection_bytes; /* of one KV head's k and v weights, which every rank whose groups read that head has in TP */
+  int64_t expert_slice_bytes; /* of one of the S slices of an expert */
+  int64_t dense_slice_bytes;  /* of one of the S slices of a dense MLP */
+  int64_t kv_slice_bytes;     /* of KV: K and V of one page for one KV head in one layer; 0: no KV lies in the arena */
+  int64_t tp_pages;           /* KV pages of each rank in TP, */
+  int64_t ep_pages;           /* in EP; both 0: as many as the config's memory_bytes holds */
+  const int32_t *experts_of_layer; /* [num_layers], 0: a dense layer; NULL: num_experts everywhere */
+  const int32_t *expert_ranks; /* [num_layers][num_experts] the rank of each expert in EP (in a dense layer ignored); NULL: expert e of E
+                                  goes to rank floor(e * ranks / E) */
+} moebius_plan_spec;
+
+typedef struct moebius_plan_info {
+  uint32_t struct_size;
+  int32_t ranks;
+  int32_t num_layers;
+  int32_t seam;             /* layers [0, seam) lie in TP */
+  int32_t slices_per_expert;
+  int32_t head_groups;
+  int64_t tp_pages;
+  int64_t ep_pages;         /* of the rank that has the fewest */
+  int64_t arena_bytes;      /* of the largest rank */
+  int64_t lead_bytes;       /* of these: what holding both layouts costs */
+  int64_t to_tp_bytes;      /* of weights that a switch of all layers copies, to TP */
+  int64_t to_ep_bytes;      /* and to EP */
+} moebius_plan_info;
+
+/* Of the config (NULL: its defaults) these keys count: ranks, layout (where it starts), memory_bytes (of an arena), device, device_ids,
+ * streams. By design: INVALID_ARGUMENT, DOES_NOT_FIT, UNSUPPORTED (the device). A plan's functions may be called from any thread, but
+ * moebius_plan_advance and moebius_plan_destroy only while no other runs. */
+MOEBIUS_API moebius_status moebius_plan_create(const moebius_plan_spec *spec, const moebius_config *config, moebius_plan **out_plan,
+                                               moebius_error **err);
+MOEBIUS_API void moebius_plan_destroy(moebius_plan *plan);
+MOEBIUS_API moebius_status moebius_plan_get_info(const moebius_plan *plan, moebius_plan_info *out_info, moebius_error **err);
+MOEBIUS_API moebius_status moebius_plan_arena_bytes(const moebius_plan *plan, int32_t rank, int64_t *out_bytes, moebius_error **err);
+/* Proves both arenas and both lists of copies once more, from their intervals alone: at every seam nothing that is still needed is
+ * overwritten. (moebius_plan_create has done it.) INTERNAL: it does not hold, with the place. */
+MOEBIUS_API moebius_status moebius_plan_verify(const moebius_plan *plan, moebius_error **err);
+
+enum { MOEBIUS_SLICE_EXPERT = 0, MOEBIUS_SLICE_DENSE = 1, MOEBIUS_SLICE_ATTENTION = 2, MOEBIUS_SLICE_KV_PROJECTION = 3 };
+
+typedef struct moebius_slice {
+  uint32_t struct_size;
+  int32_t kind;
+  int32_t index;     /* the expert, 0, the head group or the KV head */
+  int32_t cut;       /* of an MLP: 0 to S - 1, consecutive neurons; 0 otherwise */
+  int64_t bytes;
+  int64_t tp_offset; /* in the rank's arena; -1: the rank has none of it in this layout */
+  int64_t ep_offset;
+} moebius_slice;
+/* The slices of a layer and where they lie on a rank: an array like that of moebius_engine_poll. Always sets *out_count; INVALID_ARGUMENT
+ * when capacity is smaller (nothing is written but the count). Likewise below. */
+MOEBIUS_API moebius_status moebius_plan_slices(const moebius_plan *plan, int32_t rank, int32_t layer, moebius_slice *out_slices,
+                                               size_t capacity, size_t stride, size_t *out_count, moebius_error **err);
+
+typedef struct moebius_kv_pool {
+  uint32_t struct_size;
+  int32_t first_head; /* KV heads [first_head, first_head + num_heads) of the model */
+  int32_t num_heads;
+  int32_t reserved;
+  int64_t offset;     /* page p of head j (from first_head on) lies at offset + (p * num_heads + j) * kv_slice_bytes */
+  int64_t pages;
+} moebius_kv_pool;
+MOEBIUS_API moebius_status moebius_plan_kv_pool(const moebius_plan *plan, moebius_layout layout, int32_t rank, int32_t layer,
+                                                moebius_kv_pool *out_pool, moebius_error **err);
+
+/* A block of KV that is in use: its page on all ranks in TP, the rank that is its home in EP, its page there. Never grows. */
+typedef struct moebius_page_pair {
+  int32_t tp_page;
+  int32_t home;
+  int32_t ep_page;
+} moebius_page_pair;
+
+typedef struct moebius_block_copy {
+  uint32_t struct_size;
+  int32_t src_rank;
+  int32_t dst_rank;
+  int32_t reserved;
+  int64_t src_offset; /* in the arenas */
+  int64_t dst_offset;
+  int64_t bytes;
+} moebius_block_copy;
+/* What a layer's move to `to` copies, over all ranks: each slice, once, to each rank that has it in the new layout and not in the old; then
+ * the KV of `pairs`. INVALID_ARGUMENT: pages out of range, or one that is written twice. */
+MOEBIUS_API moebius_status moebius_plan_copies(const moebius_plan *plan, moebius_layout to, int32_t layer, const moebius_page_pair *pairs,
+                                               size_t num_pairs, moebius_block_copy *out_copies, size_t capacity, size_t stride,
+                                               size_t *out_count, moebius_error **err);
+/* Does the copies of the layer that moves next (to TP: layer `seam`; to EP: layer seam - 1) to one rank, or with rank -1 to all of them,
+ * and returns when they are there. arenas [ranks]: the host's memory, or the device's, aligned to 64 bytes. Nothing may use that layer
+ * meanwhile; all others may be in use. Different ranks at once by different threads. By design: INVALID_STATE (no layer is left). */
+MOEBIUS_API moebius_status moebius_plan_copy_next(moebius_plan *plan, moebius_layout to, int32_t rank, void *const *arenas,
+                                                  const moebius_page_pair *pairs, size_t num_pairs, moebius_error **err);
+/* The next layer has been copied on every rank (by moebius_plan_copy_next or by the host): the seam moves past it. Until the next copy in the
+ * same direction the old places are intact, so a move can be taken back by advancing the other way. */
+MOEBIUS_API moebius_status moebius_plan_advance(moebius_plan *plan, moebius_layout to, moebius_error **err);
+
 #ifdef __cplusplus
 }
 #endif

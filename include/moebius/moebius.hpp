@@ -318,4 +318,64 @@ class Decoder {
   Handle<moebius_decoder, moebius_decoder_destroy> handle_;
 };
 
+// The switch alone, for a server that computes by itself.
+class Plan {
+ public:
+  Plan(moebius_plan_spec spec, const Config& config) {
+    spec.struct_size = sizeof spec;
+    moebius_plan* plan = nullptr;
+    check([&](moebius_error** e) { return moebius_plan_create(&spec, config.get(), &plan, e); });
+    handle_.reset(plan);
+  }
+  moebius_plan_info info() const {
+    moebius_plan_info info{};
+    info.struct_size = sizeof info;
+    check([&](moebius_error** e) { return moebius_plan_get_info(get(), &info, e); });
+    return info;
+  }
+  int64_t arena_bytes(int32_t rank) const {
+    int64_t bytes = 0;
+    check([&](moebius_error** e) { return moebius_plan_arena_bytes(get(), rank, &bytes, e); });
+    return bytes;
+  }
+  std::vector<moebius_slice> slices(int32_t rank, int32_t layer) const {
+    return array<moebius_slice>([&](moebius_slice* out, size_t capacity, size_t* count, moebius_error** e) {
+      return moebius_plan_slices(get(), rank, layer, out, capacity, sizeof(moebius_slice), count, e);
+    });
+  }
+  moebius_kv_pool kv_pool(moebius_layout layout, int32_t rank, int32_t layer) const {
+    moebius_kv_pool pool{};
+    pool.struct_size = sizeof pool;
+    check([&](moebius_error** e) { return moebius_plan_kv_pool(get(), layout, rank, layer, &pool, e); });
+    return pool;
+  }
+  std::vector<moebius_block_copy> copies(moebius_layout to, int32_t layer, const std::vector<moebius_page_pair>& pairs = {}) const {
+    return array<moebius_block_copy>([&](moebius_block_copy* out, size_t capacity, size_t* count, moebius_error** e) {
+      return moebius_plan_copies(get(), to, layer, pairs.data(), pairs.size(), out, capacity, sizeof(moebius_block_copy), count, e);
+    });
+  }
+  void verify() const {
+    check([&](moebius_error** e) { return moebius_plan_verify(get(), e); });
+  }
+  // rank -1: all of them.
+  void copy_next(moebius_layout to, int32_t rank, const std::vector<void*>& arenas, const std::vector<moebius_page_pair>& pairs = {}) {
+    check([&](moebius_error** e) { return moebius_plan_copy_next(get(), to, rank, arenas.data(), pairs.data(), pairs.size(), e); });
+  }
+  void advance(moebius_layout to) {
+    check([&](moebius_error** e) { return moebius_plan_advance(get(), to, e); });
+  }
+  moebius_plan* get() const { return handle_.get(); }
+
+ private:
+  template <class T, class Fill>
+  static std::vector<T> array(Fill&& fill) {
+    size_t count = 0;
+    check([&](moebius_error** e) { return fill(nullptr, 0, &count, e); });
+    std::vector<T> out(count);
+    if (count > 0) check([&](moebius_error** e) { return fill(out.data(), count, &count, e); });
+    return out;
+  }
+  Handle<moebius_plan, moebius_plan_destroy> handle_;
+};
+
 }  // namespace moebius_cpp

@@ -81,19 +81,28 @@ void check_ranks(const ModelShape& model, SliceCounts counts, int ranks) {
 }
 
 SliceTable::SliceTable(const ModelShape& model, SliceCounts counts) : model_(model), counts_(counts) {
-  const int64_t attention = AttentionGroup{model.num_heads / counts.head_groups, model.head_dim, model.hidden}.bytes();
-  const int64_t projection = KvProjection{model.head_dim, model.hidden}.bytes();
+  SliceBytes bytes;
+  bytes.attention_group = AttentionGroup{model.num_heads / counts.head_groups, model.head_dim, model.hidden}.bytes();
+  bytes.kv_projection = KvProjection{model.head_dim, model.hidden}.bytes();
   for (int l = 0; l < model.num_layers(); ++l) {
-    const MlpShape& mlp = model.mlps[static_cast<size_t>(l)];
-    std::vector<Slice>& slices = layers_.emplace_back();
-    for (int a = 0; a < counts.head_groups; ++a) slices.push_back({SliceKind::kAttentionGroup, l, a, 0, attention});
-    for (int h = 0; h < model.num_kv_heads; ++h) slices.push_back({SliceKind::kKvProjection, l, h, 0, projection});
-    const int64_t cut = MlpCut{mlp.intermediate / counts.cuts, model.hidden}.bytes();
-    const SliceKind kind = mlp.num_experts > 0 ? SliceKind::kExpertCut : SliceKind::kDenseCut;
-    for (int e = 0; e < std::max(1, mlp.num_experts); ++e)
-      for (int s = 0; s < counts.cuts; ++s) slices.push_back({kind, l, e, s, cut});
-    for (const Slice& s : slices) MOEBIUS_ASSERT(s.bytes % 64 == 0);
+    bytes.expert_cut = bytes.dense_cut = MlpCut{model.mlps[static_cast<size_t>(l)].intermediate / counts.cuts, model.hidden}.bytes();
+    add_layer(l, bytes);
   }
+}
+
+SliceTable::SliceTable(const ModelShape& model, SliceCounts counts, const SliceBytes& bytes) : model_(model), counts_(counts) {
+  for (int l = 0; l < model.num_layers(); ++l) add_layer(l, bytes);
+}
+
+void SliceTable::add_layer(int l, const SliceBytes& bytes) {
+  const int experts = model_.mlps[static_cast<size_t>(l)].num_experts;
+  std::vector<Slice>& slices = layers_.emplace_back();
+  for (int a = 0; a < counts_.head_groups; ++a) slices.push_back({SliceKind::kAttentionGroup, l, a, 0, bytes.attention_group});
+  for (int h = 0; h < model_.num_kv_heads; ++h) slices.push_back({SliceKind::kKvProjection, l, h, 0, bytes.kv_projection});
+  const SliceKind kind = experts > 0 ? SliceKind::kExpertCut : SliceKind::kDenseCut;
+  for (int e = 0; e < std::max(1, experts); ++e)
+    for (int s = 0; s < counts_.cuts; ++s) slices.push_back({kind, l, e, s, experts > 0 ? bytes.expert_cut : bytes.dense_cut});
+  for (const Slice& s : slices) MOEBIUS_ASSERT(s.bytes % 64 == 0);
 }
 
 }  // namespace moebius

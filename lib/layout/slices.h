@@ -33,9 +33,16 @@ SliceCounts slice_counts(const ModelShape& model, int slices_per_expert);
 // help.
 void check_ranks(const ModelShape& model, SliceCounts counts, int ranks);
 
+// Bytes of a slice by kind, multiples of 64.
+struct SliceBytes {
+  int64_t attention_group = 0, kv_projection = 0, expert_cut = 0, dense_cut = 0;
+};
+
 class SliceTable {
  public:
-  SliceTable(const ModelShape& model, SliceCounts counts);
+  SliceTable(const ModelShape& model, SliceCounts counts);  // as lib/tensor/packed.h keeps weights
+  // As an executor of the host's keeps them. Of `model` only the numbers of heads, KV heads, experts and layers count.
+  SliceTable(const ModelShape& model, SliceCounts counts, const SliceBytes& bytes);
 
   const ModelShape& model() const { return model_; }
   SliceCounts counts() const { return counts_; }
@@ -52,6 +59,8 @@ class SliceTable {
   int kv_head_of_group(int group) const { return group * model_.num_kv_heads / counts_.head_groups; }
 
  private:
+  void add_layer(int layer, const SliceBytes& bytes);
+
   ModelShape model_;
   SliceCounts counts_;
   std::vector<std::vector<Slice>> layers_;

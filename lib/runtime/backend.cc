@@ -25,6 +25,11 @@ void check_for_gpu(const ModelConfig& model) {
 }  // namespace
 
 std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfig& model) {
+  if (config.device != "cpu") check_for_gpu(model);
+  return open_device(config);
+}
+
+std::unique_ptr<Device> open_device(const EngineConfig& config) {
   const bool nccl = config.communicator == "nccl";
   if (!nccl && config.communicator != "peer") fail(Code::kInvalidArgument, "communicator is '{}', must be peer or nccl", config.communicator);
   if (config.device == "cpu") {
@@ -42,7 +47,6 @@ std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfi
       fail(Code::kInvalidArgument, "{} has {} entries, there are {} ranks", name, values.size(), config.ranks);
     return values.empty() ? nullptr : values.data();
   };
-  check_for_gpu(model);
   ModuleOptions options;
   options.ranks = config.ranks;
   options.devices = list("device_ids", config.device_ids);

@@ -13,7 +13,9 @@ namespace moebius {
 inline bool row_major_head(const EngineConfig& config) { return config.device != "cpu" && config.fast(); }
 
 // Throws kInvalidArgument for a name or a number that cannot be, kUnsupported when the module is not there, is of another build, or
-// finds no device, or when the model is beyond its kernels.
+// finds no device.
+std::unique_ptr<Device> open_device(const EngineConfig& config);
+// The same for a model, which must not be beyond the module's kernels (kUnsupported).
 std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfig& model);
 
 }  // namespace moebius
