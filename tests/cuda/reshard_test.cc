@@ -1,6 +1,8 @@
 // A switch's copies by tables of the device's own, against the list of copies that the transfer plan is.
 #include <numeric>
 
+#include "lib/cpu/cpu_device.h"
+#include "lib/runtime/migration.h"
 #include "lib/runtime/resident_copies.h"
 #include "tests/cuda/harness.h"
 #include "tests/unit/layout/cases.h"
@@ -87,6 +89,57 @@ TEST_CASE("tables of weights and pages copy what the plan lists, on any layout, 
   layout_test::repeat(25, [](layout_test::Random& random) { check_case(layout_test::random_case(random), random); });
   layout_test::Random random{std::mt19937_64(3)};
   check_case(layout_test::replicated_case(), random);
+}
+
+
+TEST_CASE("a host's own layers move in the device's memory as they do in its own") {
+  MigrationSpec spec;
+  spec.model.num_heads = 8, spec.model.num_kv_heads = 2;
+  spec.model.mlps = {{6, 4}, {0, 4}, {6, 4}};
+  spec.counts = {4, 4};
+  spec.bytes = {192, 128, 320, 448};
+  spec.kv_slice_bytes = 256;
+  spec.tp_pages = 6, spec.ep_pages = 4;
+  spec.ranks = 3;
+  const std::vector<PagePair> pairs = {{0, 1, 0}, {5, 0, 3}, {2, 2, 1}};
+  Migration here(spec, std::make_unique<CpuDevice>(spec.ranks, reference()));
+  Migration there(spec, open_module_device(MOEBIUS_TEST_DEVICE, {.ranks = spec.ranks}));
+  const std::unique_ptr<Device> memory = open_module_device(MOEBIUS_TEST_DEVICE, {.ranks = spec.ranks});
+  std::vector<std::vector<uint64_t>> words;
+  std::vector<std::byte*> own, device;
+  std::vector<DeviceBuffer> buffers;
+  std::mt19937_64 random(11);
+  const auto settle = [&] {
+    for (int r = 0; r < spec.ranks; ++r)
+      while (!memory->idle(r)) {
+      }
+  };
+  for (int r = 0; r < spec.ranks; ++r) {
+    const int64_t bytes = here.arena().arena_bytes(r);
+    words.emplace_back(static_cast<size_t>(bytes / 8 + 8));
+    for (uint64_t& w : words.back()) w = random();
+    own.push_back(reinterpret_cast<std::byte*>(round_up(static_cast<int64_t>(reinterpret_cast<uintptr_t>(words.back().data())), 64)));
+    buffers.emplace_back(*memory, r, bytes);
+    device.push_back(buffers.back().data());
+    memory->write(r, device.back(), own.back(), bytes);
+  }
+  settle();
+  for (const Layout to : {Layout::kEp, Layout::kTp})
+    for (int l = 0; l < 3; ++l) {
+      for (int r = 0; r < spec.ranks; ++r) {
+        here.copy_next(to, r, own, pairs);
+        there.copy_next(to, r, device, pairs);
+      }
+      here.advance(to);
+      there.advance(to);
+      for (int r = 0; r < spec.ranks; ++r) {
+        std::vector<std::byte> back(static_cast<size_t>(here.arena().arena_bytes(r)));
+        const auto bytes = static_cast<int64_t>(back.size());
+        memory->read(r, back.data(), bytes, device[static_cast<size_t>(r)], bytes, bytes, 1);
+        settle();
+        CHECK(std::memcmp(back.data(), own[static_cast<size_t>(r)], back.size()) == 0);
+      }
+    }
 }
 
 }  // namespace moebius
