@@ -84,13 +84,16 @@ std::string known_families() {
   return out;
 }
 
+// (Comparing with a literal would make a JSON string of it, where a failure of memory ends the process.)
+bool is_text(const json& value, std::string_view text) { return value.is_string() && value.get_ref<const std::string&>() == text; }
+
 const FamilyDescriptor& family_of(const Reader& c) {
   const std::string type = c.text_or("model_type", "");
   for (const FamilyDescriptor& f : kFamilies) {
     if (type != f.model_type) continue;
     if (c.has("architectures")) {
       const json& a = c.at("architectures");
-      if (!a.is_array() || a.size() != 1 || a[0] != f.architecture) c.refuse("architectures", a);
+      if (!a.is_array() || a.size() != 1 || !is_text(a[0], f.architecture)) c.refuse("architectures", a);
     }
     return f;
   }
@@ -100,13 +103,13 @@ const FamilyDescriptor& family_of(const Reader& c) {
 void refuse_other_arithmetic(const Reader& c, const FamilyDescriptor& family) {
   for (const NeutralKey& k : kNeutralKeys) {
     if (!c.has(k.key)) continue;
-    const json neutral = json::parse(k.neutral);
-    if (std::find(neutral.begin(), neutral.end(), c.at(k.key)) == neutral.end()) c.refuse(k.key, c.at(k.key));
+    const JsonTree neutral(json::parse(k.neutral));
+    if (std::find(neutral.root().begin(), neutral.root().end(), c.at(k.key)) == neutral.root().end()) c.refuse(k.key, c.at(k.key));
   }
   for (const char* key : {"use_qk_norm", "qk_layernorm"}) c.refuse_unless(key, family.qk_norm);
   if (c.has("layer_types"))
     for (const json& t : c.at("layer_types"))
-      if (t != "full_attention") c.refuse("layer_types", c.at("layer_types"));
+      if (!is_text(t, "full_attention")) c.refuse("layer_types", c.at("layer_types"));
   const bool active = c.has("sliding_window") && (!family.sliding_window_has_switch || c.flag_or("use_sliding_window", false));
   if (active) c.refuse("sliding_window", c.at("sliding_window"));
   if (family.sliding_window_has_switch && c.flag_or("use_sliding_window", false)) c.refuse("use_sliding_window", true);
@@ -134,7 +137,7 @@ double rope_theta(const Reader& c) {
     if (!r.is_object()) fail(Code::kCorruptModel, "{}: {} is {}, must be an object", c.file(), key, shown(r));
     for (const auto& [name, value] : r.items()) {
       const bool type = name == "rope_type" || name == "type";
-      if (type && value == "default") continue;
+      if (type && is_text(value, "default")) continue;
       if (name == "rope_theta" || value.is_null() || (name == "factor" && value == 1.0) || (name == "partial_rotary_factor" && value == 1.0)) continue;
       fail(Code::kUnsupported, "{}: {}.{} = {} is not implemented", c.file(), key, name, shown(value));
     }
@@ -154,14 +157,15 @@ double rope_theta(const Reader& c) {
 
 void read_eos(const Reader& c, int32_t vocab, std::vector<int32_t>& out) {
   if (!c.has("eos_token_id")) return;
-  const json& v = c.at("eos_token_id");
-  const json list = v.is_array() ? v : json::array({v});
-  for (const json& id : list) {
+  const auto add = [&](const json& id) {
     if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= vocab)
       fail(Code::kCorruptModel, "{}: eos_token_id {} is outside the vocabulary of {}", c.file(), shown(id), vocab);
     const auto token = id.get<int32_t>();
     if (std::find(out.begin(), out.end(), token) == out.end()) out.push_back(token);
-  }
+  };
+  const json& v = c.at("eos_token_id");
+  if (v.is_array()) std::for_each(v.begin(), v.end(), add);
+  else add(v);
 }
 
 // Generous bounds: beyond them a config is damaged or hostile, and sizes computed from it would not be safe.
@@ -192,7 +196,8 @@ std::vector<MlpShape> mlps_of(const Reader& c, const FamilyDescriptor& family, i
 }  // namespace
 
 ModelConfig parse_config(std::string_view json_text, const std::string& file_name) {
-  const json object = parse_json(json_text, file_name);
+  const JsonTree tree = parse_json(json_text, file_name);
+  const json& object = tree.root();
   const Reader c(object, file_name);
   const FamilyDescriptor& family = family_of(c);
   refuse_other_arithmetic(c, family);
@@ -240,8 +245,8 @@ ModelConfig read_config(const ModelFiles& files) {
   const char* const generation = "generation_config.json";
   if (!files.has(generation)) return m;
   const std::string name = files.name_of(generation);
-  const json object = parse_json(read_text(files, generation, kMaxBytes), name);
-  read_eos(Reader(object, name), m.vocab_size, m.eos_token_ids);
+  const JsonTree tree = parse_json(read_text(files, generation, kMaxBytes), name);
+  read_eos(Reader(tree.root(), name), m.vocab_size, m.eos_token_ids);
   return m;
 }
 

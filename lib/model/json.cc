@@ -9,7 +9,7 @@ namespace moebius {
 
 using nlohmann::json;
 
-json parse_json(std::string_view text, const std::string& file) {
+JsonTree parse_json(std::string_view text, const std::string& file) {
   constexpr int kMaxDepth = 32;             // a config has a few levels
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const json::parser_callback_t watch = [&](int depth, json::parse_event_t event, json& parsed) {
@@ -21,7 +21,7 @@ json parse_json(std::string_view text, const std::string& file) {
     return true;
   };
   try {
-    return json::parse(text.begin(), text.end(), watch);
+    return JsonTree(json::parse(text.begin(), text.end(), watch));
   } catch (const json::exception& e) {
     fail(Code::kCorruptModel, "{}: not valid JSON: {}", file, e.what());
   }

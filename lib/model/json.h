@@ -4,11 +4,11 @@
 #include <string>
 #include <string_view>
 
-#include <nlohmann/json.hpp>
+#include "lib/base/json_tree.h"
 
 namespace moebius {
 
 // `file` is for messages. Throws kCorruptModel.
-nlohmann::json parse_json(std::string_view text, const std::string& file);
+JsonTree parse_json(std::string_view text, const std::string& file);
 
 }  // namespace moebius

@@ -220,7 +220,8 @@ void Checkpoint::read_index(const ModelFiles& files, const std::string& index) {
   constexpr uint64_t kMaxIndexBytes = 256 << 20;
   constexpr size_t kMaxShards = 4096;
   const std::string where = files.name_of(index);
-  const json object = parse_json(read_text(files, index, kMaxIndexBytes), where);
+  const JsonTree tree = parse_json(read_text(files, index, kMaxIndexBytes), where);
+  const json& object = tree.root();
   if (!object.is_object() || !object.contains("weight_map") || !object["weight_map"].is_object())
     fail(Code::kCorruptModel, "{}: weight_map is missing", where);
   std::map<std::string, const SafetensorsFile*> shards;

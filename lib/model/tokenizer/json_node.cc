@@ -9,7 +9,7 @@ namespace moebius::tokenizer {
 
 using nlohmann::json;
 
-json parse_json(std::string_view text) {
+JsonTree parse_json(std::string_view text) {
   std::vector<std::unordered_set<std::string>> keys_of_open_objects;
   const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
     using Event = json::parse_event_t;
@@ -24,7 +24,7 @@ json parse_json(std::string_view text) {
     return true;
   };
   try {
-    return json::parse(text.begin(), text.end(), check);
+    return JsonTree(json::parse(text.begin(), text.end(), check));
   } catch (const json::exception& error) {
     fail(Code::kCorruptModel, "not JSON: {}", error.what());
   }

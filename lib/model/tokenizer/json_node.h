@@ -8,14 +8,14 @@
 #include <string_view>
 #include <vector>
 
-#include <nlohmann/json.hpp>
+#include "lib/base/json_tree.h"
 
 namespace moebius::tokenizer {
 
 inline constexpr int kMaxNesting = 64;  // real files stay below 10; bounds the recursion of whoever walks the tree
 
 // Refuses malformed text, objects that name a key twice and nesting above kMaxNesting.
-nlohmann::json parse_json(std::string_view text);
+JsonTree parse_json(std::string_view text);
 
 // Borrows a value of a tree that outlives it.
 class JsonNode {

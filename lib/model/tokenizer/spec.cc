@@ -152,8 +152,8 @@ int32_t count_ids(const TokenizerSpec& spec) {
 }  // namespace
 
 TokenizerSpec read_tokenizer_spec(std::string_view text) {
-  const json tree = parse_json(text);
-  const JsonNode root(tree, "");
+  const JsonTree tree = parse_json(text);
+  const JsonNode root(tree.root(), "");
   const JsonNode model = root.at("model");
   TokenizerSpec spec;
   check_version(root);
