@@ -12,10 +12,12 @@ if(MOEBIUS_SANITIZE)
   target_link_options(moebius_flags INTERFACE -fsanitize=${MOEBIUS_SANITIZE})
 endif()
 
-# moebius_component(name SOURCES … DEPENDS other components and libraries …): one folder of lib/ as a private static library.
+# moebius_component(name SOURCES … DEPENDS other components and libraries …): one folder of lib/ as a private static library. Its objects go
+# into moebius_static too.
 function(moebius_component name)
   cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
   add_library(moebius_${name} STATIC ${ARG_SOURCES})
+  set_property(GLOBAL APPEND PROPERTY MOEBIUS_OBJECTS $<TARGET_OBJECTS:moebius_${name}>)
   target_link_libraries(moebius_${name} PUBLIC moebius_flags ${ARG_DEPENDS})
 endfunction()
 
