@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# usage: package_test.sh BUILD SOURCE LIBDIR CMAKE C_COMPILER CXX_COMPILER
+# usage: package_test.sh BUILD SOURCE LIBDIR CMAKE C_COMPILER CXX_COMPILER VERSION
 # Installs the build, moves what was installed, and builds and runs consumers of each kind against it: all must choose the same tokens.
 set -euo pipefail
 build=$1 source=$2 libdir=$3 cmake=$4
 export CC=$5 CXX=$6
+version=$7
 here=$source/tests/package model=$source/examples/models/shakespeare-moe
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -13,7 +14,7 @@ files() { (cd "$1" && find . ! -type d | LC_ALL=C sort); }
 install() { quiet "$cmake" --install "$build" --prefix "$@"; }
 
 install "$work/runtime" --component runtime
-[ "$(files "$work/runtime")" = "$(printf '%s\n' "./$libdir/libmoebius.so.0" "./$libdir/libmoebius.so.0.1.0")" ] ||
+[ "$(files "$work/runtime")" = "$(printf '%s\n' "./$libdir/libmoebius.so.0" "./$libdir/libmoebius.so.$version")" ] ||
   fail "component runtime is $(files "$work/runtime")"
 for component in runtime dev static tools; do install "$work/first" --component $component; done
 mkdir "$work/second" && mv "$work/first" "$work/second/usr"
@@ -32,11 +33,11 @@ project() {  # project NAME CONSUMER …: by CMake
 project shared consumer_c
 project static consumer_cpp consumer_static
 
-export PKG_CONFIG_PATH=$prefix/$libdir/pkgconfig
-[ "$(pkg-config --modversion moebius)" = 0.1.0 ] || fail "moebius.pc has version $(pkg-config --modversion moebius)"
-read -ra flags <<<"$(pkg-config --cflags --libs moebius)"
+config() { PKG_CONFIG_LIBDIR=$prefix/$libdir/pkgconfig pkg-config "$@" moebius; }  # with no development files of what is inside
+[ "$(config --modversion)" = "$version" ] || fail "moebius.pc has version $(config --modversion)"
+read -ra flags <<<"$(config --cflags --libs)"
 quiet "$CC" "$here/consumer.c" "${flags[@]}" "-Wl,-rpath,$prefix/$libdir" -o "$work/consumer_pc"
-read -ra flags <<<"$(pkg-config --static --cflags --libs moebius)"
+read -ra flags <<<"$(config --static --cflags --libs)"
 quiet "$CC" -static "$here/consumer.c" "${flags[@]}" -o "$work/consumer_pc_static"
 consumers+=("$work/consumer_pc" "$work/consumer_pc_static")
 
