@@ -106,7 +106,7 @@ MemoryPlan plan_memory(const ModelConfig& model, const EngineConfig& asked, bool
   CountingDevice device(config.ranks, ops, own_memory);
   struct Place {
     alignas(ModelStore) std::byte bytes[sizeof(ModelStore)];
-    const ModelStore& store() const { return *std::launder(reinterpret_cast<const ModelStore*>(bytes)); }
+    const ModelStore& store() const { return *reinterpret_cast<const ModelStore*>(bytes); }
   } place;
   // Its members are read while its constructor is stopped inside the body: all of them live then.
   std::optional<MemoryPlan> plan;
