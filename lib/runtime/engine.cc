@@ -25,6 +25,8 @@ constexpr size_t kMaxWishes = 64;  // switches asked for between two steps; a ho
 
 double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
 
+}  // namespace
+
 // Before any thread is started: the checks of ranks against the model, and of what would be threads by the thousand.
 int threads_per_rank(const EngineConfig& config, const ModelConfig& model) {
   constexpr int64_t kMaxThreads = 4096;  // of all ranks
@@ -39,6 +41,8 @@ int threads_per_rank(const EngineConfig& config, const ModelConfig& model) {
          int64_t{config.ranks} * config.threads, kMaxThreads);
   return config.threads;
 }
+
+namespace {
 
 PolicyLimits policy_limits(const EngineConfig& c) { return {c.ranks, c.max_batch, c.max_queue}; }
 
@@ -65,6 +69,8 @@ void check_config(const EngineConfig& c) {
   if (!c.mode.empty() && c.mode != "exact" && c.mode != "fast") fail(Code::kInvalidArgument, "mode is '{}', must be exact or fast", c.mode);
   make_policy(c.policy, policy_limits(c));  // refuses a bad one
 }
+
+}  // namespace
 
 EngineConfig complete(EngineConfig config, const ModelConfig& model) {
   check_config(config);
@@ -106,6 +112,8 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   return s;
 }
 
+namespace {
+
 StepLimits step_limits(const WorkspaceShape& shape, const EngineConfig& config) {
   return {shape.max_rows, shape.max_rows, std::min<int64_t>(shape.max_rows, config.max_batch), div_up(config.max_context, config.page_tokens), config.page_tokens};
 }
@@ -115,6 +123,8 @@ int64_t logits_bytes(const WorkspaceShape& shape, const ModelConfig& model) {
   return shape.max_logit_rows * model.vocab_size * static_cast<int64_t>(sizeof(float));
 }
 
+}  // namespace
+
 // A rank's: its buffers and step tables, and what lies in the host's memory where that is its own: its threads' sampling scratch, its
 // share of the logits.
 int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config) {
@@ -122,6 +132,8 @@ int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const
   if (!device.host_memory()) return own;
   return own + shape.threads * SamplerScratch::bytes(model.vocab_size) + div_up(logits_bytes(shape, model), config.ranks);
 }
+
+namespace {
 
 int64_t ns_of(Clock::time_point t) { return std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count(); }
 

@@ -27,6 +27,12 @@
 
 namespace moebius {
 
+// What an engine fixes before it is made; moebius-inspect plans by it without one.
+EngineConfig complete(EngineConfig config, const ModelConfig& model);            // checked, with the defaults that the model gives
+int threads_per_rank(const EngineConfig& config, const ModelConfig& model);      // of a complete config; checks the ranks
+WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, Device& device);
+int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config);
+
 // What a step reads of the ranks' memory, in one piece of the host's, which devices read into directly.
 class Readings {
  public:
