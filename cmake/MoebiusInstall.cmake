@@ -5,6 +5,7 @@ set(packagedir ${CMAKE_INSTALL_LIBDIR}/cmake/moebius)
 install(TARGETS moebius EXPORT moebiusTargets
   LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT runtime NAMELINK_COMPONENT dev)
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/moebius DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT dev)
+install(FILES ${PROJECT_SOURCE_DIR}/capi/abi/moebius_abi.json DESTINATION ${CMAKE_INSTALL_DATADIR}/moebius COMPONENT dev)
 install(EXPORT moebiusTargets NAMESPACE moebius:: DESTINATION ${packagedir} COMPONENT dev)
 
 # An export of its own: who uses the shared library needs nothing else.

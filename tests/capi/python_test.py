@@ -1,11 +1,12 @@
-"""The Python binding: what it streams, cancels, switches and refuses. usage: python_test.py PYTHON_FOLDER MODEL_FOLDER"""
+"""The Python binding: what it streams, cancels, switches and refuses. usage: python_test.py PYTHON_FOLDER MODEL_FOLDER ABI_JSON"""
 import ctypes
+import json
 import subprocess
 import sys
 import threading
 import unittest
 
-FOLDER, MODEL = sys.argv[1:3]
+FOLDER, MODEL, ABI = *sys.argv[1:3], json.load(open(sys.argv[3]))
 sys.path.insert(0, FOLDER)
 import moebius  # noqa: E402
 
@@ -15,9 +16,16 @@ def engine(**config):
 
 
 class Binding(unittest.TestCase):
-    def test_structs_are_those_of_the_library(self):
-        self.assertEqual(ctypes.sizeof(moebius._Event), 808)
-        self.assertEqual(ctypes.sizeof(moebius._Stats), 120)
+    def test_structs_and_functions_are_those_of_the_library(self):
+        structs = {name: s for name, s in vars(moebius).items() if isinstance(s, type) and issubclass(s, ctypes.Structure)}
+        self.assertIn('_Event', structs)
+        for name, python in structs.items():
+            c = ABI['structs']['moebius' + ''.join('_' + p.lower() if p.isupper() else p for p in name[1:])]
+            at = {f.rstrip('_'): (getattr(python, f).offset, getattr(python, f).size) for f, _ in python._fields_}
+            self.assertEqual(at, {f: (v['offset'], v['size']) for f, v in c['fields'].items()})
+            self.assertEqual(ctypes.sizeof(python), c['size'])
+        for name, parameters in moebius._FALLIBLE.items():
+            self.assertEqual(len(parameters) + 1, len(ABI['functions']['moebius_' + name]['parameters']), name)
 
     def test_streams_of_threads_are_those_of_one_request_alone_through_switches(self):
         tokenizer = moebius.Tokenizer(MODEL)

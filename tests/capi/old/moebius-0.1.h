@@ -1,0 +1,395 @@
+/* Moebius: serving Mixture-of-Experts models on several ranks, switching between tensor parallelism (TP) and expert
+ * parallelism (EP) while requests run.
+ *
+ * Conventions
+ *   Status     every function that can fail returns a moebius_status: 0 is success, below 0 an error. Its text comes through the
+ *              trailing `err`, which may be NULL; otherwise *err is set on failure and freed with moebius_error_destroy. On
+ *              failure no other out-parameter is touched, but for the needed size where a function says "always".
+ *   Handles    opaque, made by a _create or _load function, given back to _destroy, which takes NULL.
+ *   Structs    begin with struct_size, which the caller sets to sizeof. Fields are only ever added at the end; 0 means default.
+ *              Bytes behind the fields a library knows must be 0, else MOEBIUS_E_UNSUPPORTED.
+ *   Strings    UTF-8, NUL-terminated. Borrowed unless said otherwise.
+ *   Threads    said per function; "any" means from any thread, at any time, on one handle.
+ *   Behaviour  nothing here prints, exits, installs handlers or lets an exception out. The environment is read only to find modules of
+ *              devices (MOEBIUS_MODULE_PATH, and what a module says that it needs).
+ */
+#ifndef MOEBIUS_MOEBIUS_H_
+#define MOEBIUS_MOEBIUS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(MOEBIUS_STATIC)
+#define MOEBIUS_API
+#else
+#define MOEBIUS_API __attribute__((visibility("default")))
+#endif
+
+#define MOEBIUS_VERSION_MAJOR 0
+#define MOEBIUS_VERSION_MINOR 1
+#define MOEBIUS_VERSION_PATCH 0
+
+typedef int32_t moebius_status;
+enum {
+  MOEBIUS_OK = 0,
+  MOEBIUS_E_INVALID_ARGUMENT = -1,
+  MOEBIUS_E_INVALID_STATE = -2,
+  MOEBIUS_E_NOT_FOUND = -3,
+  MOEBIUS_E_UNSUPPORTED = -4,
+  MOEBIUS_E_IO = -5,
+  MOEBIUS_E_CORRUPT_MODEL = -6,
+  MOEBIUS_E_OUT_OF_MEMORY = -7,
+  MOEBIUS_E_TIMEOUT = -8,
+  MOEBIUS_E_CANCELLED = -9,
+  MOEBIUS_E_QUEUE_FULL = -10,
+  MOEBIUS_E_CONTEXT_TOO_LONG = -11,
+  MOEBIUS_E_DOES_NOT_FIT = -12,
+  MOEBIUS_E_RANK_FAILED = -13,
+  MOEBIUS_E_INTERNAL = -14
+};
+
+/* Layouts. */
+typedef int32_t moebius_layout;
+enum { MOEBIUS_LAYOUT_TP = 0, MOEBIUS_LAYOUT_EP = 1 };
+
+/* Why a request ended. */
+enum { MOEBIUS_FINISH_NONE = 0, MOEBIUS_FINISH_STOP = 1, MOEBIUS_FINISH_LENGTH = 2, MOEBIUS_FINISH_ABORT = 3, MOEBIUS_FINISH_ERROR = 4 };
+
+/* Event types. */
+enum {
+  MOEBIUS_EVENT_ARRIVED = 1,         /* the request entered the queue */
+  MOEBIUS_EVENT_TOKEN = 2,           /* one more token of a request */
+  MOEBIUS_EVENT_FINISHED = 3,        /* final; finish_reason */
+  MOEBIUS_EVENT_PREEMPTED = 4,       /* it gave up its KV and will be recomputed */
+  MOEBIUS_EVENT_CANCELLED = 5,       /* a cancel took effect; FINISHED (abort) follows */
+  MOEBIUS_EVENT_SWITCH_STARTED = 6,
+  MOEBIUS_EVENT_SEAM = 7,            /* the seam moved to `seam` */
+  MOEBIUS_EVENT_SWITCH_FINISHED = 8, /* bytes, bytes_changed, seconds; the reason divides them by phase */
+  MOEBIUS_EVENT_SWITCH_REFUSED = 9,  /* nothing was changed, the reason says by how much it does not fit; or the engine has failed */
+  MOEBIUS_EVENT_ROLLED_BACK = 10,    /* a failure moved the seam back */
+  MOEBIUS_EVENT_DECISION = 11        /* a policy decided; the reason is its record */
+};
+
+typedef struct moebius_error moebius_error;
+typedef struct moebius_config moebius_config;
+typedef struct moebius_engine moebius_engine;
+typedef struct moebius_request moebius_request;
+typedef struct moebius_source moebius_source;
+typedef struct moebius_tokenizer moebius_tokenizer;
+typedef struct moebius_decoder moebius_decoder;
+
+/* ---- library. Any thread. Since 0.1. */
+
+MOEBIUS_API void moebius_version(int32_t *major, int32_t *minor, int32_t *patch); /* each may be NULL */
+MOEBIUS_API const char *moebius_status_name(moebius_status status);               /* e.g. "queue_full"; static */
+/* 1 where this library, on this machine, has it: "tokenizer", a kernel path ("avx512bf16", "avx512", "avx2", "portable"), a device
+ * ("cpu"; "cuda": its module is where it is looked for, which says nothing of a GPU). 0 otherwise, and for an unknown name. */
+MOEBIUS_API int32_t moebius_has_feature(const char *name);
+/* Version, compiler, kernel paths and devices as a JSON object; static. */
+MOEBIUS_API const char *moebius_build_info(void);
+/* sizeof a struct of this header ("moebius_event") as the library was built with it; 0 for an unknown name. For bindings to compare. */
+MOEBIUS_API size_t moebius_struct_size(const char *name);
+
+MOEBIUS_API moebius_status moebius_error_code(const moebius_error *err);
+MOEBIUS_API const char *moebius_error_message(const moebius_error *err); /* lives as long as err */
+MOEBIUS_API void moebius_error_destroy(moebius_error *err);
+
+/* ---- configuration: keys and values. One owner. Since 0.1.
+ * Keys: ranks, threads, layout ("tp", "ep"), memory_bytes, kv_tokens, isa, slices_per_expert, page_tokens, chunk_tokens,
+ * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
+ * mode ("exact", "fast"), policy ("manual", "threshold"), policy_variant ("decode", "prefill", "rollout"), policy_threshold,
+ * policy_window_steps, policy_cooldown_s, policy_shadow, engine_id; for devices: device ("cpu", "cuda"), device_ids, communicator
+ * ("peer", "nccl"), rank_processes, two_shot_bytes, capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types,
+ * defaults, meaning and stability. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
+
+MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);
+MOEBIUS_API void moebius_config_destroy(moebius_config *config);
+MOEBIUS_API moebius_status moebius_config_set_i64(moebius_config *config, const char *key, int64_t value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_config_set_f64(moebius_config *config, const char *key, double value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_config_set_str(moebius_config *config, const char *key, const char *value, moebius_error **err);
+/* Things of the host's, one for each rank, which must outlive the engine; 0 of them: the engine makes its own. Keys: streams (cudaStream_t,
+ * not the default stream; the engine's work is in order with what the host queues there) and nccl_comms (ncclComm_t of one world with the
+ * same ranks; where a rank fails they are aborted, and the engine then stays failed). */
+MOEBIUS_API moebius_status moebius_config_set_handles(moebius_config *config, const char *key, void *const *handles, size_t num,
+                                                      moebius_error **err);
+
+/* Progress of a load: bytes done and in all; a value other than 0 cancels it (MOEBIUS_E_CANCELLED). Called on the loading
+ * threads, one at a time. */
+typedef int32_t (*moebius_progress_fn)(void *user, int64_t bytes_done, int64_t bytes_total);
+MOEBIUS_API moebius_status moebius_config_set_progress(moebius_config *config, moebius_progress_fn fn, void *user, moebius_error **err);
+
+/* What happens, a line a call; category is "load" (warnings too: keys and tensors that are not used), "switch", "policy" or "engine".
+ * Called on the thread that it happens on, some of it inside a step: it must not call the engine. The strings are lent for the call. */
+enum { MOEBIUS_LOG_ERROR = 0, MOEBIUS_LOG_WARNING = 1, MOEBIUS_LOG_INFO = 2 };
+typedef void (*moebius_log_fn)(void *user, int32_t level, const char *category, const char *message);
+MOEBIUS_API moebius_status moebius_config_set_log(moebius_config *config, moebius_log_fn fn, void *user, moebius_error **err);
+
+/* Each thread that the library starts calls it first (starting is 1) and last (0): to name it, bind it to cores, attach it to a runtime.
+ * rank and thread are −1 for the engine's own thread. The thread that calls moebius_engine_step is the host's and does not call it. */
+typedef void (*moebius_thread_fn)(void *user, int32_t rank, int32_t thread, int32_t starting);
+MOEBIUS_API moebius_status moebius_config_set_thread_hook(moebius_config *config, moebius_thread_fn fn, void *user, moebius_error **err);
+
+/* Where ranks on the cpu keep weights, KV and activations: `size` bytes aligned to `alignment` (a power of two), zeroed or not; NULL: there
+ * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called on the thread that makes or destroys the engine, never in a step. With another device
+ * MOEBIUS_E_UNSUPPORTED. Both NULL: the library maps huge pages itself. */
+typedef void *(*moebius_alloc_fn)(void *user, size_t size, size_t alignment);
+typedef void (*moebius_free_fn)(void *user, void *memory, size_t size);
+MOEBIUS_API moebius_status moebius_config_set_allocator(moebius_config *config, moebius_alloc_fn alloc_fn, moebius_free_fn free_fn, void *user,
+                                                        moebius_error **err);
+
+/* The index-th key; all strings are static; stability is "stable" or "experimental" (may change in any release). MOEBIUS_E_NOT_FOUND past
+ * the last. out-parameters may be NULL. */
+MOEBIUS_API moebius_status moebius_config_key(size_t index, const char **out_name, const char **out_type, const char **out_default,
+                                              const char **out_doc, const char **out_stability, moebius_error **err);
+
+/* ---- a model's files, where they are not in a folder. One owner, but what loads from it calls the reader from several threads.
+ * Since 0.1. */
+
+/* `name` stands for the model in messages and metrics. */
+MOEBIUS_API moebius_status moebius_source_create(const char *name, moebius_source **out_source, moebius_error **err);
+MOEBIUS_API void moebius_source_destroy(moebius_source *source);
+/* The file `file_name` ("config.json", "model.safetensors", …) is these bytes; borrowed until the source is destroyed. */
+MOEBIUS_API moebius_status moebius_source_add_memory(moebius_source *source, const char *file_name, const void *data, size_t size,
+                                                     moebius_error **err);
+/* Files that were not added are asked for here. size: bytes of the file, below 0: there is no such file. read: fills `out` with bytes
+ * [offset, offset + size) of it, 0 on success; anything else is MOEBIUS_E_IO. Called by several threads at once. */
+typedef int64_t (*moebius_size_fn)(void *user, const char *file_name);
+typedef int32_t (*moebius_read_fn)(void *user, const char *file_name, uint64_t offset, void *out, size_t size);
+MOEBIUS_API moebius_status moebius_source_set_reader(moebius_source *source, moebius_size_fn size_fn, moebius_read_fn read_fn, void *user,
+                                                     moebius_error **err);
+
+/* ---- engine. Since 0.1. */
+
+/* Loads the model folder (config.json, *.safetensors) and builds both layouts. Blocks for as long as the load takes. The
+ * config is copied. By design: INVALID_ARGUMENT (settings that exclude each other), NOT_FOUND, IO, UNSUPPORTED, CORRUPT_MODEL,
+ * DOES_NOT_FIT, OUT_OF_MEMORY, CANCELLED. */
+MOEBIUS_API moebius_status moebius_engine_create(const char *model_dir, const moebius_config *config, moebius_engine **out_engine,
+                                                 moebius_error **err);
+/* The same from a source, of which nothing is used afterwards. */
+MOEBIUS_API moebius_status moebius_engine_create_from(const moebius_source *source, const moebius_config *config, moebius_engine **out_engine,
+                                                      moebius_error **err);
+/* Ends the own thread if there is one. Requests that still run are dropped. */
+MOEBIUS_API void moebius_engine_destroy(moebius_engine *engine);
+
+typedef struct moebius_model_info {
+  uint32_t struct_size;
+  int32_t num_layers;
+  int32_t vocab_size;
+  int32_t hidden;
+  int32_t num_experts;
+  int32_t top_k;
+  int64_t max_context;       /* tokens of a request, prompt included */
+  int32_t slices_per_expert; /* S */
+  int32_t head_groups;       /* A */
+} moebius_model_info;
+MOEBIUS_API moebius_status moebius_engine_model(const moebius_engine *engine, moebius_model_info *out_info, moebius_error **err);
+
+/* ---- requests: made, filled, submitted (which copies), destroyed. One owner. Since 0.1. */
+
+MOEBIUS_API moebius_status moebius_request_create(moebius_request **out_request, moebius_error **err);
+MOEBIUS_API void moebius_request_destroy(moebius_request *request);
+MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, const int32_t *token_ids, size_t num_tokens,
+                                                      moebius_error **err);
+/* Comes back in every event of the request. */
+MOEBIUS_API moebius_status moebius_request_set_user_data(moebius_request *request, uint64_t user_data, moebius_error **err);
+/* Integer keys: max_tokens, min_tokens, top_k, seed, n, ignore_eos, logprobs, priority, keep_logits, routed_experts.
+ * Float keys: temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, deadline_ms.
+ * String keys: id (seeds the request where no seed is set; with a seed the id does not matter).
+ * A known key of other engines that is not supported is MOEBIUS_E_UNSUPPORTED, any other MOEBIUS_E_INVALID_ARGUMENT. */
+MOEBIUS_API moebius_status moebius_request_set_i64(moebius_request *request, const char *key, int64_t value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_request_set_f64(moebius_request *request, const char *key, double value, moebius_error **err);
+MOEBIUS_API moebius_status moebius_request_set_str(moebius_request *request, const char *key, const char *value, moebius_error **err);
+/* Keys: stop_token_ids, allowed_token_ids. */
+MOEBIUS_API moebius_status moebius_request_set_ids(moebius_request *request, const char *key, const int32_t *token_ids, size_t num_tokens,
+                                                   moebius_error **err);
+MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *request, int32_t token, float bias, moebius_error **err);
+
+/* Queues a request; *out_id names it in events. Any thread. By design: INVALID_ARGUMENT, CONTEXT_TOO_LONG, DOES_NOT_FIT,
+ * QUEUE_FULL, INVALID_STATE (the engine has failed). moebius_engine_check does the same checks (but the queue's) and queues
+ * nothing. */
+MOEBIUS_API moebius_status moebius_engine_submit(moebius_engine *engine, const moebius_request *request, uint64_t *out_id,
+                                                 moebius_error **err);
+MOEBIUS_API moebius_status moebius_engine_check(const moebius_engine *engine, const moebius_request *request, moebius_error **err);
+/* Queues all of `requests`, or none; out_ids [num]. */
+MOEBIUS_API moebius_status moebius_engine_submit_many(moebius_engine *engine, const moebius_request *const *requests, size_t num,
+                                                      uint64_t *out_ids, moebius_error **err);
+/* Ends a request wherever it is; its FINISHED event (abort) follows. NOT_FOUND: unknown or already finished. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_cancel(moebius_engine *engine, uint64_t id, moebius_error **err);
+
+/* From now on submit is refused (INVALID_STATE). Waits at most timeout_ms until no request runs or waits, while the engine's own thread or
+ * the host's steps on another one end them. TIMEOUT: some still do; to be called again, or they are cancelled. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_drain(moebius_engine *engine, double timeout_ms, moebius_error **err);
+/* Submit is taken again. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_resume(moebius_engine *engine, moebius_error **err);
+
+/* ---- running. Either the host calls step, or the engine's own thread does after start. */
+
+typedef struct moebius_step_result {
+  uint32_t struct_size;
+  int32_t worked; /* 0: nothing was running, waiting or switching */
+  int32_t decode_rows;
+  int32_t prefill_rows;
+  double seconds;
+  double compute_seconds;
+  double switch_seconds;
+} moebius_step_result;
+/* Runs one step (an idle one counts too). The calling thread computes. One thread at a time. out_result may be NULL. An error
+ * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. */
+MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
+/* The engine's own thread steps whenever there is work, and every 50 ms while there is none but a policy watches the load, until
+ * stop (which waits for a step under way) or a failure. One thread at a time calls these two. INVALID_STATE: it runs already, or
+ * the engine has failed. */
+MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
+MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
+
+typedef struct moebius_event {
+  uint32_t struct_size;
+  int32_t type;
+  uint64_t step;       /* the step before or in which it happened, from 0 */
+  uint64_t request;    /* 0 where none */
+  uint64_t user_data;  /* of the request */
+  int64_t time_ns;     /* when it happened: CLOCK_MONOTONIC, as all times here */
+  int32_t sample;      /* of the request's n */
+  int32_t token;       /* TOKEN */
+  float logprob;       /* TOKEN, where logprobs was asked for */
+  int32_t num_top;     /* entries of top_tokens and top_logprobs */
+  int32_t top_tokens[20];
+  float top_logprobs[20];
+  int32_t finish_reason;
+  int32_t from;        /* layouts of a switch */
+  int32_t to;
+  int32_t seam;        /* layers [0, seam) run in TP */
+  int64_t bytes;         /* written by the switch: weights and KV, all ranks */
+  int64_t bytes_changed; /* of these, to a new owner */
+  double seconds;
+  int32_t prompt_tokens; /* FINISHED, this and what follows: usage and times of the sample */
+  int32_t cached_tokens; /* of the prompt, found in the prefix cache when it was first scheduled */
+  int32_t generated_tokens;
+  int32_t preemptions;
+  int64_t queued_ns;      /* when it was submitted */
+  int64_t scheduled_ns;   /* when it first ran; 0: never */
+  int64_t first_token_ns; /* 0: never */
+  char reason[512];    /* NUL-terminated; only a longer text of a failure is shortened */
+} moebius_event;
+/* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
+ * element's struct_size is set by the library). Waits at most timeout_ms for the first. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
+                                               double timeout_ms, size_t *out_count, moebius_error **err);
+
+/* A file descriptor (an eventfd) that is readable while events wait: for the loop of a host (epoll, asyncio), which then polls with
+ * timeout 0 until it gets fewer than it has room for. It is the engine's: not to be read, written or closed. Any thread. By design:
+ * OUT_OF_MEMORY (too many files are open). */
+MOEBIUS_API moebius_status moebius_engine_event_fd(moebius_engine *engine, int32_t *out_fd, moebius_error **err);
+
+/* ---- switching. Any thread; taken up before the next step in the order asked for, the outcome of each is an event. One that
+ * is asked for while another is under way turns the seam round where it stands; where it goes there already, the end of that
+ * one is the outcome of both. When the engine fails, each that has not ended is SWITCH_REFUSED with the reason.
+ * QUEUE_FULL: 64 wait for the next step. INVALID_STATE: the engine has failed. */
+
+MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);
+/* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there. */
+MOEBIUS_API moebius_status moebius_engine_hold_seam(moebius_engine *engine, int32_t seam, moebius_error **err);
+/* 0: a switch moves everything at once; else the time that each step may lend to it. */
+MOEBIUS_API moebius_status moebius_engine_set_stall_budget(moebius_engine *engine, double ms, moebius_error **err);
+/* Takes the policy_* keys of the config. INVALID_ARGUMENT: a value out of range, or a threshold that max_batch keeps out of reach. */
+MOEBIUS_API moebius_status moebius_engine_set_policy(moebius_engine *engine, const moebius_config *config, moebius_error **err);
+
+typedef struct moebius_switch_estimate {
+  uint32_t struct_size;
+  int32_t fits;
+  int64_t bytes;
+  int64_t bytes_changed;
+  double seconds;
+  char reason[512]; /* why it does not fit */
+} moebius_switch_estimate;
+/* What a switch would take now. Waits for a step under way. */
+MOEBIUS_API moebius_status moebius_engine_estimate_switch(moebius_engine *engine, moebius_layout to, moebius_switch_estimate *out_estimate,
+                                                          moebius_error **err);
+
+/* ---- reports. Any thread. */
+
+typedef struct moebius_stats {
+  uint32_t struct_size;
+  int32_t running;
+  int32_t waiting;
+  int32_t seam;
+  int32_t num_layers;
+  int32_t switching;
+  uint64_t step; /* steps run, idle ones included */
+  uint64_t switches; /* that arrived at a layout, from another one or after a turn; held seams are not counted */
+  uint64_t rollbacks;
+  uint64_t refusals;
+  uint64_t preemptions;
+  uint64_t prompt_tokens;
+  uint64_t generation_tokens;
+  uint64_t prefix_queries; /* tokens */
+  uint64_t prefix_hits;
+  int64_t bytes_moved; /* by switches that ended or were rolled back, held seams too; so switch_seconds */
+  double switch_seconds;
+  double kv_usage; /* 0 to 1 */
+} moebius_stats;
+MOEBIUS_API moebius_status moebius_engine_stats(const moebius_engine *engine, moebius_stats *out_stats, moebius_error **err);
+
+typedef struct moebius_memory {
+  uint32_t struct_size;
+  int32_t num_ranks;
+  int64_t arena_bytes;     /* of the largest rank; its parts: */
+  int64_t kept_bytes;      /*   slices owned in both layouts */
+  int64_t lead_bytes;      /*   what holding both layouts costs */
+  int64_t workspace_bytes; /* per rank: activations, scratch, its share of the logits */
+  int64_t shared_bytes;    /* replicated weights, once */
+  int64_t layer_bytes;     /* the largest layer's moving bytes */
+  int64_t tp_tokens;       /* KV tokens that TP holds in all */
+  int64_t ep_tokens;       /* that EP holds, all homes together */
+} moebius_memory;
+MOEBIUS_API moebius_status moebius_engine_memory(const moebius_engine *engine, moebius_memory *out_memory, moebius_error **err);
+
+/* Prometheus text. Writes up to `capacity` bytes (NUL included, never cut inside: INVALID_ARGUMENT when too small) and always
+ * *out_needed; call with capacity 0 to learn it. */
+MOEBIUS_API moebius_status moebius_engine_metrics_text(const moebius_engine *engine, char *out_text, size_t capacity, size_t *out_needed,
+                                                       moebius_error **err);
+
+/* Logits of a keep_logits request, float [positions, vocab_size], positions in order, since the last call that took them.
+ * They are stored as they are computed: such a step allocates. When a rank has stopped answering they are copied, not taken.
+ * Always sets *out_count (floats). Nothing is taken with out_logits NULL, or when `capacity` floats are too few for all of them
+ * (INVALID_ARGUMENT). Waits for a step under way. */
+MOEBIUS_API moebius_status moebius_engine_take_logits(moebius_engine *engine, uint64_t id, int32_t sample, float *out_logits,
+                                                      size_t capacity, size_t *out_count, moebius_error **err);
+
+/* The experts that the router chose, int16_t [positions, num_layers, top_k] of a routed_experts request (moebius_model_info; −1 in a dense
+ * layer), in everything else like the logits. Steps with such a request do not replay captured work. */
+MOEBIUS_API moebius_status moebius_engine_take_routes(moebius_engine *engine, uint64_t id, int32_t sample, int16_t *out_experts,
+                                                      size_t capacity, size_t *out_count, moebius_error **err);
+
+/* ---- tokenizer: byte-level BPE from a model folder's tokenizer.json; the engine itself speaks token ids. Since 0.1.
+ * A tokenizer is immutable: any thread. A decoder has one owner and must not outlive its tokenizer. */
+
+MOEBIUS_API moebius_status moebius_tokenizer_load(const char *model_dir, moebius_tokenizer **out_tokenizer, moebius_error **err);
+MOEBIUS_API moebius_status moebius_tokenizer_load_from(const moebius_source *source, moebius_tokenizer **out_tokenizer, moebius_error **err);
+MOEBIUS_API void moebius_tokenizer_destroy(moebius_tokenizer *tokenizer);
+/* Writes up to `capacity` ids and always *out_count; INVALID_ARGUMENT when too small (nothing written but the count). */
+MOEBIUS_API moebius_status moebius_tokenizer_encode(const moebius_tokenizer *tokenizer, const char *text, size_t num_bytes,
+                                                    int32_t add_special_tokens, int32_t *out_ids, size_t capacity, size_t *out_count,
+                                                    moebius_error **err);
+/* The same for bytes; no NUL is written. An id outside the tokenizer's vocabulary is INVALID_ARGUMENT and named (a model's own
+ * vocabulary is often padded beyond it); one inside without a token decodes to nothing. */
+MOEBIUS_API moebius_status moebius_tokenizer_decode(const moebius_tokenizer *tokenizer, const int32_t *ids, size_t num_ids,
+                                                    int32_t skip_special_tokens, char *out_text, size_t capacity, size_t *out_bytes,
+                                                    moebius_error **err);
+/* Streaming: each push gives the complete UTF-8 that has become certain, borrowed until the next call on the decoder. After an id
+ * that is refused as above the decoder is as before and may go on. */
+MOEBIUS_API moebius_status moebius_decoder_create(const moebius_tokenizer *tokenizer, moebius_decoder **out_decoder, moebius_error **err);
+MOEBIUS_API void moebius_decoder_destroy(moebius_decoder *decoder);
+MOEBIUS_API moebius_status moebius_decoder_push(moebius_decoder *decoder, int32_t id, const char **out_text, size_t *out_bytes,
+                                                moebius_error **err);
+MOEBIUS_API moebius_status moebius_decoder_finish(moebius_decoder *decoder, const char **out_text, size_t *out_bytes, moebius_error **err);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* MOEBIUS_MOEBIUS_H_ */
