@@ -1,0 +1,3 @@
+module moebius/examples/go
+
+go 1.19
