@@ -13,10 +13,12 @@
 
 namespace moebius_cpp {
 
+// What a call failed with.
 class Error : public std::runtime_error {
  public:
+  // The message is what().
   Error(moebius_status code, const std::string& message) : std::runtime_error(message), code_(code) {}
-  moebius_status code() const { return code_; }
+  moebius_status code() const { return code_; }  // MOEBIUS_E_…
 
  private:
   moebius_status code_;
@@ -33,13 +35,16 @@ void check(Call&& call) {
   throw Error(status, message);
 }
 
+// Gives a handle back with its function.
 template <class T, void (*Destroy)(T*)>
 struct Destroyer {
-  void operator()(T* handle) const { Destroy(handle); }
+  void operator()(T* handle) const { Destroy(handle); }  // of unique_ptr
 };
+// The one owner of a handle.
 template <class T, void (*Destroy)(T*)>
 using Handle = std::unique_ptr<T, Destroyer<T, Destroy>>;
 
+// Settings of an engine, by key.
 class Config {
  public:
   Config() {
@@ -59,7 +64,7 @@ class Config {
     check([&](moebius_error** e) { return moebius_config_set_str(get(), key, value.c_str(), e); });
     return *this;
   }
-  moebius_config* get() const { return handle_.get(); }
+  moebius_config* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
   Handle<moebius_config, moebius_config_destroy> handle_;
@@ -78,12 +83,13 @@ class Source {
     check([&](moebius_error** e) { return moebius_source_add_memory(get(), file_name.c_str(), data, size, e); });
     return *this;
   }
-  moebius_source* get() const { return handle_.get(); }
+  moebius_source* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
   Handle<moebius_source, moebius_source_destroy> handle_;
 };
 
+// A prompt and how to go on from it; submitting copies it.
 class Request {
  public:
   explicit Request(const std::vector<int32_t>& prompt_ids) {
@@ -116,12 +122,13 @@ class Request {
     check([&](moebius_error** e) { return moebius_request_add_logit_bias(get(), token, bias, e); });
     return *this;
   }
-  moebius_request* get() const { return handle_.get(); }
+  moebius_request* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
   Handle<moebius_request, moebius_request_destroy> handle_;
 };
 
+// A model being served.
 class Engine {
  public:
   Engine(const std::string& model_dir, const Config& config) {
@@ -230,7 +237,7 @@ class Engine {
   }
   std::vector<float> take_logits(uint64_t id, int32_t sample = 0) { return take<float>(moebius_engine_take_logits, id, sample); }
   std::vector<int16_t> take_routes(uint64_t id, int32_t sample = 0) { return take<int16_t>(moebius_engine_take_routes, id, sample); }
-  moebius_engine* get() const { return handle_.get(); }
+  moebius_engine* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
   template <class T, class Take>
@@ -249,6 +256,7 @@ class Engine {
   Handle<moebius_engine, moebius_engine_destroy> handle_;
 };
 
+// Text to token ids and back; immutable, for any thread.
 class Tokenizer {
  public:
   explicit Tokenizer(const Source& source) {
@@ -285,7 +293,7 @@ class Tokenizer {
       });
     return text;
   }
-  moebius_tokenizer* get() const { return handle_.get(); }
+  moebius_tokenizer* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
   Handle<moebius_tokenizer, moebius_tokenizer_destroy> handle_;
@@ -312,7 +320,7 @@ class Decoder {
     check([&](moebius_error** e) { return moebius_decoder_finish(get(), &text, &bytes, e); });
     return {text, bytes};
   }
-  moebius_decoder* get() const { return handle_.get(); }
+  moebius_decoder* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
   Handle<moebius_decoder, moebius_decoder_destroy> handle_;
