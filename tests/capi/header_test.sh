@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# usage: header_test.sh INCLUDE_FOLDER: the public headers alone, under gcc and clang and every standard, without padding and without a warning.
+# usage: header_test.sh INCLUDE_FOLDER: the public headers alone, under gcc and clang and every standard, without padding or a warning.
 set -euo pipefail
 include=$1
 work=$(mktemp -d)

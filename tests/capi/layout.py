@@ -1,4 +1,4 @@
-"""usage: layout.py c|go|rust [SOURCE]: prints a test that a language sees every struct, constant and function of moebius_abi.json as it is there.
+"""usage: layout.py c|go|rust [SOURCE]: prints a test that a language sees structs, constants and functions as moebius_abi.json has them.
 
 rust: a test module to stand behind SOURCE, for the structs that it declares.
 """
@@ -28,7 +28,8 @@ def c() -> None:
 
 
 def go() -> None:
-    print('// Checks what cgo makes of the structs.\npackage main\n\n// #include <moebius/moebius.h>\nimport "C"\nimport (\n\t"os"\n\t"unsafe"\n)\n')
+    print('// Checks what cgo makes of the structs.\npackage main\n\n// #include <moebius/moebius.h>\nimport "C"\n'
+          'import (\n\t"os"\n\t"unsafe"\n)\n')
     print('func expect(what string, got uintptr, want uintptr) {\n\tif got != want {\n\t\tprintln(what, "is", got, "and should be", want)\n'
           '\t\tos.Exit(1)\n\t}\n}\n\nfunc main() {')
     words = {'type', 'func', 'range', 'map', 'select', 'chan', 'go', 'var', 'package', 'import', 'interface', 'defer', 'fallthrough'}
@@ -51,7 +52,8 @@ def rust(source: str) -> None:
               f'        let at = addr_of!(s) as usize;\n        assert_eq!(std::mem::size_of::<{rust_name}>(), {struct["size"]});')
         for field, f in struct['fields'].items():
             member = f's.{facts.rust_field(field)}'
-            print(f'        assert_eq!((addr_of!({member}) as usize - at, std::mem::size_of_val(&{member})), ({f["offset"]}, {f["size"]}), "{field}");')
+            print(f'        assert_eq!((addr_of!({member}) as usize - at, std::mem::size_of_val(&{member})),\n'
+                  f'                   ({f["offset"]}, {f["size"]}), "{field}");')
         print('    }')
     print('}')
 

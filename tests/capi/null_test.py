@@ -1,28 +1,29 @@
-"""usage: null_test.py ABI_JSON LIBRARY MODEL_FOLDER: every function of the ABI with each pointer NULL in turn, and with every size that is wrong.
+"""usage: null_test.py ABI_JSON LIBRARY MODEL_FOLDER: every function of the ABI with each pointer NULL in turn and with wrong sizes.
 
-The functions are those of moebius_abi.json: a new one is called without a word here, unless it takes a parameter that nothing below has a value
-for, or allows a NULL. The calls run in a process of their own, which names each first: the last name is the one that crashed.
+The functions are those of moebius_abi.json: a new one is called without a word here, unless it takes a parameter that nothing below has a
+value for, or allows a NULL. The calls run in a process of their own, which names each first: the last name is the one that crashed.
 """
 import ctypes
 import json
+import pathlib
 import subprocess
 import sys
-from ctypes import addressof, c_char, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import addressof, byref, c_char, c_double, c_float, c_int16, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 
-ABI = json.load(open(sys.argv[1]))
+ABI, LIBRARY, MODEL = json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2], pathlib.Path(sys.argv[3])
 OK, INVALID_ARGUMENT, UNSUPPORTED, INTERNAL = 0, -1, -4, -14
 FILL, TAIL, ROOM, EVENTS = 0xA5, 64, 65536, 16
 
-SCALARS = {'int32_t': c_int32, 'int64_t': c_int64, 'uint32_t': c_uint32, 'uint64_t': c_uint64, 'size_t': c_size_t, 'float': c_float,
-           'double': c_double}
+SCALARS = {'int16_t': c_int16, 'int32_t': c_int32, 'int64_t': c_int64, 'uint32_t': c_uint32, 'uint64_t': c_uint64, 'size_t': c_size_t,
+           'float': c_float, 'double': c_double}
 HANDLES = {name for name, t in ABI['types'].items() if t['type'].startswith('struct ')}
 CALLBACKS = {name for name, t in ABI['types'].items() if '(*)' in t['type']}
 
 # A good value for each parameter that its type does not give, by name or by function and name.
 VALUES = {
     'status': 0, 'index': 0, 'id': 1, 'sample': 0, 'seam': 1, 'to': 1, 'token': 7, 'bias': 1.0, 'ms': 0.0, 'timeout_ms': 0.0, 'value': 1,
-    'add_special_tokens': 1, 'skip_special_tokens': 1, 'model_dir': sys.argv[3].encode(), 'text': b'ROMEO:', 'num_bytes': 6,
-    'num': 2, 'num_tokens': 3, 'num_ids': 3, 'capacity': ROOM,
+    'add_special_tokens': 1, 'skip_special_tokens': 1, 'user_data': 1, 'model_dir': bytes(MODEL), 'text': b'ROMEO:', 'num_bytes': 6,
+    'num': 2, 'num_tokens': 3, 'num_ids': 3, 'capacity': ROOM, 'name': b'moebius_event', 'file_name': b'a.json', 'data': b'{}', 'size': 2,
     ('moebius_config_set_i64', 'key'): b'seed',
     ('moebius_config_set_f64', 'key'): b'stall_budget_ms',
     ('moebius_config_set_str', 'key'): b'layout',
@@ -34,26 +35,35 @@ VALUES = {
     ('moebius_request_set_str', 'value'): b'name',
     ('moebius_request_set_ids', 'key'): b'stop_token_ids',
 }
-# Where the header allows a NULL; `err`, `user` and callbacks may be NULL everywhere.
+CALLBACK = ctypes.CFUNCTYPE(c_int64)(lambda: -1)  # for all types: the arguments are in registers, and nothing calls it
+# Where the header allows a NULL; `err` and `user` may be NULL everywhere.
 MAY_BE_NULL = {
     'moebius_version': {'major', 'minor', 'patch'},
-    'moebius_config_key': {'out_name', 'out_type', 'out_default', 'out_doc'},
+    'moebius_config_set_progress': {'fn'},
+    'moebius_config_set_log': {'fn'},
+    'moebius_config_set_thread_hook': {'fn'},
+    'moebius_config_key': {'out_name', 'out_type', 'out_default', 'out_doc', 'out_stability'},
     'moebius_engine_create': {'config'},
+    'moebius_engine_create_from': {'config'},
     'moebius_engine_submit': {'out_id'},
     'moebius_engine_step': {'out_result'},
     'moebius_engine_metrics_text': {'out_needed'},
     'moebius_engine_take_logits': {'out_logits', 'out_count'},
+    'moebius_engine_take_routes': {'out_experts', 'out_count'},
     'moebius_tokenizer_encode': {'out_count'},
     'moebius_tokenizer_decode': {'out_bytes'},
     'moebius_decoder_push': {'out_text', 'out_bytes'},
     'moebius_decoder_finish': {'out_text', 'out_bytes'},
 }
 # What is asked of the engine may be impossible as things are (an unknown request), though every argument is good.
-GOOD = {c['value'] for name, c in ABI['constants'].items() if name == 'MOEBIUS_OK' or name.startswith('MOEBIUS_E_')} - {INVALID_ARGUMENT, INTERNAL}
+GOOD = {c['value'] for name, c in ABI['constants'].items() if name == 'MOEBIUS_OK' or name.startswith('MOEBIUS_E_')}
+GOOD -= {INVALID_ARGUMENT, INTERNAL}
 UNDONE_BY = {'moebius_engine_start': 'moebius_engine_stop'}  # called after the good call, so that the next ones find the engine as before
 
-library = None
-live = {}
+FILES = {name: (MODEL / name).read_bytes() for name in ('config.json', 'model.safetensors', 'tokenizer.json')}
+
+library = ctypes.CDLL(LIBRARY)
+live = {}  # handles that every call shares; of other kinds each gets its own
 
 
 class Failed(Exception):
@@ -73,7 +83,10 @@ def pointee(kind):
 
 
 def is_output(kind):
-    return pointee(kind) not in (None, 'callback', 'void') and not kind.startswith('const') and pointee(kind) not in HANDLES or '**' in kind
+    """Whether the library writes to what the pointer points to."""
+    inner = resolve(kind)[:-1].strip()
+    return pointee(kind) not in HANDLES | {None, 'callback', 'void'} and not inner.endswith('const') and not (
+        inner.startswith('const') and '*' not in inner)
 
 
 def first_size(struct):
@@ -87,38 +100,40 @@ class Call:
 
     def __init__(self, function):
         self.function, self.parameters = function, ABI['functions'][function]['parameters']
-        self.kept, self.values = [], {}  # outputs are buffers full of FILL
-        for name, kind in self.parameters.items():
-            self.values[name] = self.good(name, kind)
+        self.values = {name: self.good(name, kind) for name, kind in self.parameters.items()}
 
     def table(self, name):
         for key in ((self.function, name), name):
             if key in VALUES:
                 return VALUES[key]
-        raise Failed(f'null_test.py has no value for the parameter {name} of {self.function}: give VALUES one')
+        sys.exit(f'null_test.py has no value for the parameter {name} of {self.function}: give VALUES one')
 
     def good(self, name, kind):
-        base = pointee(kind)
+        base, inner = pointee(kind), (pointee(kind) or '').rstrip(' *')
         if name == 'stride':
-            return ABI['structs'][pointee(list(self.parameters.values())[list(self.parameters).index(name) - 2])]['size']
+            return ABI['structs'][self.struct_array()]['size']
         if name == 'capacity' and self.struct_array():
             return EVENTS
         if base is None:
             return self.table(name)
         if base in HANDLES:
-            return live[base] if base in ('moebius_engine', 'moebius_tokenizer', 'moebius_decoder') else fresh(base)
-        if base in ('callback', 'void'):
+            return live[base] if base in live else fresh(base)
+        if base == 'callback':
+            return CALLBACK
+        if name == 'user':
             return None
-        if base in ABI['structs'] and 'stride' not in self.parameters:
+        if base in ABI['structs'] and not self.struct_array():
             return self.struct(base, ABI['structs'][base]['size'], 0)
-        if not is_output(kind):
-            value = self.table(name) if base == 'char' else bytes(256)
-            self.kept.append(ctypes.create_string_buffer(value))
-            return self.kept[-1]
-        return self.output(ROOM * 8)
+        if is_output(kind):
+            return self.output(ROOM * 8)
+        if inner in HANDLES:
+            return (c_void_p * VALUES['num'])(*(fresh(inner).value for _ in range(VALUES['num'])))
+        return ctypes.create_string_buffer(self.table(name) if base in ('char', 'void') else bytes(256))
 
     def struct_array(self):
-        return 'stride' in self.parameters
+        """The struct of an array that goes by stride, if there is one."""
+        structs = [pointee(k) for k in self.parameters.values() if pointee(k) in ABI['structs']]
+        return structs[0] if 'stride' in self.parameters else None
 
     def output(self, size):
         buffer = (c_char * size)()
@@ -135,7 +150,7 @@ class Call:
             buffer[struct_size - 1] = tail
         return buffer
 
-    def run(self, label, allowed, message=None):
+    def run(self, label, allowed, null=None):
         """Calls; the status must be allowed, and a failure must leave every output as it was."""
         print(f'{self.function}: {label}', flush=True)
         entry, returns = getattr(library, self.function), resolve(ABI['functions'][self.function]['returns'])
@@ -146,7 +161,7 @@ class Call:
             if kind == 'moebius_error **' and value is not None:
                 arguments.append(c_void_p(addressof(error)))
             elif pointee(kind) is not None:
-                arguments.append(value if isinstance(value, c_void_p) else c_void_p(addressof(value) if value is not None else None))
+                arguments.append(value if isinstance(value, c_void_p) else ctypes.cast(value, c_void_p))
             else:
                 arguments.append(SCALARS[resolve(kind)](value))
         outputs = {n: v for n, v in self.values.items() if isinstance(v, ctypes.Array) and is_output(self.parameters[n]) and n != 'err'}
@@ -157,8 +172,8 @@ class Call:
         text = said(error)
         if status not in allowed:
             raise Failed(f'status {status} ({text}), not one of {sorted(allowed)}')
-        if status != OK and message is not None and self.values['err'] is not None and text != message:
-            raise Failed(f"the error says '{text}', not '{message}'")
+        if status == INVALID_ARGUMENT and null is not None and not (null in text and text.endswith('NULL')):
+            raise Failed(f"the error says '{text}', which does not name {null}")
         for name, was in before.items():
             if status != OK and resolve(pointee(self.parameters[name])) != 'size_t' and outputs[name].raw != was:
                 raise Failed(f'it failed with {status} ({text}) and wrote to {name}')
@@ -181,18 +196,22 @@ def fresh(handle):
     """A handle of its own, by the function that makes such."""
     if handle == 'moebius_error':
         error = c_void_p()
-        library.moebius_config_create(None, ctypes.byref(error))
+        library.moebius_config_create(None, byref(error))
         return error
-    maker = next(f for f, v in ABI['functions'].items() if f'{handle} **' in v['parameters'].values() and handle != 'moebius_error')
+    maker = next(f for f, v in ABI['functions'].items() if f'{handle} **' in v['parameters'].values())
     call = Call(maker)
     call.run('to have one', {OK})
     made = c_void_p.from_buffer(next(call.values[n] for n, kind in call.parameters.items() if kind == f'{handle} **'))
     if handle == 'moebius_config':  # of which engines are made
         for key, value in (('ranks', 2), ('threads', 1), ('kv_tokens', 1024)):
             library.moebius_config_set_i64(made, key.encode(), c_int64(value), None)
+    if handle == 'moebius_source':
+        for name, data in FILES.items():
+            library.moebius_source_add_memory(made, name.encode(), data, c_size_t(len(data)), None)
     if handle == 'moebius_request':
         library.moebius_request_set_prompt(made, (c_int32 * 3)(5, 6, 7), c_size_t(3), None)
-        library.moebius_request_set_i64(made, b'keep_logits', c_int64(1), None)
+        for key in (b'keep_logits', b'routed_experts'):
+            library.moebius_request_set_i64(made, key, c_int64(1), None)
     return c_void_p(made.value)
 
 
@@ -204,8 +223,8 @@ def release(call):
             getattr(library, f'{handle}_destroy')(c_void_p.from_buffer(call.values[name]))
 
 
-def may_be_null(function, name, kind):
-    return name in ('err', 'user') or pointee(kind) == 'callback' or name in MAY_BE_NULL.get(function, ())
+def may_be_null(function, name):
+    return name in ('err', 'user') or name in MAY_BE_NULL.get(function, ())
 
 
 def with_null(function):
@@ -214,8 +233,8 @@ def with_null(function):
             continue
         call = Call(function)
         call.values[name] = None
-        allowed = GOOD if may_be_null(function, name, kind) else {INVALID_ARGUMENT}
-        if call.run(f'{name} is NULL', allowed, f'{name} is NULL') == OK:
+        allowed = GOOD if may_be_null(function, name) else {INVALID_ARGUMENT}
+        if call.run(f'{name} is NULL', allowed, null=name) == OK:
             release(call)
             undo(function)
 
@@ -280,8 +299,6 @@ def with_all_good(function):
 
 
 def child():
-    global library
-    library = ctypes.CDLL(sys.argv[2])
     for handle in ('moebius_engine', 'moebius_tokenizer', 'moebius_decoder'):
         live[handle] = fresh(handle)
     for function in ('moebius_engine_submit', 'moebius_engine_step'):  # request 1, whose first logits can be taken

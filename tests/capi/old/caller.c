@@ -1,5 +1,5 @@
-/* A caller as it was built with an old version's header: every struct of that size, a request with a switch, events by that stride. It is run
- * with the library of today, which may write no byte more. And a caller from the future: larger structs, with zeros or more behind. */
+/* A caller as it was built with an old version's header: every struct of that size, a request with a switch, events by that stride. It is
+ * run with the library of today, which may write no byte more. And a caller from the future: larger structs, with zeros or more behind. */
 #include <moebius/moebius.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -64,7 +64,8 @@ static void take_events(size_t stride, int *tokens, int *ends, int *switches) {
   unsigned char *room = malloc(EVENTS * stride + BEHIND);
   size_t count, i;
   REQUIRE(room != NULL);
-  REQUIRE(moebius_engine_poll(engine, (moebius_event *)room, EVENTS, sizeof(moebius_event) - 1, 0, &count, NULL) == MOEBIUS_E_INVALID_ARGUMENT);
+  REQUIRE(moebius_engine_poll(engine, (moebius_event *)room, EVENTS, sizeof(moebius_event) - 1, 0, &count, NULL) ==
+          MOEBIUS_E_INVALID_ARGUMENT);
   do {
     memset(room, GUARD, EVENTS * stride + BEHIND);
     REQUIRE(moebius_engine_poll(engine, (moebius_event *)room, EVENTS, stride, 0, &count, NULL) == MOEBIUS_OK);
