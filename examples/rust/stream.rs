@@ -3,8 +3,9 @@
 //!     rustc -O -L build/release/lib -l moebius examples/rust/stream.rs && LD_LIBRARY_PATH=build/release/lib ./stream MODEL_FOLDER
 
 use std::collections::HashMap;
-use std::ffi::{c_char, c_void, CStr, CString};
+use std::ffi::{CStr, CString};
 use std::fmt;
+use std::os::raw::{c_char, c_void};
 use std::ptr::{null, null_mut};
 
 // ---- the functions of moebius.h that are used here
