@@ -102,10 +102,10 @@ std::span<const PagePair> pairs_of(const moebius::Migration& m, Layout to, const
 
 // An array of structs for the caller, whose elements are `stride` bytes apart: the count always, the elements when they fit.
 template <class T>
-void fill_array(const std::vector<T>& values, T* out, size_t capacity, size_t stride, size_t first_size, size_t* out_count) {
+void fill_array(const std::vector<T>& values, T* out, const char* name, size_t capacity, size_t stride, size_t first_size, size_t* out_count) {
   if (out_count != nullptr) *out_count = values.size();
   if (out == nullptr && capacity == 0) return;
-  not_null(out, "the array");
+  not_null(out, name);
   if (stride < first_size) fail(Code::kInvalidArgument, "stride is {}, version 0.1 has {}", stride, first_size);
   if (capacity < values.size()) fail(Code::kInvalidArgument, "capacity is {}, there are {}", capacity, values.size());
   for (size_t i = 0; i < values.size(); ++i) {
@@ -183,7 +183,7 @@ moebius_status moebius_plan_slices(const moebius_plan* plan, int32_t rank, int32
       slices.push_back({0, kKinds[static_cast<size_t>(s.kind)], s.index, s.cut, s.bytes, arena.slice_offset(rank, Layout::kTp, layer, i),
                         arena.slice_offset(rank, Layout::kEp, layer, i)});
     }
-    fill_array(slices, out_slices, capacity, stride, kSliceV1, out_count);
+    fill_array(slices, out_slices, "out_slices", capacity, stride, kSliceV1, out_count);
   });
 }
 
@@ -213,7 +213,7 @@ moebius_status moebius_plan_copies(const moebius_plan* plan, moebius_layout to, 
       m.for_each_copy(target, layer, r, blocks, [&](const moebius::BlockCopy& c) {
         copies.push_back({0, c.src_rank, r, 0, c.src_offset, c.dst_offset, c.bytes});
       });
-    fill_array(copies, out_copies, capacity, stride, kCopyV1, out_count);
+    fill_array(copies, out_copies, "out_copies", capacity, stride, kCopyV1, out_count);
   });
 }
 

@@ -409,13 +409,14 @@ MOEBIUS_API moebius_status moebius_decoder_finish(moebius_decoder *decoder, cons
  * one allocation (its arena) in both layouts, and moves layers one by one while it serves: layers [0, seam) lie in TP, the others in EP.
  * Weights that all ranks have whole in both layouts (norms, routers, embeddings) are no part of it. Since 0.1. */
 
-typedef struct moebius_plan moebius_plan;
+typedef struct moebius_plan moebius_plan; /* where slices lie in both layouts, and how far they have moved */
 
+/* What is to be placed. */
 typedef struct moebius_plan_spec {
   uint32_t struct_size;
-  int32_t num_layers;
+  int32_t num_layers;         /* N */
   int32_t num_heads;          /* query heads */
-  int32_t num_kv_heads;
+  int32_t num_kv_heads;       /* which query heads share in equal groups */
   int32_t num_experts;        /* of a layer; 0: all layers are dense */
   int32_t slices_per_expert;  /* S: every MLP is cut into so many slices along its neurons; at least the number of ranks */
   int32_t head_groups;        /* A: attention is cut into so many groups of query heads, a multiple of num_kv_heads that divides num_heads; 0:
@@ -433,14 +434,15 @@ typedef struct moebius_plan_spec {
                                   goes to rank floor(e * ranks / E) */
 } moebius_plan_spec;
 
+/* What was planned, and the seam. */
 typedef struct moebius_plan_info {
   uint32_t struct_size;
-  int32_t ranks;
-  int32_t num_layers;
+  int32_t ranks;            /* P */
+  int32_t num_layers;       /* N */
   int32_t seam;             /* layers [0, seam) lie in TP */
-  int32_t slices_per_expert;
-  int32_t head_groups;
-  int64_t tp_pages;
+  int32_t slices_per_expert; /* S */
+  int32_t head_groups;      /* A, as given or chosen */
+  int64_t tp_pages;         /* of each rank */
   int64_t ep_pages;         /* of the rank that has the fewest */
   int64_t arena_bytes;      /* of the largest rank */
   int64_t lead_bytes;       /* of these: what holding both layouts costs */
@@ -460,48 +462,53 @@ MOEBIUS_API moebius_status moebius_plan_arena_bytes(const moebius_plan *plan, in
  * overwritten. (moebius_plan_create has done it.) INTERNAL: it does not hold, with the place. */
 MOEBIUS_API moebius_status moebius_plan_verify(const moebius_plan *plan, moebius_error **err);
 
+/* Kinds of slices. */
 enum { MOEBIUS_SLICE_EXPERT = 0, MOEBIUS_SLICE_DENSE = 1, MOEBIUS_SLICE_ATTENTION = 2, MOEBIUS_SLICE_KV_PROJECTION = 3 };
 
+/* A slice of a layer's weights, as one rank has it. */
 typedef struct moebius_slice {
   uint32_t struct_size;
-  int32_t kind;
+  int32_t kind;      /* MOEBIUS_SLICE_… */
   int32_t index;     /* the expert, 0, the head group or the KV head */
   int32_t cut;       /* of an MLP: 0 to S - 1, consecutive neurons; 0 otherwise */
-  int64_t bytes;
+  int64_t bytes;     /* as the spec says for its kind */
   int64_t tp_offset; /* in the rank's arena; -1: the rank has none of it in this layout */
-  int64_t ep_offset;
+  int64_t ep_offset; /* likewise */
 } moebius_slice;
 /* The slices of a layer and where they lie on a rank: an array like that of moebius_engine_poll. Always sets *out_count; INVALID_ARGUMENT
  * when capacity is smaller (nothing is written but the count). Likewise below. */
 MOEBIUS_API moebius_status moebius_plan_slices(const moebius_plan *plan, int32_t rank, int32_t layer, moebius_slice *out_slices,
                                                size_t capacity, size_t stride, size_t *out_count, moebius_error **err);
 
+/* Where a layer's KV pages lie on a rank. */
 typedef struct moebius_kv_pool {
   uint32_t struct_size;
   int32_t first_head; /* KV heads [first_head, first_head + num_heads) of the model */
-  int32_t num_heads;
-  int32_t reserved;
+  int32_t num_heads;  /* that the rank has in this layout */
+  int32_t reserved;   /* 0 */
   int64_t offset;     /* page p of head j (from first_head on) lies at offset + (p * num_heads + j) * kv_slice_bytes */
-  int64_t pages;
+  int64_t pages;      /* that lie there */
 } moebius_kv_pool;
+/* Fills out_pool. */
 MOEBIUS_API moebius_status moebius_plan_kv_pool(const moebius_plan *plan, moebius_layout layout, int32_t rank, int32_t layer,
                                                 moebius_kv_pool *out_pool, moebius_error **err);
 
 /* A block of KV that is in use: its page on all ranks in TP, the rank that is its home in EP, its page there. Never grows. */
 typedef struct moebius_page_pair {
-  int32_t tp_page;
-  int32_t home;
-  int32_t ep_page;
+  int32_t tp_page; /* on every rank, in TP */
+  int32_t home;    /* the rank in EP */
+  int32_t ep_page; /* on it */
 } moebius_page_pair;
 
+/* One copy from arena to arena. */
 typedef struct moebius_block_copy {
   uint32_t struct_size;
-  int32_t src_rank;
-  int32_t dst_rank;
-  int32_t reserved;
-  int64_t src_offset; /* in the arenas */
-  int64_t dst_offset;
-  int64_t bytes;
+  int32_t src_rank;   /* whose arena is read */
+  int32_t dst_rank;   /* whose is written */
+  int32_t reserved;   /* 0 */
+  int64_t src_offset; /* in the arena of src_rank */
+  int64_t dst_offset; /* in the arena of dst_rank */
+  int64_t bytes;      /* a multiple of 64 */
 } moebius_block_copy;
 /* What a layer's move to `to` copies, over all ranks: each slice, once, to each rank that has it in the new layout and not in the old; then
  * the KV of `pairs`. INVALID_ARGUMENT: pages out of range, or one that is written twice. */

@@ -372,7 +372,7 @@ class Plan {
   void advance(moebius_layout to) {
     check([&](moebius_error** e) { return moebius_plan_advance(get(), to, e); });
   }
-  moebius_plan* get() const { return handle_.get(); }
+  moebius_plan* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
   template <class T, class Fill>

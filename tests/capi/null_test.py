@@ -12,7 +12,7 @@ from ctypes import addressof, byref, c_char, c_double, c_float, c_int16, c_int32
 
 ABI, LIBRARY, MODEL = json.loads(pathlib.Path(sys.argv[1]).read_text()), sys.argv[2], pathlib.Path(sys.argv[3])
 OK, INVALID_ARGUMENT, UNSUPPORTED, INTERNAL = 0, -1, -4, -14
-FILL, TAIL, ROOM, EVENTS = 0xA5, 64, 65536, 16
+FILL, TAIL, ROOM, STRUCTS = 0xA5, 64, 65536, 256
 
 SCALARS = {'int16_t': c_int16, 'int32_t': c_int32, 'int64_t': c_int64, 'uint32_t': c_uint32, 'uint64_t': c_uint64, 'size_t': c_size_t,
            'float': c_float, 'double': c_double}
@@ -21,9 +21,10 @@ CALLBACKS = {name for name, t in ABI['types'].items() if '(*)' in t['type']}
 
 # A good value for each parameter that its type does not give, by name or by function and name.
 VALUES = {
-    'status': 0, 'index': 0, 'id': 1, 'sample': 0, 'seam': 1, 'to': 1, 'token': 7, 'bias': 1.0, 'ms': 0.0, 'timeout_ms': 0.0, 'value': 1,
+    'status': 0, 'index': 0, 'id': 1, 'sample': 0, 'seam': 1, 'to': 1, 'token': 7, 'bias': 1.0, 'rank': 0,
+    'layer': 0, 'layout': 0, 'ms': 0.0, 'timeout_ms': 0.0, 'value': 1,
     'add_special_tokens': 1, 'skip_special_tokens': 1, 'user_data': 1, 'model_dir': bytes(MODEL), 'text': b'ROMEO:', 'num_bytes': 6,
-    'num': 2, 'num_tokens': 3, 'num_ids': 3, 'capacity': ROOM, 'name': b'moebius_event', 'file_name': b'a.json', 'data': b'{}', 'size': 2,
+    'num': 2, 'num_tokens': 3, 'num_ids': 3, 'num_pairs': 1, 'capacity': ROOM, 'name': b'moebius_event', 'file_name': b'a.json', 'data': b'{}', 'size': 2,
     ('moebius_config_set_i64', 'key'): b'seed',
     ('moebius_config_set_f64', 'key'): b'stall_budget_ms',
     ('moebius_config_set_str', 'key'): b'layout',
@@ -36,6 +37,12 @@ VALUES = {
     ('moebius_request_set_ids', 'key'): b'stop_token_ids',
 }
 CALLBACK = ctypes.CFUNCTYPE(c_int64)(lambda: -1)  # for all types: the arguments are in registers, and nothing calls it
+# Fields of structs that the library reads; the others are 0.
+FIELDS = {
+    'moebius_plan_spec': {'num_layers': 2, 'num_heads': 4, 'num_kv_heads': 2, 'num_experts': 4, 'slices_per_expert': 4, 'attention_bytes': 64,
+                          'kv_projection_bytes': 64, 'expert_slice_bytes': 64, 'dense_slice_bytes': 64, 'kv_slice_bytes': 64, 'tp_pages': 4,
+                          'ep_pages': 4},
+}
 # Where the header allows a NULL; `err` and `user` may be NULL everywhere.
 MAY_BE_NULL = {
     'moebius_version': {'major', 'minor', 'patch'},
@@ -50,6 +57,7 @@ MAY_BE_NULL = {
     'moebius_engine_metrics_text': {'out_needed'},
     'moebius_engine_take_logits': {'out_logits', 'out_count'},
     'moebius_engine_take_routes': {'out_experts', 'out_count'},
+    'moebius_plan_create': {'config'},
     'moebius_tokenizer_encode': {'out_count'},
     'moebius_tokenizer_decode': {'out_bytes'},
     'moebius_decoder_push': {'out_text', 'out_bytes'},
@@ -61,6 +69,9 @@ GOOD -= {INVALID_ARGUMENT, INTERNAL}
 UNDONE_BY = {'moebius_engine_start': 'moebius_engine_stop'}  # called after the good call, so that the next ones find the engine as before
 
 FILES = {name: (MODEL / name).read_bytes() for name in ('config.json', 'model.safetensors', 'tokenizer.json')}
+
+SIZED = {name for name, s in ABI['structs'].items() if 'struct_size' in s['fields']}  # the others never grow
+MEMORY = ctypes.create_string_buffer(1 << 20)  # for copies between arenas
 
 library = ctypes.CDLL(LIBRARY)
 live = {}  # handles that every call shares; of other kinds each gets its own
@@ -113,7 +124,7 @@ class Call:
         if name == 'stride':
             return ABI['structs'][self.struct_array()]['size']
         if name == 'capacity' and self.struct_array():
-            return EVENTS
+            return STRUCTS
         if base is None:
             return self.table(name)
         if base in HANDLES:
@@ -122,17 +133,19 @@ class Call:
             return CALLBACK
         if name == 'user':
             return None
-        if base in ABI['structs'] and not self.struct_array():
+        if base in SIZED and not self.struct_array():
             return self.struct(base, ABI['structs'][base]['size'], 0)
         if is_output(kind):
             return self.output(ROOM * 8)
         if inner in HANDLES:
             return (c_void_p * VALUES['num'])(*(fresh(inner).value for _ in range(VALUES['num'])))
+        if inner == 'void' and base != 'void':
+            return (c_void_p * VALUES['num'])(*[addressof(MEMORY) + 64 & ~63] * VALUES['num'])
         return ctypes.create_string_buffer(self.table(name) if base in ('char', 'void') else bytes(256))
 
     def struct_array(self):
         """The struct of an array that goes by stride, if there is one."""
-        structs = [pointee(k) for k in self.parameters.values() if pointee(k) in ABI['structs']]
+        structs = [pointee(k) for k in self.parameters.values() if pointee(k) in SIZED]
         return structs[0] if 'stride' in self.parameters else None
 
     def output(self, size):
@@ -146,6 +159,9 @@ class Call:
         buffer = (c_char * (size + TAIL))()
         ctypes.memset(addressof(buffer) + struct_size, FILL, size + TAIL - struct_size)
         c_uint32.from_buffer(buffer).value = struct_size
+        for field, value in FIELDS.get(name, {}).items():
+            f = ABI['structs'][name]['fields'][field]
+            SCALARS[f['type']].from_buffer(buffer, f['offset']).value = value
         if tail:
             buffer[struct_size - 1] = tail
         return buffer
@@ -247,7 +263,7 @@ def undo(function):
 def with_wrong_structs(function):
     for name, kind in ABI['functions'][function]['parameters'].items():
         struct = pointee(kind)
-        if struct not in ABI['structs']:
+        if struct not in SIZED:
             continue
         if 'stride' in ABI['functions'][function]['parameters']:
             for stride in (0, first_size(struct) - 1):

@@ -23,37 +23,41 @@
 extern "C" {
 #endif
 
+/* Before each function of the library: exported, or plain with MOEBIUS_STATIC. */
 #if defined(MOEBIUS_STATIC)
 #define MOEBIUS_API
 #else
 #define MOEBIUS_API __attribute__((visibility("default")))
 #endif
 
-#define MOEBIUS_VERSION_MAJOR 0
-#define MOEBIUS_VERSION_MINOR 1
-#define MOEBIUS_VERSION_PATCH 0
+#define MOEBIUS_VERSION_MAJOR 0 /* of this header; moebius_version has the library's */
+#define MOEBIUS_VERSION_MINOR 1 /* grows when the ABI does */
+#define MOEBIUS_VERSION_PATCH 0 /* grows when it does not */
 
+/* What a call came to: one of the values below; later versions may add some. */
 typedef int32_t moebius_status;
+/* Values of moebius_status. */
 enum {
   MOEBIUS_OK = 0,
-  MOEBIUS_E_INVALID_ARGUMENT = -1,
-  MOEBIUS_E_INVALID_STATE = -2,
-  MOEBIUS_E_NOT_FOUND = -3,
-  MOEBIUS_E_UNSUPPORTED = -4,
-  MOEBIUS_E_IO = -5,
-  MOEBIUS_E_CORRUPT_MODEL = -6,
-  MOEBIUS_E_OUT_OF_MEMORY = -7,
-  MOEBIUS_E_TIMEOUT = -8,
-  MOEBIUS_E_CANCELLED = -9,
-  MOEBIUS_E_QUEUE_FULL = -10,
-  MOEBIUS_E_CONTEXT_TOO_LONG = -11,
-  MOEBIUS_E_DOES_NOT_FIT = -12,
-  MOEBIUS_E_RANK_FAILED = -13,
-  MOEBIUS_E_INTERNAL = -14
+  MOEBIUS_E_INVALID_ARGUMENT = -1, /* a parameter, key or value; the text names it */
+  MOEBIUS_E_INVALID_STATE = -2,    /* not now: the engine has failed, or runs already */
+  MOEBIUS_E_NOT_FOUND = -3,        /* a file, key or request */
+  MOEBIUS_E_UNSUPPORTED = -4,      /* something that this version does not have */
+  MOEBIUS_E_IO = -5,               /* reading failed */
+  MOEBIUS_E_CORRUPT_MODEL = -6,    /* a model's files contradict themselves or each other */
+  MOEBIUS_E_OUT_OF_MEMORY = -7,    /* of the host or of a device */
+  MOEBIUS_E_TIMEOUT = -8,          /* a wait that has a limit took longer */
+  MOEBIUS_E_CANCELLED = -9,        /* by the host */
+  MOEBIUS_E_QUEUE_FULL = -10,      /* try again after a step */
+  MOEBIUS_E_CONTEXT_TOO_LONG = -11, /* prompt and max_tokens are more than max_context */
+  MOEBIUS_E_DOES_NOT_FIT = -12,    /* into the memory there is */
+  MOEBIUS_E_RANK_FAILED = -13,     /* a rank died or stopped answering */
+  MOEBIUS_E_INTERNAL = -14         /* a fault of the library */
 };
 
-/* Layouts. */
+/* Who holds what of a layer: every rank a part of each expert (TP), or each rank some experts (EP). */
 typedef int32_t moebius_layout;
+/* Values of moebius_layout. */
 enum { MOEBIUS_LAYOUT_TP = 0, MOEBIUS_LAYOUT_EP = 1 };
 
 /* Why a request ended. */
@@ -74,13 +78,13 @@ enum {
   MOEBIUS_EVENT_DECISION = 11        /* a policy decided; the reason is its record */
 };
 
-typedef struct moebius_error moebius_error;
-typedef struct moebius_config moebius_config;
-typedef struct moebius_engine moebius_engine;
-typedef struct moebius_request moebius_request;
-typedef struct moebius_source moebius_source;
-typedef struct moebius_tokenizer moebius_tokenizer;
-typedef struct moebius_decoder moebius_decoder;
+typedef struct moebius_error moebius_error;         /* why a call failed */
+typedef struct moebius_config moebius_config;       /* settings of an engine, by key */
+typedef struct moebius_engine moebius_engine;       /* a model being served */
+typedef struct moebius_request moebius_request;     /* a prompt and how to go on from it */
+typedef struct moebius_source moebius_source;       /* a model's files */
+typedef struct moebius_tokenizer moebius_tokenizer; /* text to token ids and back */
+typedef struct moebius_decoder moebius_decoder;     /* token ids to text as they come */
 
 /* ---- library. Any thread. Since 0.1. */
 
@@ -94,9 +98,9 @@ MOEBIUS_API const char *moebius_build_info(void);
 /* sizeof a struct of this header ("moebius_event") as the library was built with it; 0 for an unknown name. For bindings to compare. */
 MOEBIUS_API size_t moebius_struct_size(const char *name);
 
-MOEBIUS_API moebius_status moebius_error_code(const moebius_error *err);
+MOEBIUS_API moebius_status moebius_error_code(const moebius_error *err); /* the status that the call returned */
 MOEBIUS_API const char *moebius_error_message(const moebius_error *err); /* lives as long as err */
-MOEBIUS_API void moebius_error_destroy(moebius_error *err);
+MOEBIUS_API void moebius_error_destroy(moebius_error *err);              /* NULL is no error */
 
 /* ---- configuration: keys and values. One owner. Since 0.1.
  * Keys: ranks, threads, layout ("tp", "ep"), memory_bytes, kv_tokens, isa, slices_per_expert, page_tokens, chunk_tokens,
@@ -106,8 +110,9 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);
  * ("peer", "nccl"), rank_processes, two_shot_bytes, capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types,
  * defaults, meaning and stability. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
 
-MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err);
-MOEBIUS_API void moebius_config_destroy(moebius_config *config);
+MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err); /* every key has its default */
+MOEBIUS_API void moebius_config_destroy(moebius_config *config);                                    /* engines made of it stay */
+/* Sets a key of this type; an f64 key takes an integer too. A value is checked here or when an engine is made. */
 MOEBIUS_API moebius_status moebius_config_set_i64(moebius_config *config, const char *key, int64_t value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_config_set_f64(moebius_config *config, const char *key, double value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_config_set_str(moebius_config *config, const char *key, const char *value, moebius_error **err);
@@ -175,23 +180,26 @@ MOEBIUS_API moebius_status moebius_engine_create_from(const moebius_source *sour
 /* Ends the own thread if there is one. Requests that still run are dropped. */
 MOEBIUS_API void moebius_engine_destroy(moebius_engine *engine);
 
+/* What the model is. */
 typedef struct moebius_model_info {
   uint32_t struct_size;
-  int32_t num_layers;
-  int32_t vocab_size;
-  int32_t hidden;
-  int32_t num_experts;
-  int32_t top_k;
+  int32_t num_layers;        /* N */
+  int32_t vocab_size;        /* rows of the logits; a tokenizer's may be smaller */
+  int32_t hidden;            /* width of a token's row between layers */
+  int32_t num_experts;       /* of each sparse layer */
+  int32_t top_k;             /* experts that a token goes through */
   int64_t max_context;       /* tokens of a request, prompt included */
-  int32_t slices_per_expert; /* S */
-  int32_t head_groups;       /* A */
+  int32_t slices_per_expert; /* S: cuts of each MLP, which ranks share in TP */
+  int32_t head_groups;       /* A: groups of attention heads, which ranks share in TP */
 } moebius_model_info;
+/* Fills out_info. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_model(const moebius_engine *engine, moebius_model_info *out_info, moebius_error **err);
 
 /* ---- requests: made, filled, submitted (which copies), destroyed. One owner. Since 0.1. */
 
-MOEBIUS_API moebius_status moebius_request_create(moebius_request **out_request, moebius_error **err);
-MOEBIUS_API void moebius_request_destroy(moebius_request *request);
+MOEBIUS_API moebius_status moebius_request_create(moebius_request **out_request, moebius_error **err); /* without a prompt */
+MOEBIUS_API void moebius_request_destroy(moebius_request *request); /* what was submitted of it goes on */
+/* Token ids [num_tokens], at least one; copied. */
 MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, const int32_t *token_ids, size_t num_tokens,
                                                       moebius_error **err);
 /* Comes back in every event of the request. */
@@ -228,14 +236,15 @@ MOEBIUS_API moebius_status moebius_engine_resume(moebius_engine *engine, moebius
 
 /* ---- running. Either the host calls step, or the engine's own thread does after start. */
 
+/* What a step did. */
 typedef struct moebius_step_result {
   uint32_t struct_size;
-  int32_t worked; /* 0: nothing was running, waiting or switching */
-  int32_t decode_rows;
-  int32_t prefill_rows;
-  double seconds;
-  double compute_seconds;
-  double switch_seconds;
+  int32_t worked;         /* 0: nothing was running, waiting or switching */
+  int32_t decode_rows;    /* tokens that were fed one at a time: a request that generates has one */
+  int32_t prefill_rows;   /* tokens of prompts */
+  double seconds;         /* of the whole step */
+  double compute_seconds; /* of the forward pass and sampling */
+  double switch_seconds;  /* spent on switches */
 } moebius_step_result;
 /* Runs one step (an idle one counts too). The calling thread computes. One thread at a time. out_result may be NULL. An error
  * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. */
@@ -246,9 +255,10 @@ MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_s
 MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
 
+/* What happened; which fields mean something depends on the type. */
 typedef struct moebius_event {
   uint32_t struct_size;
-  int32_t type;
+  int32_t type;        /* MOEBIUS_EVENT_… */
   uint64_t step;       /* the step before or in which it happened, from 0 */
   uint64_t request;    /* 0 where none */
   uint64_t user_data;  /* of the request */
@@ -257,19 +267,19 @@ typedef struct moebius_event {
   int32_t token;       /* TOKEN */
   float logprob;       /* TOKEN, where logprobs was asked for */
   int32_t num_top;     /* entries of top_tokens and top_logprobs */
-  int32_t top_tokens[20];
-  float top_logprobs[20];
-  int32_t finish_reason;
-  int32_t from;        /* layouts of a switch */
-  int32_t to;
+  int32_t top_tokens[20]; /* the likeliest tokens first */
+  float top_logprobs[20]; /* theirs */
+  int32_t finish_reason;  /* FINISHED: MOEBIUS_FINISH_… */
+  int32_t from;        /* layout before a switch */
+  int32_t to;          /* layout that it is for */
   int32_t seam;        /* layers [0, seam) run in TP */
   int64_t bytes;         /* written by the switch: weights and KV, all ranks */
   int64_t bytes_changed; /* of these, to a new owner */
-  double seconds;
+  double seconds;        /* that the switch took from its steps */
   int32_t prompt_tokens; /* FINISHED, this and what follows: usage and times of the sample */
   int32_t cached_tokens; /* of the prompt, found in the prefix cache when it was first scheduled */
-  int32_t generated_tokens;
-  int32_t preemptions;
+  int32_t generated_tokens; /* a stop token included */
+  int32_t preemptions;    /* times that it gave up its KV */
   int64_t queued_ns;      /* when it was submitted */
   int64_t scheduled_ns;   /* when it first ran; 0: never */
   int64_t first_token_ns; /* 0: never */
@@ -290,6 +300,7 @@ MOEBIUS_API moebius_status moebius_engine_event_fd(moebius_engine *engine, int32
  * one is the outcome of both. When the engine fails, each that has not ended is SWITCH_REFUSED with the reason.
  * QUEUE_FULL: 64 wait for the next step. INVALID_STATE: the engine has failed. */
 
+/* Asks for a layout: every layer in TP or every layer in EP. */
 MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);
 /* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there. */
 MOEBIUS_API moebius_status moebius_engine_hold_seam(moebius_engine *engine, int32_t seam, moebius_error **err);
@@ -298,13 +309,14 @@ MOEBIUS_API moebius_status moebius_engine_set_stall_budget(moebius_engine *engin
 /* Takes the policy_* keys of the config. INVALID_ARGUMENT: a value out of range, or a threshold that max_batch keeps out of reach. */
 MOEBIUS_API moebius_status moebius_engine_set_policy(moebius_engine *engine, const moebius_config *config, moebius_error **err);
 
+/* What a switch would take. */
 typedef struct moebius_switch_estimate {
   uint32_t struct_size;
-  int32_t fits;
-  int64_t bytes;
-  int64_t bytes_changed;
-  double seconds;
-  char reason[512]; /* why it does not fit */
+  int32_t fits;          /* 0: it would be refused */
+  int64_t bytes;         /* that would be written: weights and KV, all ranks */
+  int64_t bytes_changed; /* of these, to a new owner */
+  double seconds;        /* by the last switches' speed, or a copy's */
+  char reason[512];      /* why it does not fit */
 } moebius_switch_estimate;
 /* What a switch would take now. Waits for a step under way. */
 MOEBIUS_API moebius_status moebius_engine_estimate_switch(moebius_engine *engine, moebius_layout to, moebius_switch_estimate *out_estimate,
@@ -312,31 +324,34 @@ MOEBIUS_API moebius_status moebius_engine_estimate_switch(moebius_engine *engine
 
 /* ---- reports. Any thread. */
 
+/* Counters since the engine was made, and where it stands. */
 typedef struct moebius_stats {
   uint32_t struct_size;
-  int32_t running;
-  int32_t waiting;
-  int32_t seam;
-  int32_t num_layers;
-  int32_t switching;
+  int32_t running;    /* samples of requests that have KV */
+  int32_t waiting;    /* that wait for it */
+  int32_t seam;       /* layers [0, seam) run in TP */
+  int32_t num_layers; /* N */
+  int32_t switching;  /* 1: a switch is under way */
   uint64_t step; /* steps run, idle ones included */
   uint64_t switches; /* that arrived at a layout, from another one or after a turn; held seams are not counted */
-  uint64_t rollbacks;
-  uint64_t refusals;
-  uint64_t preemptions;
-  uint64_t prompt_tokens;
-  uint64_t generation_tokens;
-  uint64_t prefix_queries; /* tokens */
-  uint64_t prefix_hits;
+  uint64_t rollbacks;         /* of switches, after a failure */
+  uint64_t refusals;          /* of switches, which did not fit */
+  uint64_t preemptions;       /* of samples, which gave up their KV */
+  uint64_t prompt_tokens;     /* computed, each once */
+  uint64_t generation_tokens; /* tokens that were generated */
+  uint64_t prefix_queries;    /* tokens that were looked up in the prefix cache */
+  uint64_t prefix_hits;       /* of these, found */
   int64_t bytes_moved; /* by switches that ended or were rolled back, held seams too; so switch_seconds */
-  double switch_seconds;
-  double kv_usage; /* 0 to 1 */
+  double switch_seconds; /* that they took from their steps */
+  double kv_usage;       /* 0 to 1, of the present layout's pages */
 } moebius_stats;
+/* Fills out_stats, as of the last step. */
 MOEBIUS_API moebius_status moebius_engine_stats(const moebius_engine *engine, moebius_stats *out_stats, moebius_error **err);
 
+/* Where memory goes, in bytes of a rank unless said otherwise. */
 typedef struct moebius_memory {
   uint32_t struct_size;
-  int32_t num_ranks;
+  int32_t num_ranks;       /* P */
   int64_t arena_bytes;     /* of the largest rank; its parts: */
   int64_t kept_bytes;      /*   slices owned in both layouts */
   int64_t lead_bytes;      /*   what holding both layouts costs */
@@ -346,6 +361,7 @@ typedef struct moebius_memory {
   int64_t tp_tokens;       /* KV tokens that TP holds in all */
   int64_t ep_tokens;       /* that EP holds, all homes together */
 } moebius_memory;
+/* Fills out_memory; it stays the same as long as the engine lives. */
 MOEBIUS_API moebius_status moebius_engine_memory(const moebius_engine *engine, moebius_memory *out_memory, moebius_error **err);
 
 /* Prometheus text. Writes up to `capacity` bytes (NUL included, never cut inside: INVALID_ARGUMENT when too small) and always
@@ -368,9 +384,10 @@ MOEBIUS_API moebius_status moebius_engine_take_routes(moebius_engine *engine, ui
 /* ---- tokenizer: byte-level BPE from a model folder's tokenizer.json; the engine itself speaks token ids. Since 0.1.
  * A tokenizer is immutable: any thread. A decoder has one owner and must not outlive its tokenizer. */
 
+/* Reads tokenizer.json of a folder. By design: NOT_FOUND, IO, UNSUPPORTED, CORRUPT_MODEL. */
 MOEBIUS_API moebius_status moebius_tokenizer_load(const char *model_dir, moebius_tokenizer **out_tokenizer, moebius_error **err);
 MOEBIUS_API moebius_status moebius_tokenizer_load_from(const moebius_source *source, moebius_tokenizer **out_tokenizer, moebius_error **err);
-MOEBIUS_API void moebius_tokenizer_destroy(moebius_tokenizer *tokenizer);
+MOEBIUS_API void moebius_tokenizer_destroy(moebius_tokenizer *tokenizer); /* after its decoders */
 /* Writes up to `capacity` ids and always *out_count; INVALID_ARGUMENT when too small (nothing written but the count). */
 MOEBIUS_API moebius_status moebius_tokenizer_encode(const moebius_tokenizer *tokenizer, const char *text, size_t num_bytes,
                                                     int32_t add_special_tokens, int32_t *out_ids, size_t capacity, size_t *out_count,
@@ -383,10 +400,129 @@ MOEBIUS_API moebius_status moebius_tokenizer_decode(const moebius_tokenizer *tok
 /* Streaming: each push gives the complete UTF-8 that has become certain, borrowed until the next call on the decoder. After an id
  * that is refused as above the decoder is as before and may go on. */
 MOEBIUS_API moebius_status moebius_decoder_create(const moebius_tokenizer *tokenizer, moebius_decoder **out_decoder, moebius_error **err);
-MOEBIUS_API void moebius_decoder_destroy(moebius_decoder *decoder);
+MOEBIUS_API void moebius_decoder_destroy(moebius_decoder *decoder); /* before its tokenizer */
 MOEBIUS_API moebius_status moebius_decoder_push(moebius_decoder *decoder, int32_t id, const char **out_text, size_t *out_bytes,
                                                 moebius_error **err);
 MOEBIUS_API moebius_status moebius_decoder_finish(moebius_decoder *decoder, const char **out_text, size_t *out_bytes, moebius_error **err);
+
+/* ---- plan: the switch alone, for a server that computes by itself. It describes its model's slices, learns where each lies in a rank's
+ * one allocation (its arena) in both layouts, and moves layers one by one while it serves: layers [0, seam) lie in TP, the others in EP.
+ * Weights that all ranks have whole in both layouts (norms, routers, embeddings) are no part of it. Since 0.1. */
+
+typedef struct moebius_plan moebius_plan; /* where slices lie in both layouts, and how far they have moved */
+
+/* What is to be placed. */
+typedef struct moebius_plan_spec {
+  uint32_t struct_size;
+  int32_t num_layers;         /* N */
+  int32_t num_heads;          /* query heads */
+  int32_t num_kv_heads;       /* which query heads share in equal groups */
+  int32_t num_experts;        /* of a layer; 0: all layers are dense */
+  int32_t slices_per_expert;  /* S: every MLP is cut into so many slices along its neurons; at least the number of ranks */
+  int32_t head_groups;        /* A: attention is cut into so many groups of query heads, a multiple of num_kv_heads that divides num_heads; 0:
+                                 the fewest that are at least min(S, num_heads) */
+  int32_t reserved;           /* 0 */
+  int64_t attention_bytes;    /* of a head group's slice (its q and o weights). All bytes here are multiples of 64 */
+  int64_t kv_projection_bytes; /* of one KV head's k and v weights, which every rank whose groups read that head has in TP */
+  int64_t expert_slice_bytes; /* of one of the S slices of an expert */
+  int64_t dense_slice_bytes;  /* of one of the S slices of a dense MLP */
+  int64_t kv_slice_bytes;     /* of KV: K and V of one page for one KV head in one layer; 0: no KV lies in the arena */
+  int64_t tp_pages;           /* KV pages of each rank in TP, */
+  int64_t ep_pages;           /* in EP; both 0: as many as the config's memory_bytes holds */
+  const int32_t *experts_of_layer; /* [num_layers], 0: a dense layer; NULL: num_experts everywhere */
+  const int32_t *expert_ranks; /* [num_layers][num_experts] the rank of each expert in EP (in a dense layer ignored); NULL: expert e of E
+                                  goes to rank floor(e * ranks / E) */
+} moebius_plan_spec;
+
+/* What was planned, and the seam. */
+typedef struct moebius_plan_info {
+  uint32_t struct_size;
+  int32_t ranks;            /* P */
+  int32_t num_layers;       /* N */
+  int32_t seam;             /* layers [0, seam) lie in TP */
+  int32_t slices_per_expert; /* S */
+  int32_t head_groups;      /* A, as given or chosen */
+  int64_t tp_pages;         /* of each rank */
+  int64_t ep_pages;         /* of the rank that has the fewest */
+  int64_t arena_bytes;      /* of the largest rank */
+  int64_t lead_bytes;       /* of these: what holding both layouts costs */
+  int64_t to_tp_bytes;      /* of weights that a switch of all layers copies, to TP */
+  int64_t to_ep_bytes;      /* and to EP */
+} moebius_plan_info;
+
+/* Of the config (NULL: its defaults) these keys count: ranks, layout (where it starts), memory_bytes (of an arena), device, device_ids,
+ * streams. By design: INVALID_ARGUMENT, DOES_NOT_FIT, UNSUPPORTED (the device). A plan's functions may be called from any thread, but
+ * moebius_plan_advance and moebius_plan_destroy only while no other runs. */
+MOEBIUS_API moebius_status moebius_plan_create(const moebius_plan_spec *spec, const moebius_config *config, moebius_plan **out_plan,
+                                               moebius_error **err);
+MOEBIUS_API void moebius_plan_destroy(moebius_plan *plan);
+MOEBIUS_API moebius_status moebius_plan_get_info(const moebius_plan *plan, moebius_plan_info *out_info, moebius_error **err);
+MOEBIUS_API moebius_status moebius_plan_arena_bytes(const moebius_plan *plan, int32_t rank, int64_t *out_bytes, moebius_error **err);
+/* Proves both arenas and both lists of copies once more, from their intervals alone: at every seam nothing that is still needed is
+ * overwritten. (moebius_plan_create has done it.) INTERNAL: it does not hold, with the place. */
+MOEBIUS_API moebius_status moebius_plan_verify(const moebius_plan *plan, moebius_error **err);
+
+/* Kinds of slices. */
+enum { MOEBIUS_SLICE_EXPERT = 0, MOEBIUS_SLICE_DENSE = 1, MOEBIUS_SLICE_ATTENTION = 2, MOEBIUS_SLICE_KV_PROJECTION = 3 };
+
+/* A slice of a layer's weights, as one rank has it. */
+typedef struct moebius_slice {
+  uint32_t struct_size;
+  int32_t kind;      /* MOEBIUS_SLICE_… */
+  int32_t index;     /* the expert, 0, the head group or the KV head */
+  int32_t cut;       /* of an MLP: 0 to S - 1, consecutive neurons; 0 otherwise */
+  int64_t bytes;     /* as the spec says for its kind */
+  int64_t tp_offset; /* in the rank's arena; -1: the rank has none of it in this layout */
+  int64_t ep_offset; /* likewise */
+} moebius_slice;
+/* The slices of a layer and where they lie on a rank: an array like that of moebius_engine_poll. Always sets *out_count; INVALID_ARGUMENT
+ * when capacity is smaller (nothing is written but the count). Likewise below. */
+MOEBIUS_API moebius_status moebius_plan_slices(const moebius_plan *plan, int32_t rank, int32_t layer, moebius_slice *out_slices,
+                                               size_t capacity, size_t stride, size_t *out_count, moebius_error **err);
+
+/* Where a layer's KV pages lie on a rank. */
+typedef struct moebius_kv_pool {
+  uint32_t struct_size;
+  int32_t first_head; /* KV heads [first_head, first_head + num_heads) of the model */
+  int32_t num_heads;  /* that the rank has in this layout */
+  int32_t reserved;   /* 0 */
+  int64_t offset;     /* page p of head j (from first_head on) lies at offset + (p * num_heads + j) * kv_slice_bytes */
+  int64_t pages;      /* that lie there */
+} moebius_kv_pool;
+/* Fills out_pool. */
+MOEBIUS_API moebius_status moebius_plan_kv_pool(const moebius_plan *plan, moebius_layout layout, int32_t rank, int32_t layer,
+                                                moebius_kv_pool *out_pool, moebius_error **err);
+
+/* A block of KV that is in use: its page on all ranks in TP, the rank that is its home in EP, its page there. Never grows. */
+typedef struct moebius_page_pair {
+  int32_t tp_page; /* on every rank, in TP */
+  int32_t home;    /* the rank in EP */
+  int32_t ep_page; /* on it */
+} moebius_page_pair;
+
+/* One copy from arena to arena. */
+typedef struct moebius_block_copy {
+  uint32_t struct_size;
+  int32_t src_rank;   /* whose arena is read */
+  int32_t dst_rank;   /* whose is written */
+  int32_t reserved;   /* 0 */
+  int64_t src_offset; /* in the arena of src_rank */
+  int64_t dst_offset; /* in the arena of dst_rank */
+  int64_t bytes;      /* a multiple of 64 */
+} moebius_block_copy;
+/* What a layer's move to `to` copies, over all ranks: each slice, once, to each rank that has it in the new layout and not in the old; then
+ * the KV of `pairs`. INVALID_ARGUMENT: pages out of range, or one that is written twice. */
+MOEBIUS_API moebius_status moebius_plan_copies(const moebius_plan *plan, moebius_layout to, int32_t layer, const moebius_page_pair *pairs,
+                                               size_t num_pairs, moebius_block_copy *out_copies, size_t capacity, size_t stride,
+                                               size_t *out_count, moebius_error **err);
+/* Does the copies of the layer that moves next (to TP: layer `seam`; to EP: layer seam - 1) to one rank, or with rank -1 to all of them,
+ * and returns when they are there. arenas [ranks]: the host's memory, or the device's, aligned to 64 bytes. Nothing may use that layer
+ * meanwhile; all others may be in use. Different ranks at once by different threads. By design: INVALID_STATE (no layer is left). */
+MOEBIUS_API moebius_status moebius_plan_copy_next(moebius_plan *plan, moebius_layout to, int32_t rank, void *const *arenas,
+                                                  const moebius_page_pair *pairs, size_t num_pairs, moebius_error **err);
+/* The next layer has been copied on every rank (by moebius_plan_copy_next or by the host): the seam moves past it. Until the next copy in the
+ * same direction the old places are intact, so a move can be taken back by advancing the other way. */
+MOEBIUS_API moebius_status moebius_plan_advance(moebius_plan *plan, moebius_layout to, moebius_error **err);
 
 #ifdef __cplusplus
 }
