@@ -23,9 +23,9 @@ RUST = ROOT / 'examples/rust/stream.rs'
 RELEASED = ROOT / 'tests/capi/old'  # moebius-VERSION.h as each version had it
 
 CTYPES = {'char': 'c_char', 'float': 'c_float', 'double': 'c_double', 'int16_t': 'c_int16', 'int32_t': 'c_int32', 'int64_t': 'c_int64',
-          'uint32_t': 'c_uint32', 'uint64_t': 'c_uint64', 'size_t': 'c_size_t'}
+          'uint32_t': 'c_uint32', 'uint64_t': 'c_uint64', 'size_t': 'c_size_t', 'pointer': 'c_void_p'}
 RUST_TYPES = {'char': 'c_char', 'float': 'f32', 'double': 'f64', 'int16_t': 'i16', 'int32_t': 'i32', 'int64_t': 'i64', 'uint32_t': 'u32',
-              'uint64_t': 'u64', 'size_t': 'usize'}
+              'uint64_t': 'u64', 'size_t': 'usize', 'pointer': '*const c_void'}
 RUST_KEYWORDS = {'type', 'match', 'ref', 'move', 'use', 'where', 'in', 'fn', 'mod', 'impl', 'self', 'box', 'loop', 'final', 'priv'}
 
 
@@ -83,33 +83,33 @@ def read(path: pathlib.Path, prior: dict) -> dict:
     return facts
 
 
+def struct_breaks(name: str, was: dict, now: dict) -> list:
+    """Fields stay where they are; new ones stand behind the end, or where a word was reserved."""
+    found, at = [], {f['offset']: (field, f) for field, f in now['fields'].items()}
+    for field, f in was['fields'].items():
+        there, g = at.pop(f['offset'], ('nothing', {}))
+        if (field != there and not field.startswith('reserved')) or any(f[k] != g.get(k) for k in ('type', 'size')):
+            found.append(f'{name} had {f["type"]} {field} at {f["offset"]}, has {g.get("type", "")} {there}')
+    found += [f'{name}.{field} is new at {offset}, before the end of what was there ({was["size"]})'
+              for offset, (field, _) in at.items() if offset < was['size']]
+    return found
+
+
 def breaks(old: dict, new: dict) -> list:
-    """What a caller of `old` would miss or misread in `new`; fields may be added behind the last, everything else stays."""
+    """What a caller of `old` would miss or misread in `new`."""
     found = []
-    for kind in ('types', 'constants', 'functions'):
+    for kind in ('types', 'constants', 'functions', 'structs'):
         for name, was in old[kind].items():
             now = new[kind].get(name)
-            key = {'types': 'type', 'constants': 'value'}.get(kind)
             if now is None:
                 found.append(f'{name} is gone')
-            elif key and was[key] != now[key]:
-                found.append(f'{name} was {was[key]}, is {now[key]}')
-            elif not key and (was['returns'], *was['parameters'].values()) != (now['returns'], *now['parameters'].values()):
-                found.append(f'{name} has other parameters or returns another type')
-    for name, was in old['structs'].items():
-        now = new['structs'].get(name)
-        if now is None:
-            found.append(f'{name} is gone')
-            continue
-        for field, f in was['fields'].items():
-            g = now['fields'].get(field)
-            if g is None:
-                found.append(f'{name}.{field} is gone')
-            elif any(f[k] != g[k] for k in ('offset', 'type', 'size')):
-                found.append(f'{name}.{field} was {f["type"]} at {f["offset"]}, is {g["type"]} at {g["offset"]}')
-        for field, g in now['fields'].items():
-            if field not in was['fields'] and g['offset'] < was['size']:
-                found.append(f'{name}.{field} is new at {g["offset"]}, before the end of what was there ({was["size"]})')
+            elif kind == 'structs':
+                found += struct_breaks(name, was, now)
+            elif kind == 'functions':
+                if (was['returns'], *was['parameters'].values()) != (now['returns'], *now['parameters'].values()):
+                    found.append(f'{name} has other parameters or returns another type')
+            elif {**was, 'since': ''} != {**now, 'since': ''}:
+                found.append(f'{name} was {was}, is {now}')
     return found
 
 
@@ -135,20 +135,21 @@ def rust_field(name: str) -> str:
     return name + '_' if name in RUST_KEYWORDS else name
 
 
+def spell(kind: str, table: dict, array: str) -> str:
+    if '*' in kind:
+        return table['pointer']
+    base, length = re.fullmatch(r'(\w+)(?:\[(\d+)\])?', kind).groups()
+    return array.format(table[base], length) if length else table[base]
+
+
 def python_struct(name: str, struct: dict) -> str:
-    def kind(text: str) -> str:
-        base, length = re.fullmatch(r'(\w+)(?:\[(\d+)\])?', text).groups()
-        return CTYPES[base] + (f' * {length}' if length else '')
-    fields = ', '.join(f"('{python_field(n)}', {kind(f['type'])})".replace(' ', '\0') for n, f in struct['fields'].items())
+    fields = ', '.join(f"('{python_field(n)}', {spell(f['type'], CTYPES, '{} * {}')})".replace(' ', '\0') for n, f in struct['fields'].items())
     lines = textwrap.fill(fields, 120, break_long_words=False, break_on_hyphens=False).replace('\n', '\n' + ' ' * 16).replace('\0', ' ')
     return f'class _{class_name(name)}(ctypes.Structure):\n    _fields_ = [{lines}]\n'
 
 
 def rust_struct(name: str, struct: dict) -> str:
-    def kind(text: str) -> str:
-        base, length = re.fullmatch(r'(\w+)(?:\[(\d+)\])?', text).groups()
-        return f'[{RUST_TYPES[base]}; {length}]' if length else RUST_TYPES[base]
-    fields = ''.join(f"    {rust_field(n)}: {kind(f['type'])},\n" for n, f in struct['fields'].items())
+    fields = ''.join(f"    {rust_field(n)}: {spell(f['type'], RUST_TYPES, '[{}; {}]')},\n" for n, f in struct['fields'].items())
     return f'#[repr(C)]\n#[derive(Clone, Copy)]\nstruct {class_name(name)} {{\n{fields}}}\n'
 
 

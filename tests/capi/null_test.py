@@ -58,6 +58,8 @@ MAY_BE_NULL = {
     'moebius_engine_take_logits': {'out_logits', 'out_count'},
     'moebius_engine_take_routes': {'out_experts', 'out_count'},
     'moebius_plan_create': {'config'},
+    'moebius_plan_slices': {'out_count'},
+    'moebius_plan_copies': {'out_count'},
     'moebius_tokenizer_encode': {'out_count'},
     'moebius_tokenizer_decode': {'out_bytes'},
     'moebius_decoder_push': {'out_text', 'out_bytes'},
