@@ -143,8 +143,9 @@ def spell(kind: str, table: dict, array: str) -> str:
 
 
 def python_struct(name: str, struct: dict) -> str:
-    fields = ', '.join(f"('{python_field(n)}', {spell(f['type'], CTYPES, '{} * {}')})".replace(' ', '\0') for n, f in struct['fields'].items())
-    lines = textwrap.fill(fields, 120, break_long_words=False, break_on_hyphens=False).replace('\n', '\n' + ' ' * 16).replace('\0', ' ')
+    fields = [f"('{python_field(n)}', {spell(f['type'], CTYPES, '{} * {}')})".replace(' ', '\0') for n, f in struct['fields'].items()]
+    lines = textwrap.fill(', '.join(fields), 120, break_long_words=False, break_on_hyphens=False)
+    lines = lines.replace('\n', '\n' + ' ' * 16).replace('\0', ' ')
     return f'class _{class_name(name)}(ctypes.Structure):\n    _fields_ = [{lines}]\n'
 
 
