@@ -8,6 +8,7 @@
 enum { GUARD = 0xA5, BEHIND = 4096, TOKENS = 12, EVENTS = 4 };
 
 static moebius_engine *engine;
+static moebius_plan *plan;
 
 #define REQUIRE(x)                                                      \
   do {                                                                  \
@@ -22,6 +23,8 @@ static moebius_status get_step(void *s) { return moebius_engine_step(engine, s, 
 static moebius_status get_estimate(void *s) { return moebius_engine_estimate_switch(engine, MOEBIUS_LAYOUT_EP, s, NULL); }
 static moebius_status get_stats(void *s) { return moebius_engine_stats(engine, s, NULL); }
 static moebius_status get_memory(void *s) { return moebius_engine_memory(engine, s, NULL); }
+static moebius_status get_plan(void *s) { return moebius_plan_get_info(plan, s, NULL); }
+static moebius_status get_pool(void *s) { return moebius_plan_kv_pool(plan, MOEBIUS_LAYOUT_TP, 1, 0, s, NULL); }
 
 static int all(const unsigned char *bytes, size_t num, int value) {
   size_t i;
@@ -100,18 +103,60 @@ static void serve(void) {
   REQUIRE(tokens == TOKENS && ends == 1 && switches == 1);
 }
 
+/* A spec of `struct_size` bytes: a model of one layer, on two ranks. */
+static moebius_status make_plan(const moebius_config *config, size_t struct_size, int behind) {
+  unsigned char *room = calloc(1, sizeof(moebius_plan_spec) + BEHIND);
+  moebius_plan_spec spec;
+  moebius_status status;
+  REQUIRE(room != NULL);
+  memset(&spec, 0, sizeof spec);
+  spec.struct_size = (uint32_t)struct_size;
+  spec.num_layers = 1;
+  spec.num_heads = spec.num_kv_heads = spec.num_experts = spec.slices_per_expert = 2;
+  spec.attention_bytes = spec.kv_projection_bytes = spec.expert_slice_bytes = spec.dense_slice_bytes = spec.kv_slice_bytes = 64;
+  spec.tp_pages = spec.ep_pages = 2;
+  memcpy(room, &spec, sizeof spec);
+  room[sizeof spec + BEHIND - 1] = (unsigned char)behind;
+  moebius_plan_destroy(plan);
+  plan = NULL;
+  status = moebius_plan_create((const moebius_plan_spec *)room, config, &plan, NULL);
+  free(room);
+  return status;
+}
+
+/* Slices of a rank by the old stride. */
+static void take_slices(void) {
+  moebius_slice slices[EVENTS * 8 + 1];
+  const size_t capacity = EVENTS * 8;
+  size_t count, i;
+  memset(slices, GUARD, sizeof slices);
+  REQUIRE(moebius_plan_slices(plan, 0, 0, slices, capacity, sizeof slices[0] - 1, &count, NULL) == MOEBIUS_E_INVALID_ARGUMENT);
+  REQUIRE(moebius_plan_slices(plan, 0, 0, slices, capacity, sizeof slices[0], &count, NULL) == MOEBIUS_OK);
+  REQUIRE(count > 0 && all((unsigned char *)(slices + count), (capacity + 1 - count) * sizeof slices[0], GUARD));
+  for (i = 0; i < count; ++i) REQUIRE(slices[i].bytes == 64 && slices[i].tp_offset >= -1 && slices[i].ep_offset >= -1);
+}
+
 int main(int argc, char **argv) {
   moebius_model_info model;
   moebius_step_result step;
   moebius_switch_estimate estimate;
   moebius_stats stats;
   moebius_memory memory;
+  moebius_plan_info info;
+  moebius_kv_pool pool;
   moebius_config *config = NULL;
   REQUIRE(argc == 2);
   REQUIRE(moebius_config_create(&config, NULL) == MOEBIUS_OK && moebius_config_set_i64(config, "ranks", 2, NULL) == MOEBIUS_OK &&
           moebius_config_set_i64(config, "kv_tokens", 1024, NULL) == MOEBIUS_OK);
   REQUIRE(moebius_engine_create(argv[1], config, &engine, NULL) == MOEBIUS_OK);
+  REQUIRE(make_plan(config, sizeof(moebius_plan_spec) - 1, 0) == MOEBIUS_E_INVALID_ARGUMENT);
+  REQUIRE(make_plan(config, sizeof(moebius_plan_spec) + BEHIND, 1) == MOEBIUS_E_UNSUPPORTED);
+  REQUIRE(make_plan(config, sizeof(moebius_plan_spec) + BEHIND, 0) == MOEBIUS_OK);
+  REQUIRE(make_plan(config, sizeof(moebius_plan_spec), 1) == MOEBIUS_OK);
   moebius_config_destroy(config);
+  sizes(get_plan, &info, sizeof info);
+  sizes(get_pool, &pool, sizeof pool);
+  take_slices();
   sizes(get_model, &model, sizeof model);
   sizes(get_step, &step, sizeof step);
   sizes(get_estimate, &estimate, sizeof estimate);
@@ -123,6 +168,9 @@ int main(int argc, char **argv) {
   REQUIRE(estimate.fits == 1 && estimate.bytes > 0 && estimate.reason[0] == 0);
   REQUIRE(stats.generation_tokens == TOKENS && stats.switches == 1 && stats.num_layers == model.num_layers && stats.kv_usage == 0);
   REQUIRE(memory.num_ranks == 2 && memory.arena_bytes > 0 && memory.ep_tokens > 0);
+  REQUIRE(info.ranks == 2 && info.num_layers == 1 && info.seam == 1 && info.arena_bytes > 0);
+  REQUIRE(pool.num_heads == 1 && pool.pages == 2 && pool.offset >= 0);
+  moebius_plan_destroy(plan);
   moebius_engine_destroy(engine);
   return 0;
 }

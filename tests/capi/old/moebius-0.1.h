@@ -8,6 +8,8 @@
  *   Handles    opaque, made by a _create or _load function, given back to _destroy, which takes NULL.
  *   Structs    begin with struct_size, which the caller sets to sizeof. Fields are only ever added at the end; 0 means default.
  *              Bytes behind the fields a library knows must be 0, else MOEBIUS_E_UNSUPPORTED.
+ *   NULL       allowed for `err` and `user`, for a callback that is not wanted, for a single id, a count or a needed size that the caller does
+ *              not want (but moebius_engine_poll's), and where a function says so; else MOEBIUS_E_INVALID_ARGUMENT.
  *   Strings    UTF-8, NUL-terminated. Borrowed unless said otherwise.
  *   Threads    said per function; "any" means from any thread, at any time, on one handle.
  *   Behaviour  nothing here prints, exits, installs handlers or lets an exception out. The environment is read only to find modules of
@@ -170,8 +172,8 @@ MOEBIUS_API moebius_status moebius_source_set_reader(moebius_source *source, moe
 /* ---- engine. Since 0.1. */
 
 /* Loads the model folder (config.json, *.safetensors) and builds both layouts. Blocks for as long as the load takes. The
- * config is copied. By design: INVALID_ARGUMENT (settings that exclude each other), NOT_FOUND, IO, UNSUPPORTED, CORRUPT_MODEL,
- * DOES_NOT_FIT, OUT_OF_MEMORY, CANCELLED. */
+ * config (NULL: its defaults) is copied. By design: INVALID_ARGUMENT (settings that exclude each other), NOT_FOUND, IO, UNSUPPORTED,
+ * CORRUPT_MODEL, DOES_NOT_FIT, OUT_OF_MEMORY, CANCELLED. */
 MOEBIUS_API moebius_status moebius_engine_create(const char *model_dir, const moebius_config *config, moebius_engine **out_engine,
                                                  moebius_error **err);
 /* The same from a source, of which nothing is used afterwards. */
