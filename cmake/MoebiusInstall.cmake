@@ -18,7 +18,7 @@ set(bindir ${CMAKE_INSTALL_BINDIR})
 set(moduledir ${CMAKE_INSTALL_LIBDIR}/moebius)
 configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/moebiusConfig.cmake.in ${PROJECT_BINARY_DIR}/moebiusConfig.cmake
   INSTALL_DESTINATION ${packagedir} PATH_VARS bindir moduledir NO_SET_AND_CHECK_MACRO)
-write_basic_package_version_file(${PROJECT_BINARY_DIR}/moebiusConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+write_basic_package_version_file(${PROJECT_BINARY_DIR}/moebiusConfigVersion.cmake COMPATIBILITY SameMajorVersion)  # docs/abi.md: all of one SONAME
 install(FILES ${PROJECT_BINARY_DIR}/moebiusConfig.cmake ${PROJECT_BINARY_DIR}/moebiusConfigVersion.cmake
   DESTINATION ${packagedir} COMPONENT dev)
 
