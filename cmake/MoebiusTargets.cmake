@@ -21,8 +21,8 @@ function(moebius_component name)
   target_link_libraries(moebius_${name} PUBLIC moebius_flags ${ARG_DEPENDS})
 endfunction()
 
-# moebius_test(name SOURCES … LINKS … LABELS … [ONE_THREAD]): one Catch2 executable, one CTest entry. ONE_THREAD: nothing for the thread
-# sanitizer, under which it is left out.
+# moebius_test(name SOURCES … LINKS … LABELS … [ONE_THREAD]): one Catch2 executable, one CTest entry, beside which nothing else runs. ONE_THREAD:
+# other tests may; and nothing for the thread sanitizer, under which it is left out.
 function(moebius_test name)
   cmake_parse_arguments(ARG "ONE_THREAD" "" "SOURCES;LINKS;LABELS" ${ARGN})
   if(ARG_ONE_THREAD AND MOEBIUS_SANITIZE MATCHES thread)
@@ -37,5 +37,8 @@ function(moebius_test name)
     set(ARG_LABELS unit)
   endif()
   add_test(NAME ${name} COMMAND test_${name})
-  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT 1500)
+  set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT 1500 PROCESSORS 2)
+  if(ARG_ONE_THREAD)
+    set_tests_properties(${name} PROPERTIES PROCESSORS 1)
+  endif()
 endfunction()

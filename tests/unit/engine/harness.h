@@ -14,11 +14,11 @@
 
 namespace moebius::test {
 
-// Under a sanitizer the longest sweeps take every seventh or eleventh case: primes, so that none of the nested loops stands still.
+// Under a sanitizer the longest sweeps take every 13th or 31st case: primes, so that none of the nested loops stands still.
 #if defined(__SANITIZE_THREAD__)
-inline constexpr int64_t kSweep = 11;
+inline constexpr int64_t kSweep = 31;
 #elif defined(__SANITIZE_ADDRESS__)
-inline constexpr int64_t kSweep = 7;
+inline constexpr int64_t kSweep = 13;
 #else
 inline constexpr int64_t kSweep = 1;
 #endif
