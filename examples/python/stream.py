@@ -13,7 +13,8 @@ PROMPTS = ['ROMEO:', 'First Citizen:\n', 'What say you', 'The king']
 
 def show_progress(done: int, total: int) -> None:
     if sys.stderr.isatty():
-        print(f'\rloading {100 * done // max(1, total):3d} %', end='\n' if done == total else '', file=sys.stderr, flush=True)
+        share = done / max(1, total)
+        print(f'\rloading [{"#" * int(40 * share):<40}] {share:4.0%}', end='\n' if done == total else '', file=sys.stderr, flush=True)
 
 
 def show_problem(level: str, category: str, message: str) -> None:
