@@ -618,6 +618,7 @@ StepResult Engine::Impl::step() {
   result.seconds = seconds_between(begin, Clock::now());
   ++step_;
   publish_stats();
+  events_.show();
   return result;
 }
 
@@ -1020,6 +1021,7 @@ void Engine::Impl::fail_everything(std::string_view why) {
   metrics_.set_gauges(stats_);
   published_ = stats_;
   emptied_.notify_all();
+  events_.show();
   log(LogLevel::kError, "engine", fmt::format("failed: {}", why));
 }
 

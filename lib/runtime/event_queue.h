@@ -1,4 +1,5 @@
-// The engine's outgoing events: pushed by the stepping thread, polled by any. A ring that grows only while nobody polls.
+// The engine's outgoing events: pushed by the stepping thread, polled by any. A ring that grows only while nobody polls. A step shows its
+// events when it has published what they count for, so that a host which has seen one finds it in the statistics.
 #pragma once
 
 #include <sys/eventfd.h>
@@ -7,6 +8,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "lib/base/error.h"
@@ -35,19 +37,27 @@ class EventQueue {
   }
 
   void push(Event&& event) {
+    std::lock_guard lock(mutex_);
+    const size_t all = count_ + hidden_;
+    if (all == ring_.size()) grow();
+    ring_[(first_ + all) % ring_.size()] = std::move(event);
+    ++hidden_;
+  }
+
+  void show() {
     {
       std::lock_guard lock(mutex_);
-      if (count_ == ring_.size()) grow();
-      ring_[(first_ + count_++) % ring_.size()] = std::move(event);
-      if (count_ == 1) signal();
+      if (hidden_ == 0) return;
+      if (count_ == 0) signal();
+      count_ += std::exchange(hidden_, 0);
     }
-    pushed_.notify_one();
+    shown_.notify_all();
   }
 
   // Up to out.size() events in order, waiting at most timeout_ms for the first (NaN: not at all; infinity: as long as it takes).
   size_t poll(std::span<Event> out, double timeout_ms) {
     std::unique_lock lock(mutex_);
-    if (count_ == 0 && timeout_ms > 0) pushed_.wait_for(lock, clamped_ms(timeout_ms), [&] { return count_ > 0; });
+    if (count_ == 0 && timeout_ms > 0) shown_.wait_for(lock, clamped_ms(timeout_ms), [&] { return count_ > 0; });
     size_t n = 0;
     for (; n < out.size() && count_ > 0; ++n, --count_) {
       out[n] = std::move(ring_[first_]);
@@ -67,15 +77,15 @@ class EventQueue {
   }
   void grow() {
     std::vector<Event> larger(ring_.size() * 2);
-    for (size_t i = 0; i < count_; ++i) larger[i] = std::move(ring_[(first_ + i) % ring_.size()]);
+    for (size_t i = 0; i < count_ + hidden_; ++i) larger[i] = std::move(ring_[(first_ + i) % ring_.size()]);
     ring_.swap(larger);
     first_ = 0;
   }
 
   std::mutex mutex_;
-  std::condition_variable pushed_;
+  std::condition_variable shown_;
   std::vector<Event> ring_;
-  size_t first_ = 0, count_ = 0;
+  size_t first_ = 0, count_ = 0, hidden_ = 0;
   int fd_ = -1;
 };
 

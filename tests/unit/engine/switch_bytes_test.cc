@@ -62,6 +62,7 @@ TEST_CASE("a finished switch reports exactly the bytes of its weights and KV, an
         REQUIRE(switcher.begin(to == Layout::kTp ? switcher.num_layers() : 0, false));
         const Bytes kv = count_kv(engine, to);  // while both layouts are known
         while (switcher.moving()) switcher.advance(budget);
+        engine.step();  // shows its events
 
         std::vector<Event> events(256);
         events.resize(engine.poll(events, 0));
