@@ -33,19 +33,35 @@ static_assert(sizeof(moebius_plan_spec) == kSpecV1 && sizeof(moebius_plan_info) 
 static_assert(sizeof(PagePair) == sizeof(moebius_page_pair) && offsetof(PagePair, home) == offsetof(moebius_page_pair, home) &&
               offsetof(PagePair, ep_page) == offsetof(moebius_page_pair, ep_page));
 
+// So many slices that their list would be the problem, or bytes that no number holds.
+void check_size(const moebius_plan_spec& s) {
+  constexpr double kMostSlices = 1 << 25, kMostBytes = 1e18;
+  const double of_layer = std::max(1, s.num_experts) * static_cast<double>(s.slices_per_expert);
+  const double attention = s.num_heads;
+  const double slices = s.num_layers * (of_layer + 2 * attention);
+  const double bytes = s.num_layers * (of_layer * static_cast<double>(std::max(s.expert_slice_bytes, s.dense_slice_bytes)) +
+                                       attention * static_cast<double>(s.attention_bytes + s.kv_projection_bytes));
+  if (slices > kMostSlices || bytes > kMostBytes)
+    fail(Code::kDoesNotFit, "some {:.0f} slices of {:.0f} bytes in all: at most {:.0f} of {:.0f} bytes are planned", slices, bytes, kMostSlices,
+         kMostBytes);
+}
+
 moebius_plan_spec copy_spec(const moebius_plan_spec& given) {
   check_struct(&given, given.struct_size, kSpecV1);
   moebius_plan_spec s{};
   std::memcpy(&s, &given, std::min<size_t>(given.struct_size, sizeof s));
-  const auto least = [](const char* name, int64_t value, int64_t lowest) {
-    if (value < lowest) fail(Code::kInvalidArgument, "{} is {}, must be at least {}", name, value, lowest);
+  const auto in_range = [](const char* name, int64_t value, int64_t lowest, int64_t highest) {
+    if (value < lowest || value > highest) fail(Code::kInvalidArgument, "{} is {}, must be from {} to {}", name, value, lowest, highest);
   };
-  least("num_layers", s.num_layers, 1);
-  least("num_experts", s.num_experts, 0);
-  least("slices_per_expert", s.slices_per_expert, 1);
-  least("head_groups", s.head_groups, 0);
-  least("tp_pages", s.tp_pages, 0);
-  least("ep_pages", s.ep_pages, 0);
+  constexpr int64_t kMost = 65536;
+  in_range("num_layers", s.num_layers, 1, kMost);
+  in_range("num_heads", s.num_heads, 1, kMost);
+  in_range("num_kv_heads", s.num_kv_heads, 1, kMost);
+  in_range("num_experts", s.num_experts, 0, kMost);
+  in_range("slices_per_expert", s.slices_per_expert, 1, kMost);
+  in_range("head_groups", s.head_groups, 0, kMost);
+  in_range("tp_pages", s.tp_pages, 0, INT64_MAX);
+  in_range("ep_pages", s.ep_pages, 0, INT64_MAX);
   if (s.reserved != 0) fail(Code::kUnsupported, "reserved is {}, must be 0", s.reserved);
   for (const auto& [name, bytes] : {std::pair<const char*, int64_t>{"attention_bytes", s.attention_bytes},
                                     {"kv_projection_bytes", s.kv_projection_bytes},
@@ -54,6 +70,7 @@ moebius_plan_spec copy_spec(const moebius_plan_spec& given) {
                                     {"kv_slice_bytes", s.kv_slice_bytes}})
     if (bytes < 0 || bytes % moebius::kSliceAlignment != 0)
       fail(Code::kInvalidArgument, "{} is {}, must be a multiple of {}", name, bytes, moebius::kSliceAlignment);
+  check_size(s);
   return s;
 }
 

@@ -191,6 +191,9 @@ TEST_CASE("a description that cannot be is refused with its number") {
     CHECK_THROWS_WITH(Plan(spec, config_of(ranks, "tp")), Contains(text));
   };
   refused([](auto& s) { s.num_layers = 0; }, "num_layers is 0");
+  refused([](auto& s) { s.slices_per_expert = s.num_experts = s.num_layers = 65536; }, "slices of");
+  refused([](auto& s) { s.expert_slice_bytes = int64_t{1} << 60; }, "at most");
+  refused([](auto& s) { s.tp_pages = int64_t{1} << 60; }, "fit no arena");
   refused([](auto& s) { s.attention_bytes = 100; }, "attention_bytes is 100, must be a multiple of 64");
   refused([](auto& s) { s.head_groups = 3; }, "head_groups is 3");
   refused([](auto& s) { s.num_kv_heads = 3; }, "8 query heads cannot share 3 KV heads");
