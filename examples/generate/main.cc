@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "examples/common/options.h"
+#include "examples/common/strict_json.h"
 #include "examples/generate/prompts.h"
 
 namespace moebius_examples {

@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "examples/common/options.h"
+#include "examples/common/strict_json.h"
 
 namespace moebius_examples {
 namespace {
@@ -112,24 +113,6 @@ PromptEntry entry_of(const json& line, size_t index, const std::string& where, c
 }
 
 }  // namespace
-
-json parse_strictly(const std::string& text, const std::string& where) {
-  // Duplicate keys would be lost silently by the parser: they are looked for on the way.
-  std::vector<std::set<std::string>> seen;
-  const json::parser_callback_t callback = [&](int depth, json::parse_event_t event, json& parsed) {
-    if (depth > 16) bad(where, "is nested too deep");
-    if (event == json::parse_event_t::object_start) seen.emplace_back();
-    if (event == json::parse_event_t::object_end) seen.pop_back();
-    if (event == json::parse_event_t::key && !seen.back().insert(parsed.get<std::string>()).second)
-      bad(where, fmt::format("key '{}' is given twice", parsed.get<std::string>()));
-    return true;
-  };
-  try {
-    return json::parse(text, callback);
-  } catch (const json::exception& e) {
-    bad(where, fmt::format("is not valid JSON: {}", e.what()));
-  }
-}
 
 std::vector<PromptEntry> read_prompts(const std::string& file, const SamplingKeys& defaults, const moebius_cpp::Tokenizer* tokenizer,
                                       bool keep_logits) {

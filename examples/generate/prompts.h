@@ -25,9 +25,6 @@ struct PromptEntry {
   std::string where;                // for messages: "FILE:12" or "--prompt"
 };
 
-// JSON of a user's; throws BadInput that names `where` for what is none, nested too deep or gives a key twice.
-nlohmann::json parse_strictly(const std::string& text, const std::string& where);
-
 // keep_logits is set on every request where asked. tokenizer may be null: then text prompts are refused.
 std::vector<PromptEntry> read_prompts(const std::string& file, const SamplingKeys& defaults, const moebius_cpp::Tokenizer* tokenizer,
                                       bool keep_logits);

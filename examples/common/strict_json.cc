@@ -1,0 +1,32 @@
+#include "examples/common/strict_json.h"
+
+#include <set>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "examples/common/options.h"
+
+namespace moebius_examples {
+
+using nlohmann::json;
+
+json parse_strictly(const std::string& text, const std::string& where) {
+  // Duplicate keys would be lost silently by the parser: they are looked for on the way.
+  std::vector<std::set<std::string>> seen;
+  const json::parser_callback_t callback = [&](int depth, json::parse_event_t event, json& parsed) {
+    if (depth > 16) throw BadInput(where + ": is nested too deep");
+    if (event == json::parse_event_t::object_start) seen.emplace_back();
+    if (event == json::parse_event_t::object_end) seen.pop_back();
+    if (event == json::parse_event_t::key && !seen.back().insert(parsed.get<std::string>()).second)
+      throw BadInput(fmt::format("{}: key '{}' is given twice", where, parsed.get<std::string>()));
+    return true;
+  };
+  try {
+    return json::parse(text, callback);
+  } catch (const json::exception& e) {
+    throw BadInput(fmt::format("{}: is not valid JSON: {}", where, e.what()));
+  }
+}
+
+}  // namespace moebius_examples
