@@ -50,6 +50,14 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
       ->capture_default_str();
   app.add_option("--prefix-cache", prefix_cache, "share KV pages of equal prefixes (1 or 0)")->capture_default_str();
   app.add_flag("--preempt-to-fit", preempt_to_fit, "a switch that does not fit preempts requests instead of being refused");
+  app.add_option("--policy", policy, "who decides on switches: manual or threshold")->check(CLI::IsMember({"manual", "threshold"}))->capture_default_str();
+  app.add_option("--policy-variant", policy_variant, "what the threshold counts: decode, prefill or rollout")
+      ->check(CLI::IsMember({"decode", "prefill", "rollout"}))
+      ->capture_default_str();
+  app.add_option("--policy-threshold", policy_threshold, "from so much load on EP (0: the variant's)")->check(at_least(0))->capture_default_str();
+  app.add_option("--policy-window-steps", policy_window_steps, "steps that are averaged (0: the variant's)")->check(at_least(0))->capture_default_str();
+  app.add_option("--policy-cooldown-s", policy_cooldown_s, "seconds without a decision after a switch")->check(at_least(0))->default_str("the variant's");
+  app.add_flag("--policy-shadow", policy_shadow, "decide and record, but do not switch");
 }
 
 moebius_cpp::Config EngineOptions::config() const {
@@ -60,6 +68,8 @@ moebius_cpp::Config EngineOptions::config() const {
   c.set("max_queue", max_queue).set("kv_tokens", kv_tokens);
   c.set_real("stall_budget_ms", stall_budget_ms);
   c.set("device", device).set("communicator", communicator);
+  c.set("policy", policy).set("policy_variant", policy_variant).set("policy_window_steps", policy_window_steps).set("policy_shadow", policy_shadow);
+  c.set_real("policy_threshold", policy_threshold).set_real("policy_cooldown_s", policy_cooldown_s);
   if (!mode.empty()) c.set("mode", mode);
   if (!isa.empty()) c.set("isa", isa);
   return c;
@@ -67,7 +77,10 @@ moebius_cpp::Config EngineOptions::config() const {
 
 namespace {
 
-int32_t show_progress(void*, int64_t done, int64_t total) {
+// `user` is the function that says whether to give up, or null.
+int32_t show_progress(void* user, int64_t done, int64_t total) {
+  if (user != nullptr && reinterpret_cast<bool (*)()>(user)()) return 1;
+  if (!isatty(STDERR_FILENO)) return 0;
   static int64_t last = -1;
   const int64_t percent = total > 0 ? done * 100 / total : 100;
   if (percent == last) return 0;
@@ -84,9 +97,9 @@ void show_warning(void*, int32_t level, const char* category, const char* text) 
 
 }  // namespace
 
-moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config) {
+moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config, bool (*interrupted)()) {
   using moebius_cpp::check;
-  if (isatty(STDERR_FILENO)) check([&](moebius_error** e) { return moebius_config_set_progress(config.get(), show_progress, nullptr, e); });
+  check([&](moebius_error** e) { return moebius_config_set_progress(config.get(), show_progress, reinterpret_cast<void*>(interrupted), e); });
   check([&](moebius_error** e) { return moebius_config_set_log(config.get(), show_warning, nullptr, e); });
   return moebius_cpp::Engine(options.model, config);
 }

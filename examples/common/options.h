@@ -31,18 +31,18 @@ CLI::Validator at_least(int64_t least);
 
 // Unset flags keep the library's defaults.
 struct EngineOptions {
-  std::string model, layout = "tp", device = "cpu", communicator = "peer", mode, isa;
+  std::string model, layout = "tp", device = "cpu", communicator = "peer", mode, isa, policy = "manual", policy_variant = "decode";
   int64_t ranks = 1, threads = 0, memory_bytes = 0, slices_per_expert = 0, chunk_tokens = 512, max_batch = 64, seed = 0, page_tokens = 16,
-          kv_tokens = 0, max_queue = 65536;
-  double stall_budget_ms = 0;
-  bool prefix_cache = true, preempt_to_fit = false;
+          kv_tokens = 0, max_queue = 65536, policy_window_steps = 0;
+  double stall_budget_ms = 0, policy_threshold = 0, policy_cooldown_s = -1;
+  bool prefix_cache = true, preempt_to_fit = false, policy_shadow = false;
 
   void add_to(CLI::App& app, bool model_required);
   moebius_cpp::Config config() const;
 };
 
-// Loads with a progress bar where stderr is a terminal.
-moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config);
+// Loads with a progress bar where stderr is a terminal. Gives up (MOEBIUS_E_CANCELLED) once `interrupted`, if there is one, says so.
+moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config, bool (*interrupted)() = nullptr);
 
 // Runs a program's body with the contract's exit status: 0, 2 for bad usage or input, 1 for a later failure.
 int run_program(const char* name, const std::function<void()>& body);
