@@ -1,0 +1,110 @@
+// Many threads, one engine: a thread polls its events and hands each to whom it belongs.
+//
+//   1. An engine's request is registered under the lock that events are handed out under: none of its events comes before it is known.
+//   2. A Generation that is destroyed cancels what still runs of it; events that come later are dropped.
+//   3. Whoever does not take its events is bounded: beyond kMostUnread its requests are cancelled.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "examples/serve/history.h"
+#include "moebius/moebius.hpp"
+
+namespace moebius_examples {
+
+// A token of a choice, or its end.
+struct Item {
+  int32_t choice = 0;
+  int32_t token = -1;
+  float logprob = 0;
+  std::vector<std::pair<int32_t, float>> top;       // token, logprob
+  int32_t finish_reason = MOEBIUS_FINISH_NONE;      // not none: the end, and `token` is no token
+  std::string why;                                  // where finish_reason is error
+};
+
+class Broker;
+
+// The requests of one HTTP request: choice = prompt × n + sample. One owner.
+class Generation {
+ public:
+  ~Generation();
+  Generation(const Generation&) = delete;
+  Generation& operator=(const Generation&) = delete;
+
+  // What has come, waiting at most so long for the first; empty: nothing came.
+  std::vector<Item> wait(std::chrono::milliseconds most);
+  // No more of this prompt's choices is wanted.
+  void cancel(size_t prompt);
+  // Whether it was cancelled because its events were not taken.
+  bool overran();
+
+ private:
+  friend class Broker;
+  explicit Generation(Broker& broker) : broker_(broker) {}
+
+  Broker& broker_;
+  std::vector<uint64_t> ids_;  // [prompts]; 0 once it has ended
+  std::mutex mutex_;
+  std::condition_variable filled_;
+  std::vector<Item> items_;
+  size_t most_unread_ = 0;
+  bool overran_ = false;
+};
+
+struct SwitchOutcome {
+  enum Kind { kFinished, kRefused, kRolledBack, kTurned } kind;
+  moebius_event event;
+};
+
+class Broker {
+ public:
+  // Starts the engine's own thread and the one that polls. The engine must outlive it.
+  explicit Broker(moebius_cpp::Engine& engine);
+  ~Broker();
+
+  // All or none: where one is refused, those before it are cancelled. Throws moebius_cpp::Error.
+  std::unique_ptr<Generation> submit(const std::vector<moebius_cpp::Request>& requests, int n);
+  // Asks for a layout and waits for what becomes of it while `wanted` says so; empty: it no longer did.
+  std::optional<SwitchOutcome> switch_to(moebius_layout to, const std::function<bool()>& wanted);
+  const History& history() const { return history_; }
+
+ private:
+  friend class Generation;
+  struct Route {
+    Generation* generation;
+    size_t prompt;
+    int32_t n, unfinished;
+  };
+  struct Waiter {
+    moebius_layout to;
+    std::optional<SwitchOutcome> outcome;
+  };
+
+  void dispatch();
+  void hand_out(const moebius_event& event);
+  void settle(const moebius_event& event);
+  void cancel(uint64_t id);
+  void release(Generation& generation);
+
+  moebius_cpp::Engine& engine_;
+  History history_;
+  std::mutex mutex_;  // routes and waiters; before a Generation's
+  std::map<uint64_t, Route> routes_;
+  std::list<Waiter> waiters_;  // in the order asked
+  std::condition_variable settled_;
+  bool ends_ = false;
+  std::thread thread_;
+};
+
+}  // namespace moebius_examples

@@ -1,0 +1,83 @@
+#include "examples/serve/transcript.h"
+
+#include <algorithm>
+
+namespace moebius_examples {
+
+std::string StopMatcher::push(std::string_view piece) {
+  if (stopped_) return {};
+  held_ += piece;
+  size_t at = std::string::npos, length = 0;
+  for (const std::string& stop : stops_)
+    if (const size_t found = held_.find(stop); found < at) {
+      at = found;
+      length = stop.size();
+    }
+  if (at != std::string::npos) {
+    stopped_ = true;
+    return held_.substr(0, keep_ ? at + length : at);
+  }
+  size_t open = 0;  // the longest end of the text that begins a stop string
+  for (const std::string& stop : stops_)
+    for (size_t n = std::min(stop.size() - 1, held_.size()); n > open; --n)
+      if (std::string_view(held_).substr(held_.size() - n) == std::string_view(stop).substr(0, n)) open = n;
+  std::string certain = held_.substr(0, held_.size() - open);
+  held_.erase(0, certain.size());
+  return certain;
+}
+
+std::string StopMatcher::finish() { return stopped_ ? std::string() : std::exchange(held_, {}); }
+
+Transcript::Transcript(const moebius_cpp::Tokenizer& tokenizer, const TextRules& rules, size_t choices)
+    : tokenizer_(tokenizer), rules_(rules), unfinished_(choices) {
+  for (size_t i = 0; i < choices; ++i)
+    choices_.push_back({moebius_cpp::Decoder(tokenizer), StopMatcher(rules.stop, rules.include_stop)});
+}
+
+// Left out of texts: what only skipping special tokens makes disappear, and ids beyond the tokenizer's vocabulary.
+bool Transcript::is_special(int32_t token) const {
+  try {
+    return tokenizer_.decode({token}, true).empty();
+  } catch (const moebius_cpp::Error&) {
+    return true;
+  }
+}
+
+// As in vLLM, stop strings are not looked for in the first min_tokens tokens.
+std::string Transcript::push(Choice& c, std::string_view text) const {
+  return c.tokens <= rules_.min_tokens ? std::string(text) : c.matcher.push(text);
+}
+
+void Transcript::end(Choice& c, Piece& piece, const char* reason) {
+  piece.finish_reason = reason;
+  c.ended = true;
+  --unfinished_;
+}
+
+std::optional<Piece> Transcript::take(const Item& item) {
+  Choice& c = choices_[static_cast<size_t>(item.choice)];
+  if (c.ended) return std::nullopt;
+  Piece piece;
+  piece.choice = item.choice;
+  if (item.finish_reason != MOEBIUS_FINISH_NONE) {
+    static const char* const kReasons[] = {"", "stop", "length", "abort", "error"};
+    piece.text = push(c, c.decoder.finish());
+    if (c.matcher.stopped()) {
+      end(c, piece, "stop");
+      return piece;
+    }
+    piece.text += c.matcher.finish();
+    piece.failure = item.why;
+    end(c, piece, kReasons[item.finish_reason]);
+    return piece;
+  }
+  ++c.tokens;
+  ++completion_tokens_;
+  piece.token = TokenRecord{item.token, item.logprob, item.top};
+  const bool stops = std::count(rules_.stop_token_ids.begin(), rules_.stop_token_ids.end(), item.token) > 0 && c.tokens > rules_.min_tokens;
+  if (!is_special(item.token) && (!stops || rules_.include_stop)) piece.text = push(c, c.decoder.push(item.token));
+  if (c.matcher.stopped()) end(c, piece, "stop");
+  return piece;
+}
+
+}  // namespace moebius_examples

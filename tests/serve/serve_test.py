@@ -1,0 +1,422 @@
+"""moebius-serve over HTTP. usage: serve_test.py PROGRAM MODEL_FOLDER [test names]"""
+import gzip
+import json
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+from harness import JSON, Server
+
+PROGRAM, MODEL = sys.argv[1:3]
+TEXT, CHAT, LAYOUT = '/v1/completions', '/v1/chat/completions', '/v1/moebius/layout'
+GREEDY = {'prompt': 'ROMEO:\n', 'temperature': 0, 'max_tokens': 40, 'ignore_eos': True}
+LONG = {'prompt': 'ROMEO:\n', 'max_tokens': 1900, 'n': 8, 'ignore_eos': True, 'stream': True}
+
+
+def gathered(chunks, choice=0):
+    return ''.join(c['text'] for chunk in chunks for c in chunk['choices'] if c['index'] == choice)
+
+
+class Endpoints(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server(PROGRAM, MODEL, '--ranks', 2, '--threads', 1, '--chat-template', 'plain', '--max-body-bytes', 100000, '--write-timeout-s', 1,
+                            '--read-timeout-s', 1)
+        cls.text = cls.server.post(TEXT, GREEDY)['choices'][0]['text']
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.server.stop() != 0:
+            raise AssertionError('the server did not end well')
+
+    def refused(self, status, path, body, param=None, headers=None, method=None):
+        got, _, answer = self.server.ask(path, body, headers, method)
+        self.assertEqual(got, status, answer)
+        self.assertEqual(sorted(answer['error']), ['code', 'message', 'param', 'type'])
+        if param:
+            self.assertEqual(answer['error']['param'], param, answer)
+            self.assertIn(param, answer['error']['message'])
+        return answer['error']
+
+    def test_models_health_and_metrics(self):
+        model = self.server.get('/v1/models')['data'][0]
+        self.assertEqual((model['id'], model['object'], model['max_model_len']), ('shakespeare-moe', 'model', 2048))
+        self.assertEqual(self.server.get('/v1/models/shakespeare-moe'), model)
+        self.refused(404, '/v1/models/other', None)
+        self.assertEqual(self.server.get('/health'), {'status': 'ok'})
+        value = r'(?:[0-9.e+-]+|\+Inf|NaN)'
+        sample = re.compile(rf'[a-zA-Z_:][a-zA-Z0-9_:]*(\{{[a-zA-Z_]\w*="(?:[^"\\\n]|\\.)*"(,[a-zA-Z_]\w*="(?:[^"\\\n]|\\.)*")*\}})? {value}')
+        typed = {}
+        for line in self.server.get('/metrics').splitlines():
+            if kind := re.fullmatch(r'# TYPE (\w+) (counter|gauge|histogram)', line):
+                self.assertNotIn(kind[1], typed)
+                typed[kind[1]] = kind[2]
+            elif not line.startswith('# HELP '):
+                self.assertRegex(line, sample)
+                self.assertIn(re.sub(r'_(bucket|sum|count)$', '', re.split('[{ ]', line)[0]), {*typed, *(re.sub('_count$', '', t) for t in typed)}, line)
+        self.assertEqual(typed['moebius_num_requests_running'], 'gauge')
+        self.assertGreater(self.server.metric('http_requests_total', code=200), 0)
+
+    def test_prompts_come_as_text_ids_and_lists_of_both(self):
+        answer = self.server.post(TEXT, {**GREEDY, 'model': 'shakespeare-moe'})
+        self.assertEqual((answer['object'], answer['model']), ('text_completion', 'shakespeare-moe'))
+        self.assertTrue(answer['id'].startswith('cmpl-') and answer['system_fingerprint'].startswith('moebius-'))
+        self.assertEqual(answer['choices'], [{'index': 0, 'text': self.text, 'logprobs': None, 'finish_reason': 'length'}])
+        usage = answer['usage']
+        self.assertEqual((usage['completion_tokens'], usage['total_tokens']), (40, usage['prompt_tokens'] + 40))
+        both = self.server.post(TEXT, {**GREEDY, 'prompt': ['ROMEO:\n', 'JULIET:\n'], 'n': 2})
+        self.assertEqual([c['index'] for c in both['choices']], [0, 1, 2, 3])
+        self.assertEqual([c['text'] == self.text for c in both['choices']], [True, True, False, False])
+        self.assertEqual(both['usage']['completion_tokens'], 160)
+        ids = self.server.post(TEXT, {**GREEDY, 'prompt': [1, 2, 3]})
+        lists = self.server.post(TEXT, {**GREEDY, 'prompt': [[1, 2, 3], [4]]})
+        self.assertEqual(lists['choices'][0]['text'], ids['choices'][0]['text'])
+        self.assertEqual((ids['usage']['prompt_tokens'], lists['usage']['prompt_tokens']), (3, 4))
+
+    def test_seeds_repeat_and_samples_differ(self):
+        seeded = {**GREEDY, 'temperature': 1.5, 'seed': 7, 'n': 3}
+        texts = [c['text'] for c in self.server.post(TEXT, seeded)['choices']]
+        self.assertEqual(len(set(texts)), 3)
+        chunks = list(self.server.stream(TEXT, seeded))
+        self.assertEqual([gathered(chunks, i) for i in range(3)], texts)
+        self.assertNotEqual(self.server.post(TEXT, {**seeded, 'seed': 8})['choices'][0]['text'], texts[0])
+
+    def test_vllms_keys_reach_the_engine(self):
+        hot = {**GREEDY, 'temperature': 5}
+        for keys in ({'top_k': 1}, {'min_p': 1}, {'top_p': 1e-9}):
+            self.assertEqual(self.server.post(TEXT, {**hot, **keys, 'priority': 3})['choices'][0]['text'], self.text, keys)
+        for keys in ({'repetition_penalty': 3}, {'logit_bias': {'5': 100}}, {'allowed_token_ids': [5, 6]}, {'frequency_penalty': 2}):
+            self.assertNotEqual(self.server.post(TEXT, {**GREEDY, **keys})['choices'][0]['text'], self.text, keys)
+        stopped = self.server.post(TEXT, {**GREEDY, 'logit_bias': {'5': 100}, 'stop_token_ids': [5], 'min_tokens': 3})
+        self.assertEqual(stopped['choices'][0]['finish_reason'], 'stop')
+        self.assertEqual(stopped['usage']['completion_tokens'], 4)
+        eos = self.server.post(TEXT, {**GREEDY, 'ignore_eos': False, 'logit_bias': {'0': 100}})  # the end of text is no text
+        self.assertEqual((eos['choices'][0]['text'], eos['choices'][0]['finish_reason']), ('', 'stop'))
+
+    def test_stop_strings_cut_across_tokens(self):
+        pieces = [c['choices'][0]['text'] for c in self.server.stream(TEXT, GREEDY)]
+        self.assertEqual(''.join(pieces), self.text)
+        border = sum(map(len, pieces[:8]))
+        stop = self.text[border - 2:border + 2]  # the end of one token and the beginning of the next
+        at = self.text.index(stop)
+        for extra, end in (({}, at), ({'include_stop_str_in_output': True}, at + len(stop))):
+            body = {**GREEDY, 'max_tokens': 1500, 'stop': ['never seen', stop], **extra}
+            whole = self.server.post(TEXT, body)
+            self.assertEqual((whole['choices'][0]['text'], whole['choices'][0]['finish_reason']), (self.text[:end], 'stop'))
+            self.assertLess(whole['usage']['completion_tokens'], 12)
+            chunks = list(self.server.stream(TEXT, {**body, 'stream_options': {'include_usage': True}}))
+            self.assertEqual(gathered(chunks), self.text[:end])
+            self.assertEqual((chunks[-1]['usage'], chunks[-1]['choices']), (whole['usage'], []))
+        aborted = self.server.metric('request_success_total', finished_reason='abort')
+        self.assertGreaterEqual(aborted, 4)  # the engine did not go on behind the stop
+        held = self.server.post(TEXT, {**GREEDY, 'stop': self.text[-4:] + 'zzz'})['choices'][0]
+        self.assertEqual((held['text'], held['finish_reason']), (self.text, 'length'))
+        late = self.server.post(TEXT, {**GREEDY, 'stop': stop, 'min_tokens': 40})['choices'][0]
+        self.assertEqual(late['text'], self.text)
+        one = self.server.post(TEXT, {**GREEDY, 'stop': stop, 'n': 2})
+        self.assertEqual([c['text'] for c in one['choices']], [self.text[:at]] * 2)
+
+    def test_logprobs_in_both_shapes(self):
+        answer = self.server.post(TEXT, {**GREEDY, 'max_tokens': 5, 'logprobs': 3})['choices'][0]
+        shape = answer['logprobs']
+        self.assertEqual(''.join(shape['tokens']), answer['text'])
+        self.assertEqual(shape['text_offset'], [len(''.join(shape['tokens'][:i])) for i in range(5)])
+        for token, logprob, top in zip(shape['tokens'], shape['token_logprobs'], shape['top_logprobs']):
+            self.assertTrue(logprob <= 0 and top[token] == logprob == max(top.values()) and len(top) == 3)
+        chunks = list(self.server.stream(TEXT, {**GREEDY, 'max_tokens': 5, 'logprobs': 3}))
+        streamed = [c['choices'][0]['logprobs'] for c in chunks if c['choices'][0]['logprobs']]
+        for key in shape:
+            self.assertEqual([v for s in streamed for v in s[key]], shape[key])
+        chat = self.server.post(CHAT, {'messages': [{'role': 'user', 'content': 'Hi'}], 'temperature': 0, 'max_tokens': 5, 'logprobs': True, 'top_logprobs': 2})
+        content = chat['choices'][0]['logprobs']['content']
+        self.assertEqual(bytes(b for t in content for b in t['bytes']).decode(), chat['choices'][0]['message']['content'])
+        self.assertTrue(all(len(t['top_logprobs']) == 2 and t['top_logprobs'][0]['token'] == t['token'] for t in content))
+
+    def test_chats_are_completions_of_the_template(self):
+        messages = [{'role': 'system', 'content': 'Speak.'}, {'role': 'user', 'content': [{'type': 'text', 'text': 'Who '}, {'type': 'text', 'text': 'is it?'}]}]
+        body = {'messages': messages, 'temperature': 0, 'max_completion_tokens': 20, 'ignore_eos': True}
+        want = self.server.post(TEXT, {**GREEDY, 'prompt': 'system: Speak.\nuser: Who is it?\nassistant:', 'max_tokens': 20})
+        whole = self.server.post(CHAT, body)
+        self.assertEqual(whole['object'], 'chat.completion')
+        self.assertEqual(whole['choices'][0]['message'], {'role': 'assistant', 'content': want['choices'][0]['text']})
+        self.assertEqual(whole['usage'], want['usage'])
+        chunks = list(self.server.stream(CHAT, {**body, 'n': 2}))
+        self.assertTrue(all(c['object'] == 'chat.completion.chunk' for c in chunks))
+        for i in range(2):
+            deltas = [c for chunk in chunks for c in chunk['choices'] if c['index'] == i]
+            self.assertEqual(deltas[0]['delta']['role'], 'assistant')
+            self.assertEqual(''.join(d['delta'].get('content', '') for d in deltas), want['choices'][0]['text'])
+            self.assertEqual([d['finish_reason'] for d in deltas if d['finish_reason']], ['length'])
+        to_the_end = self.server.post(CHAT, {'messages': messages, 'temperature': 0, 'ignore_eos': True})  # no max_tokens: the context
+        self.assertEqual(to_the_end['usage']['total_tokens'], 2048)
+
+    def test_what_is_not_supported_is_named(self):
+        for path, keys in ((TEXT, {'echo': True, 'best_of': 2, 'suffix': 'x', 'n': 0, 'logprobs': 21, 'temperature': -1, 'stop': [''], 'top_k': 1.5,
+                                   'prompt': [], 'max_tokens': 0, 'logit_bias': {'x': 1}, 'stop_token_ids': [5000], 'stream': 1, 'no_such_key': 1,
+                                   'stream_options': {'include_usage': True}, 'seed': 'x', 'messages': [], 'top_logprobs': 1}),
+                           (CHAT, {'tools': [{}], 'response_format': {'type': 'json_object'}, 'top_logprobs': 3, 'functions': [1], 'tool_choice': 'required',
+                                   'messages': [{'role': 'tool', 'content': 'x'}], 'logprobs': 5, 'prompt': 'x', 'audio': {}, 'skip_special_tokens': False})):
+            base = {'messages': [{'role': 'user', 'content': 'x'}]} if path == CHAT else {'prompt': 'x'}
+            for key, value in keys.items():
+                with self.subTest(path=path, key=key):
+                    self.refused(400, path, {**base, key: value}, key)
+        neutral = {'echo': False, 'best_of': 1, 'suffix': '', 'user': 'me', 'stop': None, 'tools': None, 'response_format': {'type': 'text'}}
+        self.assertEqual(self.server.post(TEXT, {**GREEDY, **neutral})['choices'][0]['text'], self.text)
+        self.assertEqual(self.refused(404, TEXT, {**GREEDY, 'model': 'gpt-4'}, 'model')['code'], 'model_not_found')
+        self.assertEqual(self.refused(400, TEXT, {**GREEDY, 'max_tokens': 5000})['code'], 'context_length_exceeded')
+        self.refused(400, TEXT, {**GREEDY, 'prompt': ['x'] * 20, 'n': 20}, 'n')
+
+    def test_malformed_requests(self):
+        for body in (b'', b'{', b'[]', b'{"prompt": "x"} x', b'{"prompt": "\xff"}', b'[' * 50000, b'{"prompt":"a","prompt":"b"}', b'{"prompt": 1e999}', b'nul'):
+            with self.subTest(body=body[:40]):
+                self.refused(400, TEXT, body)
+        self.refused(404, '/v1/nothing', None)
+        self.refused(404, '/v1/nothing', b'{}')
+        self.refused(405, TEXT, None)
+        self.refused(405, '/health', b'{}')
+        self.refused(405, TEXT, b'{}', method='DELETE')
+        self.refused(415, TEXT, b'{}', headers={'Content-Type': 'text/plain'})
+        for raw in (b'nonsense\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n', b'GET /' + b'x' * 9000 + b' HTTP/1.1\r\n\r\n', b'x' * 300000):
+            with self.server.socket() as s:
+                s.sendall(raw)
+                s.settimeout(5)
+                answer = b''
+                try:
+                    while part := s.recv(65536):
+                        answer += part
+                except ConnectionError:
+                    pass
+                self.assertRegex(answer, rb'^(HTTP/1\.1 4|$)', raw[:20])
+        self.assertEqual(self.server.post(TEXT, GREEDY)['choices'][0]['text'], self.text)
+
+    def test_bodies_beyond_the_limit(self):
+        large = json.dumps({'prompt': 'x' * 100000}).encode()
+        self.refused(413, TEXT, large)
+        packed = gzip.compress(json.dumps({'prompt': 'x' * 20_000_000}).encode())
+        self.assertLess(len(packed), 100000)
+        self.refused(413, TEXT, packed, headers={'Content-Encoding': 'gzip'})
+        connection = self.server.connect()
+        connection.request('POST', TEXT, iter([large[:50000], large[50000:]]), JSON, encode_chunked=True)
+        self.assertEqual(connection.getresponse().status, 413)
+        connection.close()
+        with tempfile.NamedTemporaryFile() as file:  # curl asks before it sends so much
+            file.write(b' ' * 3_000_000)
+            file.flush()
+            run = subprocess.run(['curl', '-s', '-w', '%{http_code}', '-H', 'Content-Type: application/json', '--data-binary', '@' + file.name,
+                                  self.server.url + TEXT], capture_output=True, text=True, timeout=20)
+        self.assertTrue(run.stdout.endswith('413') and 'max-body-bytes' in run.stdout, run.stdout)
+        small = gzip.compress(json.dumps(GREEDY).encode())
+        status, _, answer = self.server.ask(TEXT, small, {'Content-Encoding': 'gzip'})
+        self.assertEqual((status, answer['choices'][0]['text']), (200, self.text))
+
+    def test_a_request_that_does_not_come_whole_is_given_up(self):
+        with self.server.socket() as slow, self.server.socket() as short:
+            slow.sendall(b'POST /v1/completions HTTP/1.1\r\nHost')
+            short.sendall(b'POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{')
+            begun = time.monotonic()
+            self.assertIn(b'400', short.recv(1000))
+            self.assertRegex(slow.recv(1000), rb'^(HTTP/1\.1 4|$)')
+            self.assertLess(time.monotonic() - begun, 4)
+
+    def test_curl_streams_over_one_connection(self):
+        command = ['curl', '-sN', '-H', 'Content-Type: application/json', '-d', json.dumps({**GREEDY, 'stream': True}), self.server.url + TEXT]
+        run = subprocess.run([*command, self.server.url + TEXT, '-w', '%{num_connects}\n'], capture_output=True, text=True, timeout=30)
+        events = [line[6:] for line in run.stdout.splitlines() if line.startswith('data: ')]
+        self.assertEqual(events.count('[DONE]'), 2)
+        self.assertEqual(gathered([json.loads(e) for e in events if e != '[DONE]']), self.text * 2)
+        self.assertEqual([line for line in run.stdout.splitlines() if line.isdigit()], ['1', '0'])
+
+    def test_64_streams_at_once_are_as_alone_whatever_the_layout(self):
+        words = ['ROMEO:', 'First Citizen:', 'What', 'The king', 'Come']
+        bodies = [{'prompt': f'{words[i % 5]} {i}', 'max_tokens': 60 + i, 'ignore_eos': True, **({'temperature': 0} if i % 2 else {'seed': i})} for i in range(64)]
+        alone = [self.server.post(TEXT, b)['choices'][0]['text'] for b in bodies]
+        got, begun = [None] * 64, threading.Barrier(65)
+        reply_times = []
+
+        def read(i):
+            begun.wait()
+            got[i] = gathered(self.server.stream(TEXT, bodies[i]))
+
+        threads = [threading.Thread(target=read, args=(i,)) for i in range(64)]
+        for t in threads:
+            t.start()
+        begun.wait()
+        outcomes, to = [], 'ep'
+        while any(t.is_alive() for t in threads):
+            asked = time.monotonic()
+            self.server.get('/health')
+            reply_times.append(time.monotonic() - asked)
+            outcomes.append(self.server.post(LAYOUT, {'layout': to, 'stall_budget_ms': len(outcomes) % 2 * 0.2}))
+            to = 'tp' if to == 'ep' else 'ep'
+        for t in threads:
+            t.join()
+        self.assertEqual(got, alone)
+        self.assertGreaterEqual(len(outcomes), 2)
+        self.assertTrue(all(o['outcome'] == 'finished' and o['bytes'] > 0 for o in outcomes), outcomes)
+        self.assertLess(max(reply_times), 3)
+
+    def test_layout_is_read_and_switched(self):
+        self.server.post(LAYOUT, {'layout': 'tp', 'stall_budget_ms': 0})
+        layout = self.server.get(LAYOUT)
+        self.assertEqual((layout['layout'], layout['seam'], layout['layers'], layout['estimate']['layout'], layout['estimate']['fits']), ('tp', 6, 6, 'ep', True))
+        outcome = self.server.post(LAYOUT, {'layout': 'ep'})
+        self.assertEqual((outcome['outcome'], outcome['seam']), ('finished', 0))
+        self.assertGreaterEqual(outcome['bytes'], outcome['bytes_changed'])
+        self.assertEqual(self.server.get(LAYOUT)['last']['to'], 'ep')
+        self.assertEqual(self.server.post(LAYOUT, {'layout': 'ep'})['bytes'], 0)
+        self.assertEqual(self.server.ask(LAYOUT, {'layout': 'tp', 'wait': False})[0], 202)
+        self.server.until('the switch to TP', lambda: self.server.get(LAYOUT)['layout'] == 'tp')
+        for body, param in (({'layout': 'pp'}, 'layout'), ({}, 'layout'), ({'layout': 'tp', 'wait': 1}, 'wait'), ({'layout': 'tp', 'to': 1}, 'to'),
+                            ({'layout': 'tp', 'stall_budget_ms': 'x'}, 'stall_budget_ms'), ({'layout': 'tp', 'stall_budget_ms': -1}, None)):
+            self.refused(400, LAYOUT, body, param)
+        history = self.server.get('/v1/moebius/history')
+        self.assertEqual([s['to'] for s in history['switches']][-3:], ['ep', 'ep', 'tp'])
+        times = [s[0] for s in history['samples']]
+        self.assertEqual(times, sorted(times))
+        self.assertGreater(len(times), 0)
+        self.assertLess(len(self.server.get(f'/v1/moebius/history?since={history["now"]}')['samples']), len(times))
+
+    def aborts(self):
+        return self.server.metric('request_success_total', finished_reason='abort')
+
+    def test_clients_that_vanish_are_cancelled(self):
+        for body in (LONG, {**LONG, 'stream': False}):
+            with self.subTest(stream=body['stream']):
+                before, sockets = self.aborts(), [self.server.begin(body) for _ in range(3)]
+                self.server.until('they run', lambda: self.server.metric('num_requests_running') == 24)
+                for s in sockets:
+                    s.close()
+                self.server.until('their requests are cancelled', lambda: self.aborts() == before + 24, 2)
+                self.server.until('nothing runs', lambda: self.server.metric('num_requests_running') == 0, 2)
+        self.assertEqual(self.server.metric('http_streams_open'), 0)
+        self.assertGreaterEqual(self.server.metric('http_clients_gone_total'), 6)
+
+    def test_slow_readers_are_let_go_and_hold_up_nobody(self):
+        before, gone = self.aborts(), self.server.metric('http_clients_gone_total')
+        slow = self.server.begin({**LONG, 'logprobs': 20}, receive_buffer=4096)
+        self.server.until('it runs', lambda: self.server.metric('num_requests_running') == 8)
+        self.assertEqual(self.server.post(TEXT, GREEDY)['choices'][0]['text'], self.text)
+        self.server.until('it is cancelled', lambda: self.aborts() == before + 8, 6)
+        self.server.until('it is counted', lambda: self.server.metric('http_clients_gone_total') == gone + 1, 6)
+        slow.close()
+
+    def test_the_page_needs_nothing_but_this_server(self):
+        status, headers, page = self.server.ask('/')
+        self.assertEqual(status, 200)
+        self.assertIn("connect-src 'self'", headers['Content-Security-Policy'])
+        self.assertEqual(re.findall(r'(?:https?:)?//[a-z0-9.-]+\.[a-z]+', page), [])
+        self.assertEqual(self.server.ask('/', method='HEAD')[2], '')
+
+
+class Limits(unittest.TestCase):
+    def test_key_queue_connections_and_refused_switches(self):
+        with tempfile.NamedTemporaryFile('w') as key:
+            key.write('secret\n')
+            key.flush()
+            with Server(PROGRAM, MODEL, '--ranks', 2, '--threads', 1, '--max-batch', 3, '--max-waiting', 2, '--page-tokens', 64, '--kv-tokens', 1280,
+                        '--prefix-cache', 0, '--api-key-file', key.name, '--served-model-name', 'mine') as server:
+                self.keys(server)
+                self.queue_and_switch(server)
+                self.connections(server)
+                self.assertEqual(server.stop(), 0)
+
+    def keys(self, server):
+        for header in ({}, {'Authorization': 'Bearer'}, {'Authorization': 'Bearer secre'}, {'Authorization': 'Bearer secrets'}, {'Authorization': 'secret'}):
+            for path, body in (('/v1/models', None), (TEXT, GREEDY), (LAYOUT, {'layout': 'tp'})):
+                status, headers, answer = server.ask(path, body, header)
+                self.assertEqual((status, answer['error']['code'], headers['WWW-Authenticate']), (401, 'invalid_api_key', 'Bearer'))
+        JSON['Authorization'] = 'Bearer secret'
+        self.addCleanup(JSON.pop, 'Authorization', None)
+        self.assertEqual(server.ask('/v1/models', headers=JSON)[2]['data'][0]['id'], 'mine')
+        self.assertEqual(server.ask('/health')[0], 200)
+        status, _, answer = server.ask(CHAT, {'messages': [{'role': 'user', 'content': 'x'}]})
+        self.assertEqual((status, answer['error']['code']), (400, 'no_chat_template'))
+        self.assertIn('--chat-template', answer['error']['message'])
+
+    def queue_and_switch(self, server):
+        status, _, answer = server.ask(TEXT, {**GREEDY, 'n': 3})  # would never be taken
+        self.assertEqual((status, answer['error']['param']), (400, 'n'))
+        long = {'prompt': list(range(1, 331)), 'max_tokens': 300, 'ignore_eos': True}
+        streams = [server.stream(TEXT, long) for _ in range(3)]
+        for s in streams:
+            next(s)
+        waiting = [server.connect() for _ in range(2)]
+        for connection in waiting:
+            connection.request('POST', TEXT, json.dumps({**long, 'max_tokens': 1}), JSON)
+        server.until('two wait', lambda: server.metric('num_requests_waiting') == 2)
+        status, headers, answer = server.ask(TEXT, GREEDY)
+        self.assertEqual((status, answer['error']['code'], headers['Retry-After']), (429, 'queue_full', '1'))
+        status, _, answer = server.ask(LAYOUT, {'layout': 'ep'})
+        self.assertEqual((status, answer['error']['code']), (409, 'refused'))
+        self.assertIn('tokens short', answer['error']['message'])
+        for s in streams:
+            self.assertEqual(list(s)[-1]['choices'][0]['finish_reason'], 'length')
+        for connection in waiting:
+            self.assertEqual(connection.getresponse().status, 200)
+            connection.close()
+
+    def connections(self, server):
+        server.until('the other connections are closed', lambda: server.metric('http_connections_open') <= 1)
+        idle = [server.socket() for _ in range(37)]  # 3 + 2 and a reserve of 32
+        begun = time.monotonic()
+        status, headers, answer = server.ask('/health')
+        self.assertEqual((status, headers['Retry-After'], answer['error']['code']), (503, '1', 'no_connection'))
+        self.assertLess(time.monotonic() - begun, 1)
+        for s in idle:
+            s.close()
+        server.until('it answers again', lambda: server.ask('/health')[0] == 200)
+
+
+class Draining(unittest.TestCase):
+    def test_running_requests_end_and_then_the_server_does(self):
+        with Server(PROGRAM, MODEL, '--ranks', 1, '--max-batch', 4, '--request-timeout-s', 60) as server:
+            idle = server.connect()
+            idle.request('GET', '/health')
+            idle.getresponse().read()
+            stream = server.stream(TEXT, {**GREEDY, 'max_tokens': 1500})
+            next(stream)
+            server.signal()
+            server.until('it drains', lambda: server.ask('/health')[2] == {'status': 'draining'}, 2)
+            self.assertEqual(server.ask(TEXT, GREEDY)[0], 503)
+            self.assertEqual(list(stream)[-1]['choices'][0]['finish_reason'], 'length')
+            begun = time.monotonic()
+            self.assertEqual(server.stop(), 0)
+            self.assertLess(time.monotonic() - begun, 2)  # a connection that is kept alive does not hold it up
+            idle.close()
+
+    def test_what_does_not_end_in_time_is_told(self):
+        with Server(PROGRAM, MODEL, '--ranks', 1, '--max-batch', 16, '--request-timeout-s', 1, '--drain-s', 0.1) as server:
+            timed_out = list(server.stream(TEXT, {**LONG, 'n': 16}))
+            self.assertEqual(timed_out[-1]['error']['code'], 'timeout')
+            status, _, answer = server.ask(TEXT, {**LONG, 'n': 16, 'stream': False})
+            self.assertEqual((status, answer['error']['code']), (504, 'timeout'))
+            stream = server.stream(TEXT, {**LONG, 'n': 16})
+            next(stream)
+            server.signal()
+            self.assertEqual(list(stream)[-1]['error']['code'], 'draining')
+            self.assertEqual(server.stop(), 0)
+
+
+class Program(unittest.TestCase):
+    def test_bad_usage_is_said_before_anything_runs(self):
+        with socket.socket() as taken:
+            taken.bind(('127.0.0.1', 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            for flags, text in (([], '--model'), (['--model', '/no/such'], '/no/such'), (['--model', MODEL, '--port', '99999'], '--port'),
+                                (['--model', MODEL, '--port', str(port)], f'port {port}'), (['--model', MODEL, '--port', '0', '--api-key-file', '/no/such'], '/no/such'),
+                                (['--model', MODEL, '--port', '0', '--max-waiting', '5000'], '--max-waiting'), (['--model', MODEL, '--chat-template', 'x'], 'chat-template'),
+                                (['--model', MODEL, '--port', '0', '--ranks', '5'], '5'), (['--model', MODEL, '--max-queue', '5'], '--max-queue')):
+                run = subprocess.run([PROGRAM, *flags], capture_output=True, text=True, timeout=30)
+                self.assertEqual((run.returncode, run.stdout), (2, ''), run.stderr)
+                self.assertIn(text, run.stderr)
+        self.assertEqual(subprocess.run([PROGRAM, '--help'], capture_output=True, timeout=30).returncode, 0)
+
+
+if __name__ == '__main__':
+    unittest.main(argv=[sys.argv[0], *sys.argv[3:]], verbosity=1)
