@@ -1,4 +1,6 @@
 // moebius-serve: an OpenAI-compatible server over the public API, with a page that shows load, seam and switches while it runs.
+#include <unistd.h>
+#include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
@@ -79,6 +81,17 @@ bool asked_to_stop() {
   return sigismember(&pending, SIGTERM) == 1 || sigismember(&pending, SIGINT) == 1;
 }
 
+struct Interrupted {};
+
+moebius_cpp::Engine load_or_stop(const EngineOptions& options, moebius_cpp::Config& config) {
+  try {
+    return load(options, config, asked_to_stop);
+  } catch (const moebius_cpp::Error& e) {
+    if (e.code() == MOEBIUS_E_CANCELLED) throw Interrupted();
+    throw;
+  }
+}
+
 // Tokens of a request that fit the context and either layout; in EP one rank holds all of it.
 int64_t longest_request(moebius_cpp::Engine& engine) {
   moebius_memory m{};
@@ -119,14 +132,18 @@ void serve(Options options) {
   const auto tokenizer = before_running([&] { return moebius_cpp::Tokenizer(options.engine.model); });
   const ChatTemplate chat(options.engine.model, options.chat_template);
   auto config = before_running([&] { return options.engine.config(); });
-  auto engine = before_running([&] { return load(options.engine, config, asked_to_stop); });
+  auto engine = before_running([&] { return load_or_stop(options.engine, config); });
   const Serving serving{engine, tokenizer, chat, options.model_name.empty() ? folder_name(options.engine.model) : options.model_name,
                         longest_request(engine), std::min(kMostChoices, options.max_waiting)};
   Broker broker(engine);
   Service service(engine, broker, serving, service_options);
   service.attach(server);
 
-  std::thread listener([&] { server.listen_after_bind(); });
+  std::atomic<bool> lost{false};  // the listening socket
+  std::thread listener([&] {
+    lost = !server.listen_after_bind();
+    if (lost) kill(getpid(), SIGTERM);
+  });
   fmt::print("{}\n", address(options.host, port));
   std::fflush(stdout);
   int signal = 0;
@@ -135,6 +152,7 @@ void serve(Options options) {
   service.drain(milliseconds(options.drain_s));
   server.stop_all();
   listener.join();
+  if (lost) throw std::runtime_error("the listening socket failed");
 }
 
 }  // namespace
@@ -144,5 +162,11 @@ int main(int argc, char** argv) {
   Options options;
   options.add_to(app);
   parse_or_exit(app, argc, argv);
-  return run_program("moebius-serve", [&] { serve(options); });
+  return run_program("moebius-serve", [&] {
+    try {
+      serve(options);
+    } catch (const Interrupted&) {
+      fmt::print(stderr, "moebius-serve: stopped while loading\n");
+    }
+  });
 }
