@@ -1,5 +1,7 @@
 #include "examples/serve/history.h"
 
+#include <cmath>
+
 namespace moebius_examples {
 namespace {
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 #include <algorithm>
 #include <cstring>
+#include <system_error>
 
 namespace moebius_examples {
 namespace {
@@ -56,20 +57,14 @@ void address_of(int fd, decltype(getpeername)* name, std::string& ip, int& port)
 // A thread for each connection, started when first needed; one more for connections beyond, which only hear so.
 class ThreadPerConnection : public httplib::TaskQueue {
  public:
-  explicit ThreadPerConnection(size_t most) : most_(most) {}
+  explicit ThreadPerConnection(size_t most) : most_(most), refuser_([this] { refuse_all(); }) {}
 
   void enqueue(std::function<void()> task) override {
     std::lock_guard lock(mutex_);
-    if (taken_ == most_) {
-      beyond_.push_back(std::move(task));
-      if (!refuser_.joinable()) refuser_ = std::thread([this] { refuse_all(); });
-      refuse_.notify_one();
-      return;
-    }
-    ++taken_;
-    tasks_.push_back(std::move(task));
-    if (taken_ > threads_.size()) threads_.emplace_back([this] { serve_all(); });
-    else serve_.notify_one();
+    const bool served = has_thread();
+    (served ? tasks_ : beyond_).push_back(std::move(task));
+    (served ? serve_ : refuse_).notify_one();
+    taken_ += served;
   }
 
   void shutdown() override {
@@ -80,10 +75,21 @@ class ThreadPerConnection : public httplib::TaskQueue {
     serve_.notify_all();
     refuse_.notify_all();
     for (std::thread& t : threads_) t.join();
-    if (refuser_.joinable()) refuser_.join();
+    refuser_.join();
   }
 
  private:
+  // For one more connection.
+  bool has_thread() {
+    if (taken_ < threads_.size()) return true;
+    if (taken_ == most_) return false;
+    try {
+      threads_.emplace_back([this] { serve_all(); });
+      return true;
+    } catch (const std::system_error&) {
+      return false;  // the system has no more
+    }
+  }
   bool take(std::deque<std::function<void()>>& from, std::condition_variable& filled, std::function<void()>& out) {
     std::unique_lock lock(mutex_);
     filled.wait(lock, [&] { return !from.empty() || ends_; });
@@ -111,7 +117,7 @@ class ThreadPerConnection : public httplib::TaskQueue {
   size_t taken_ = 0;  // connections that have a thread or are given one
   bool ends_ = false;
   std::vector<std::thread> threads_;
-  std::thread refuser_;
+  std::thread refuser_;  // last: it uses the others
 };
 
 }  // namespace
@@ -190,6 +196,7 @@ void Connection::linger() {
 HttpServer::HttpServer(const HttpLimits& limits) : limits_(limits) {
   set_keep_alive_timeout(limits.idle.count() / 1000);
   set_keep_alive_max_count(kRequestsPerConnection);
+  set_socket_options([](int fd) { set_option(fd, SOL_SOCKET, SO_REUSEADDR, 1); });  // httplib would let two servers share a port
   new_task_queue = [most = limits.connections] { return new ThreadPerConnection(most); };
 }
 

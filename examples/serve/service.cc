@@ -20,12 +20,28 @@ using Clock = std::chrono::steady_clock;
 using httplib::Server;
 
 constexpr auto kLook = 100ms;        // at whether an answer is still wanted
-constexpr auto kHeartbeat = 5s;      // a comment in a stream in which nothing came
+constexpr auto kHeartbeat = 1s;      // a comment in a stream in which nothing came
 constexpr int kClientGone = 499;     // nobody reads it; it counts in the metrics
 constexpr const char* kModels = "/v1/models";
 constexpr const char* kLayout = "/v1/moebius/layout";
+constexpr const char* kHistory = "/v1/moebius/history";
 constexpr const char* kCompletions = "/v1/completions";
 constexpr const char* kChat = "/v1/chat/completions";
+
+struct Route {
+  const char* path;
+  bool get, post;
+};
+constexpr Route kRoutes[] = {{"/", true, false},      {"/health", true, false},     {"/metrics", true, false}, {kModels, true, false},
+                             {kHistory, true, false}, {kCompletions, false, true}, {kChat, false, true},      {kLayout, true, true}};
+
+// Throws HttpError(404).
+const Route& route_of(const std::string& path) {
+  const bool one_model = path.rfind(std::string(kModels) + "/", 0) == 0;
+  for (const Route& r : kRoutes)
+    if (path == r.path || (one_model && r.path == kModels)) return r;
+  throw HttpError(404, "there is no " + path, "", "not_found");
+}
 
 std::string text_of(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
 
@@ -187,13 +203,10 @@ void Service::attach(HttpServer& server) {
 // Before a body is read: is there such an endpoint, may the client use it, is what it sends of the right kind and size?
 Server::HandlerResponse Service::admit(const Request& req, Response& res) {
   try {
+    const Route& route = route_of(req.path);
     const bool reads = req.method == "GET" || req.method == "HEAD", writes = req.method == "POST";
-    const bool readable = req.path == "/" || req.path == "/health" || req.path == "/metrics" || req.path == kModels || req.path == kLayout ||
-                          req.path == "/v1/moebius/history" || req.path.rfind(std::string(kModels) + "/", 0) == 0;
-    const bool writable = req.path == kCompletions || req.path == kChat || req.path == kLayout;
-    if (!readable && !writable) throw HttpError(404, "there is no " + req.path, "", "not_found");
-    if (!(reads && readable) && !(writes && writable)) {
-      res.set_header("Allow", readable && writable ? "GET, HEAD, POST" : readable ? "GET, HEAD" : "POST");
+    if (!(reads && route.get) && !(writes && route.post)) {
+      res.set_header("Allow", route.get && route.post ? "GET, HEAD, POST" : route.get ? "GET, HEAD" : "POST");
       throw HttpError(405, req.method + " is not for " + req.path, "", "method_not_allowed");
     }
     if (!options_.api_key.empty() && req.path.rfind("/v1/", 0) == 0 &&

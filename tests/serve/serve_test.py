@@ -299,6 +299,19 @@ class Endpoints(unittest.TestCase):
         self.assertEqual(self.server.metric('http_streams_open'), 0)
         self.assertGreaterEqual(self.server.metric('http_clients_gone_total'), 6)
 
+    def test_a_stream_that_waits_is_kept_alive(self):
+        running = self.server.begin({**LONG, 'n': 64, 'stream': False})
+        self.server.until('all run', lambda: self.server.metric('num_requests_running') == 64)
+        waiting, came = self.server.begin({**GREEDY, 'stream': True}), b''
+        while b': waiting\n' not in came:
+            part = waiting.recv(4096)
+            self.assertTrue(part)
+            came += part
+        self.assertNotIn(b'data:', came)
+        for s in (running, waiting):
+            s.close()
+        self.server.until('nothing runs or waits', lambda: self.server.metric('num_requests_running') + self.server.metric('num_requests_waiting') == 0)
+
     def test_slow_readers_are_let_go_and_hold_up_nobody(self):
         before, gone = self.aborts(), self.server.metric('http_clients_gone_total')
         slow = self.server.begin({**LONG, 'logprobs': 20}, receive_buffer=4096)
@@ -326,6 +339,8 @@ class Limits(unittest.TestCase):
                 self.keys(server)
                 self.queue_and_switch(server)
                 self.connections(server)
+                second = subprocess.run([PROGRAM, '--model', MODEL, '--port', str(server.port)], capture_output=True, text=True, timeout=30)
+                self.assertEqual((second.returncode, second.stdout), (2, ''))
                 self.assertEqual(server.stop(), 0)
 
     def keys(self, server):
