@@ -391,6 +391,54 @@ class Limits(unittest.TestCase):
         server.until('it answers again', lambda: server.ask('/health')[0] == 200)
 
 
+class Models(unittest.TestCase):
+    MESSAGES = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': 'U'}, {'role': 'assistant', 'content': 'A'}, {'role': 'user', 'content': 'V'}]
+
+    def folder(self, files):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        for name in os.listdir(MODEL):
+            if name != 'tokenizer_config.json':
+                os.symlink(os.path.abspath(os.path.join(MODEL, name)), os.path.join(folder.name, name))
+        for name, text in files.items():
+            with open(os.path.join(folder.name, name), 'w') as file:
+                file.write(text)
+        return folder.name
+
+    def chat(self, server, messages=MESSAGES):
+        return server.ask(CHAT, {'messages': messages, 'max_tokens': 8, 'temperature': 0})
+
+    def assert_prompt(self, server, text):
+        want = server.post(TEXT, {'prompt': text, 'max_tokens': 8, 'temperature': 0, 'add_special_tokens': False})
+        status, _, answer = self.chat(server)
+        self.assertEqual(status, 200, answer)
+        self.assertEqual((answer['choices'][0]['message']['content'], answer['usage']), (want['choices'][0]['text'], want['usage']))
+
+    def test_templates_are_recognised(self):
+        chatml = '<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n'
+        with Server(PROGRAM, self.folder({'chat_template.jinja': "{{ '<|im_start|>' + role }}"}), '--threads', 1) as server:
+            self.assert_prompt(server, chatml)
+        config = {'bos_token': {'content': '<s>'}, 'eos_token': '</s>', 'chat_template': [{'name': 'default', 'template': '[INST] {{ m }} [/INST]'}]}
+        with Server(PROGRAM, self.folder({'tokenizer_config.json': json.dumps(config)}), '--threads', 1) as server:
+            self.assert_prompt(server, '<s> [INST] S\n\nU [/INST] A</s> [INST] V [/INST]')
+            for wrong in (self.MESSAGES[2:], self.MESSAGES[1:3], self.MESSAGES[1:2] * 2):
+                self.assertEqual(self.chat(server, wrong)[0], 400)
+        with Server(PROGRAM, self.folder({'chat_template.jinja': '{{ other }}'}), '--threads', 1) as server:
+            self.assertIn('does not know', self.chat(server)[2]['error']['message'])
+        broken = subprocess.run([PROGRAM, '--model', self.folder({'tokenizer_config.json': '{'}), '--port', '0'], capture_output=True, text=True, timeout=30)
+        self.assertEqual((broken.returncode, broken.stdout), (2, ''))
+
+    def test_a_policy_switches(self):
+        with Server(PROGRAM, MODEL, '--ranks', 2, '--threads', 1, '--policy', 'threshold', '--policy-variant', 'rollout', '--policy-threshold', 4,
+                    '--policy-cooldown-s', 0) as server:
+            self.assertEqual(server.get(LAYOUT)['layout'], 'tp')
+            load = server.begin(LONG)
+            server.until('the policy goes to EP', lambda: server.get(LAYOUT)['layout'] == 'ep')
+            load.close()
+            server.until('and back', lambda: server.get(LAYOUT)['layout'] == 'tp')
+            self.assertIn('decided', [s['what'] for s in server.get('/v1/moebius/history')['switches']])
+
+
 class Draining(unittest.TestCase):
     def test_running_requests_end_and_then_the_server_does(self):
         with Server(PROGRAM, MODEL, '--threads', 1, '--max-batch', 4) as server:
