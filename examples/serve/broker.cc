@@ -7,8 +7,8 @@ namespace {
 
 using namespace std::chrono_literals;
 
-constexpr size_t kMostUnread = 4096;       // items of a choice
-constexpr auto kLook = 250ms;              // at whether the outcome of a switch is still wanted
+constexpr size_t kMostUnread = 4096;    // items of a choice
+constexpr auto kLookAtWaiters = 250ms;  // at whether the outcome of a switch is still wanted
 
 Item item_of(const moebius_event& e, size_t prompt, int32_t n) {
   Item item;
@@ -74,7 +74,7 @@ std::optional<SwitchOutcome> Broker::switch_to(moebius_layout to, const std::fun
   std::unique_lock lock(mutex_);
   engine_.request_switch(to);
   const auto waiter = waiters_.insert(waiters_.end(), Waiter{to, {}});
-  while (!waiter->outcome && wanted()) settled_.wait_for(lock, kLook);
+  while (!waiter->outcome && wanted()) settled_.wait_for(lock, kLookAtWaiters);
   const std::optional<SwitchOutcome> outcome = waiter->outcome;
   waiters_.erase(waiter);
   return outcome;
