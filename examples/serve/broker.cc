@@ -59,14 +59,12 @@ Broker::~Broker() {
 }
 
 std::unique_ptr<Generation> Broker::submit(const std::vector<moebius_cpp::Request>& requests, int n) {
-  std::unique_ptr<Generation> generation(new Generation(*this));  // cancels what was submitted should a later one be refused
+  std::unique_ptr<Generation> generation(new Generation(*this));
   generation->most_unread_ = kMostUnread * requests.size() * static_cast<size_t>(n);
-  for (const moebius_cpp::Request& request : requests) {
-    std::lock_guard lock(mutex_);
-    const uint64_t id = engine_.submit(request);
-    routes_.emplace(id, Route{generation.get(), generation->ids_.size(), n, n});
-    generation->ids_.push_back(id);
-  }
+  std::lock_guard lock(mutex_);
+  generation->ids_ = engine_.submit(requests);
+  for (size_t prompt = 0; prompt < requests.size(); ++prompt)
+    routes_.emplace(generation->ids_[prompt], Route{generation.get(), prompt, n, n});
   return generation;
 }
 

@@ -73,7 +73,7 @@ class Broker {
   explicit Broker(moebius_cpp::Engine& engine);
   ~Broker();
 
-  // All or none: where one is refused, those before it are cancelled. Throws moebius_cpp::Error.
+  // All or none. Throws moebius_cpp::Error.
   std::unique_ptr<Generation> submit(const std::vector<moebius_cpp::Request>& requests, int n);
   // Asks for a layout and waits for what becomes of it while `wanted` says so; empty: it no longer did.
   std::optional<SwitchOutcome> switch_to(moebius_layout to, const std::function<bool()>& wanted);
