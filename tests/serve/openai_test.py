@@ -53,10 +53,10 @@ class Client(unittest.TestCase):
             self.assertEqual(''.join(e.delta for e in events if e.type == 'content.delta'), whole.choices[0].message.content)
 
     def test_a_stream_that_is_closed_is_cancelled(self):
-        stream = self.client.completions.create(model=MODEL, prompt='ROMEO:', max_tokens=1900, n=8, stream=True, extra_body={'ignore_eos': True})
+        stream = self.client.completions.create(model=MODEL, prompt='ROMEO:', max_tokens=1900, n=32, stream=True, extra_body={'ignore_eos': True})
         next(iter(stream))
         stream.close()
-        self.server.until('its requests are cancelled', lambda: self.server.metric('request_success_total', finished_reason='abort') >= 8, 2)
+        self.server.until('its requests are cancelled', lambda: self.server.metric('request_success_total', finished_reason='abort') >= 32, 3)
 
     def test_errors_are_those_of_the_client(self):
         with self.assertRaises(openai.AuthenticationError):

@@ -314,11 +314,11 @@ class Endpoints(unittest.TestCase):
 
     def test_slow_readers_are_let_go_and_hold_up_nobody(self):
         before, gone = self.aborts(), self.server.metric('http_clients_gone_total')
-        slow = self.server.begin({**LONG, 'logprobs': 20}, receive_buffer=4096)
-        self.server.until('it runs', lambda: self.server.metric('num_requests_running') == 8)
+        slow = self.server.begin({**LONG, 'n': 60, 'logprobs': 20}, receive_buffer=4096)
+        self.server.until('it runs', lambda: self.server.metric('num_requests_running') == 60)
         self.assertEqual(self.server.post(TEXT, GREEDY)['choices'][0]['text'], self.text)
-        self.server.until('it is cancelled', lambda: self.aborts() == before + 8, 6)
-        self.server.until('it is counted', lambda: self.server.metric('http_clients_gone_total') == gone + 1, 6)
+        self.server.until('it is cancelled', lambda: self.aborts() == before + 60, 6)
+        self.server.until('it is counted', lambda: self.server.metric('http_clients_gone_total') == gone + 1)
         slow.close()
 
     def test_the_page_needs_nothing_but_this_server(self):
