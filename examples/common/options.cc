@@ -50,13 +50,19 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
       ->capture_default_str();
   app.add_option("--prefix-cache", prefix_cache, "share KV pages of equal prefixes (1 or 0)")->capture_default_str();
   app.add_flag("--preempt-to-fit", preempt_to_fit, "a switch that does not fit preempts requests instead of being refused");
-  app.add_option("--policy", policy, "who decides on switches: manual or threshold")->check(CLI::IsMember({"manual", "threshold"}))->capture_default_str();
+  app.add_option("--policy", policy, "who decides on switches: manual or threshold")
+      ->check(CLI::IsMember({"manual", "threshold"}))
+      ->capture_default_str();
   app.add_option("--policy-variant", policy_variant, "what the threshold counts: decode, prefill or rollout")
       ->check(CLI::IsMember({"decode", "prefill", "rollout"}))
       ->capture_default_str();
   app.add_option("--policy-threshold", policy_threshold, "from so much load on EP (0: the variant's)")->check(at_least(0))->capture_default_str();
-  app.add_option("--policy-window-steps", policy_window_steps, "steps that are averaged (0: the variant's)")->check(at_least(0))->capture_default_str();
-  app.add_option("--policy-cooldown-s", policy_cooldown_s, "seconds without a decision after a switch")->check(at_least(0))->default_str("the variant's");
+  app.add_option("--policy-window-steps", policy_window_steps, "steps that are averaged (0: the variant's)")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--policy-cooldown-s", policy_cooldown_s, "seconds without a decision after a switch")
+      ->check(at_least(0))
+      ->default_str("the variant's");
   app.add_flag("--policy-shadow", policy_shadow, "decide and record, but do not switch");
 }
 

@@ -23,9 +23,19 @@ int64_t characters(const std::string& text) {
 
 }  // namespace
 
-Answer::Answer(const GenerateRequest& r, const moebius_cpp::Tokenizer& tokenizer, std::string id, std::string model, std::string fingerprint)
-    : chat_(r.chat), stream_(r.stream), include_usage_(r.include_usage), logprobs_(r.logprobs), prompt_tokens_(r.prompt_tokens), tokenizer_(tokenizer),
-      id_(std::move(id)), model_(std::move(model)), fingerprint_(std::move(fingerprint)), created_(std::time(nullptr)), choices_(r.choices()) {
+Answer::Answer(const GenerateRequest& r, const moebius_cpp::Tokenizer& tokenizer, std::string id, std::string model,
+               std::string fingerprint)
+    : chat_(r.chat),
+      stream_(r.stream),
+      include_usage_(r.include_usage),
+      logprobs_(r.logprobs),
+      prompt_tokens_(r.prompt_tokens),
+      tokenizer_(tokenizer),
+      id_(std::move(id)),
+      model_(std::move(model)),
+      fingerprint_(std::move(fingerprint)),
+      created_(std::time(nullptr)),
+      choices_(r.choices()) {
   for (Choice& c : choices_) c.logprobs = empty_logprobs();
 }
 
@@ -36,7 +46,8 @@ json Answer::envelope(const char* object) const {
 }
 
 json Answer::usage(int64_t completion_tokens) const {
-  return {{"prompt_tokens", prompt_tokens_}, {"completion_tokens", completion_tokens}, {"total_tokens", prompt_tokens_ + completion_tokens}};
+  return {
+      {"prompt_tokens", prompt_tokens_}, {"completion_tokens", completion_tokens}, {"total_tokens", prompt_tokens_ + completion_tokens}};
 }
 
 std::string Answer::text_of(int32_t token) const {
@@ -96,8 +107,10 @@ json Answer::chunk(const Piece& p) {
   json logprobs = says_logprobs ? empty_logprobs() : json();
   if (says_logprobs) add_logprobs(logprobs, c, *p.token);
   json choice = {{"index", p.choice}, {"logprobs", std::move(logprobs)}, {"finish_reason", reason_or_null(p.finish_reason)}};
-  if (chat_) choice["delta"] = p.text.empty() ? json::object() : json{{"content", p.text}};
-  else choice["text"] = p.text;
+  if (chat_)
+    choice["delta"] = p.text.empty() ? json::object() : json{{"content", p.text}};
+  else
+    choice["text"] = p.text;
   json out = envelope(chat_ ? "chat.completion.chunk" : "text_completion");
   out["choices"] = json::array({std::move(choice)});
   return out;
@@ -105,7 +118,8 @@ json Answer::chunk(const Piece& p) {
 
 json Answer::first_chunk(int32_t choice) const {
   json out = envelope("chat.completion.chunk");
-  out["choices"] = json::array({{{"index", choice}, {"delta", {{"role", "assistant"}, {"content", ""}}}, {"logprobs", nullptr}, {"finish_reason", nullptr}}});
+  out["choices"] = json::array(
+      {{{"index", choice}, {"delta", {{"role", "assistant"}, {"content", ""}}}, {"logprobs", nullptr}, {"finish_reason", nullptr}}});
   return out;
 }
 
@@ -129,8 +143,10 @@ json Answer::whole(int64_t completion_tokens) const {
   for (size_t i = 0; i < choices_.size(); ++i) {
     const Choice& c = choices_[i];
     json choice = {{"index", i}, {"logprobs", c.logprobs}, {"finish_reason", reason_or_null(c.finish_reason)}};
-    if (chat_) choice["message"] = {{"role", "assistant"}, {"content", c.text}};
-    else choice["text"] = c.text;
+    if (chat_)
+      choice["message"] = {{"role", "assistant"}, {"content", c.text}};
+    else
+      choice["text"] = c.text;
     out["choices"].push_back(std::move(choice));
   }
   out["usage"] = usage(completion_tokens);

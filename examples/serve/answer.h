@@ -12,7 +12,8 @@ namespace moebius_examples {
 
 class Answer {
  public:
-  Answer(const GenerateRequest& request, const moebius_cpp::Tokenizer& tokenizer, std::string id, std::string model, std::string fingerprint);
+  Answer(const GenerateRequest& request, const moebius_cpp::Tokenizer& tokenizer, std::string id, std::string model,
+         std::string fingerprint);
 
   // A piece as a chunk; null where there is nothing to say (text that is held back).
   nlohmann::json chunk(const Piece& piece);

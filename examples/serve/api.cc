@@ -45,7 +45,9 @@ const std::map<std::string, std::vector<json>> kNeutral = {
 };
 const std::set<std::string> kIgnored = {"user", "safety_identifier", "metadata", "request_id"};  // labels that change no answer
 
-[[noreturn]] void bad(const std::string& key, const std::string& what, const char* code = "") { throw HttpError(400, key + what, key, code); }
+[[noreturn]] void bad(const std::string& key, const std::string& what, const char* code = "") {
+  throw HttpError(400, key + what, key, code);
+}
 
 std::string shown(const json& v) {
   const std::string text = v.dump(-1, ' ', false, json::error_handler_t::replace);
@@ -105,7 +107,8 @@ class Reader {
     if (m.is_null()) return;
     if (!m.is_string()) bad("model", " must be a string");
     if (m != serving_.model_name)
-      throw HttpError(404, fmt::format("model '{}' is not served here, '{}' is", m.get<std::string>(), serving_.model_name), "model", "model_not_found");
+      throw HttpError(404, fmt::format("model '{}' is not served here, '{}' is", m.get<std::string>(), serving_.model_name), "model",
+                      "model_not_found");
   }
 
   // The keys that are this layer's, not the engine's.
@@ -117,7 +120,8 @@ class Reader {
       out_.n = static_cast<int32_t>(n);
     }
     if (const json& v = value("min_tokens"); !v.is_null()) out_.text.min_tokens = integer("min_tokens", v);
-    if (const json& v = value("include_stop_str_in_output"); !v.is_null()) out_.text.include_stop = boolean("include_stop_str_in_output", v);
+    if (const json& v = value("include_stop_str_in_output"); !v.is_null())
+      out_.text.include_stop = boolean("include_stop_str_in_output", v);
     if (const json& v = value("stop_token_ids"); !v.is_null()) out_.text.stop_token_ids = ids("stop_token_ids", v);
     read_stops();
     read_stream_options();
@@ -141,8 +145,10 @@ class Reader {
     if (!v.is_object()) bad("stream_options", " must be an object");
     if (!out_.stream) bad("stream_options", " is only for stream: true");
     for (const auto& [key, option] : v.items()) {
-      if (key == "include_usage") out_.include_usage = boolean("stream_options", option);
-      else if (option != json(false)) bad("stream_options", fmt::format(": '{}' is not supported", key), "unsupported");
+      if (key == "include_usage")
+        out_.include_usage = boolean("stream_options", option);
+      else if (option != json(false))
+        bad("stream_options", fmt::format(": '{}' is not supported", key), "unsupported");
     }
   }
 
@@ -164,13 +170,15 @@ class Reader {
   }
 
   std::vector<std::vector<int32_t>> prompts() const {
-    if (out_.chat) return {serving_.tokenizer.encode(serving_.chat.prompt(read_messages(value("messages"))), serving_.chat.wants_special_tokens())};
+    if (out_.chat)
+      return {serving_.tokenizer.encode(serving_.chat.prompt(read_messages(value("messages"))), serving_.chat.wants_special_tokens())};
     const json& p = value("prompt");
     const bool add = value("add_special_tokens").is_null() || boolean("add_special_tokens", value("add_special_tokens"));
     if (p.is_string()) return {serving_.tokenizer.encode(p.get_ref<const std::string&>(), add)};
     if (!p.is_array() || p.empty()) bad("prompt", " must be a string, a list of strings, a list of token ids or a list of such lists");
     if (p.front().is_number()) return {ids("prompt", p)};
-    if (static_cast<int64_t>(p.size()) > serving_.max_choices) bad("prompt", fmt::format(" has {} entries, at most {} are taken", p.size(), serving_.max_choices));
+    if (static_cast<int64_t>(p.size()) > serving_.max_choices)
+      bad("prompt", fmt::format(" has {} entries, at most {} are taken", p.size(), serving_.max_choices));
     std::vector<std::vector<int32_t>> out;
     for (const json& entry : p)
       out.push_back(entry.is_string() ? serving_.tokenizer.encode(entry.get_ref<const std::string&>(), add) : ids("prompt", entry));
@@ -217,8 +225,10 @@ class Reader {
   }
 
   void set_key(moebius_cpp::Request& r, const std::string& key, const json& v) const {
-    static const std::set<std::string> kOwn = {"model", "stream", "n", "stop", "stream_options", "logprobs", "max_tokens", "include_stop_str_in_output"};
-    static const std::set<std::string> kOfChat = {"messages", "max_completion_tokens", "top_logprobs"}, kOfText = {"prompt", "add_special_tokens"};
+    static const std::set<std::string> kOwn = {"model",          "stream",   "n",          "stop",
+                                               "stream_options", "logprobs", "max_tokens", "include_stop_str_in_output"};
+    static const std::set<std::string> kOfChat = {"messages", "max_completion_tokens", "top_logprobs"},
+                                       kOfText = {"prompt", "add_special_tokens"};
     if (kOwn.count(key) || kIgnored.count(key) || (out_.chat ? kOfChat : kOfText).count(key)) return;
     if (kIntegers.count(key)) return set(key, [&] { r.set(key.c_str(), integer(key, v)); });
     if (kReals.count(key)) {
@@ -230,7 +240,8 @@ class Reader {
     if (key == "logit_bias") return set_logit_bias(r, v);
     const auto neutral = kNeutral.find(key);
     if (neutral == kNeutral.end()) bad(key, " is not supported", "unsupported");
-    if (std::count(neutral->second.begin(), neutral->second.end(), v) == 0) bad(key, fmt::format(" = {} is not supported", shown(v)), "unsupported");
+    if (std::count(neutral->second.begin(), neutral->second.end(), v) == 0)
+      bad(key, fmt::format(" = {} is not supported", shown(v)), "unsupported");
   }
 
   static void set_logit_bias(moebius_cpp::Request& r, const json& v) {

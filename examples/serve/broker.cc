@@ -108,8 +108,10 @@ void Broker::hand_out(const moebius_event& e) {
   Generation& g = *route.generation;
   {
     std::lock_guard lock(g.mutex_);
-    if (g.items_.size() < g.most_unread_) g.items_.push_back(item_of(e, route.prompt, route.n));
-    else g.overran_ = true;
+    if (g.items_.size() < g.most_unread_)
+      g.items_.push_back(item_of(e, route.prompt, route.n));
+    else
+      g.overran_ = true;
     g.filled_.notify_one();
     if (g.overran_) cancel(e.request);
   }

@@ -28,9 +28,9 @@ struct Item {
   int32_t choice = 0;
   int32_t token = -1;
   float logprob = 0;
-  std::vector<std::pair<int32_t, float>> top;       // token, logprob
-  int32_t finish_reason = MOEBIUS_FINISH_NONE;      // not none: the end, and `token` is no token
-  std::string why;                                  // where finish_reason is error
+  std::vector<std::pair<int32_t, float>> top;   // token, logprob
+  int32_t finish_reason = MOEBIUS_FINISH_NONE;  // not none: the end, and `token` is no token
+  std::string why;                              // where finish_reason is error
 };
 
 class Broker;

@@ -38,7 +38,8 @@ std::string template_text(const json& config) {
   if (t.is_string()) return t;
   if (t.is_array())
     for (const json& named : t)
-      if (named.is_object() && named.value("name", json()) == "default" && named.value("template", json()).is_string()) return named["template"];
+      if (named.is_object() && named.value("name", json()) == "default" && named.value("template", json()).is_string())
+        return named["template"];
   return {};
 }
 
@@ -83,9 +84,12 @@ ChatTemplate::ChatTemplate(const std::string& model_dir, const std::string& forc
   eos_ = token_text(config, "eos_token");
   const std::string text = contents(dir / "chat_template.jinja").value_or(template_text(config));
   const auto has = [&](const char* piece) { return text.find(piece) != std::string::npos; };
-  if (forced == "chatml" || (forced.empty() && has("<|im_start|>"))) kind_ = Kind::kChatml;
-  else if (forced == "mistral" || (forced.empty() && has("[INST]"))) kind_ = Kind::kMistral;
-  else if (forced == "plain") kind_ = Kind::kPlain;
+  if (forced == "chatml" || (forced.empty() && has("<|im_start|>")))
+    kind_ = Kind::kChatml;
+  else if (forced == "mistral" || (forced.empty() && has("[INST]")))
+    kind_ = Kind::kMistral;
+  else if (forced == "plain")
+    kind_ = Kind::kPlain;
   why_none_ = fmt::format("the model has {} chat template{}; start the server with --chat-template chatml, mistral or plain to choose one",
                           text.empty() ? "no" : "a", text.empty() ? "" : " that this server does not know");
 }
@@ -95,7 +99,8 @@ std::string ChatTemplate::prompt(const std::vector<ChatMessage>& messages) const
   if (kind_ == Kind::kMistral) return mistral(messages);
   std::string text;
   for (const ChatMessage& m : messages)
-    text += kind_ == Kind::kChatml ? fmt::format("<|im_start|>{}\n{}<|im_end|>\n", m.role, m.content) : fmt::format("{}: {}\n", m.role, m.content);
+    text += kind_ == Kind::kChatml ? fmt::format("<|im_start|>{}\n{}<|im_end|>\n", m.role, m.content)
+                                   : fmt::format("{}: {}\n", m.role, m.content);
   return text + (kind_ == Kind::kChatml ? "<|im_start|>assistant\n" : "assistant:");
 }
 

@@ -23,7 +23,9 @@ void History::sample(const moebius_stats& s) {
   std::lock_guard lock(mutex_);
   const double ms = now_ms(), seconds = (ms - last_ms_) / 1000;
   const auto rate = [&](uint64_t now, uint64_t last) { return seconds > 0 ? static_cast<double>(now - last) / seconds : 0; };
-  push(samples_, kSamples, Sample{ms, s.running, s.waiting, s.seam, rate(s.generation_tokens, last_generated_), rate(s.prompt_tokens, last_prompt_), s.kv_usage});
+  push(samples_, kSamples,
+       Sample{ms, s.running, s.waiting, s.seam, rate(s.generation_tokens, last_generated_), rate(s.prompt_tokens, last_prompt_),
+              s.kv_usage});
   last_ms_ = ms;
   last_generated_ = s.generation_tokens;
   last_prompt_ = s.prompt_tokens;
@@ -31,7 +33,9 @@ void History::sample(const moebius_stats& s) {
 
 void History::record(const moebius_event& e) {
   std::lock_guard lock(mutex_);
-  const auto add = [&](const char* what) { push(switches_, kSwitches, SwitchEvent{now_ms(), what, e.from, e.to, e.bytes, e.seconds, e.reason}); };
+  const auto add = [&](const char* what) {
+    push(switches_, kSwitches, SwitchEvent{now_ms(), what, e.from, e.to, e.bytes, e.seconds, e.reason});
+  };
   switch (e.type) {
     case MOEBIUS_EVENT_SWITCH_STARTED:
     case MOEBIUS_EVENT_SEAM: push(moves_, kMoves, Move{now_ms(), e.seam}); break;
@@ -50,8 +54,9 @@ void History::record(const moebius_event& e) {
 }
 
 nlohmann::json History::json_of(const SwitchEvent& e) {
-  return {{"ms", rounded(e.ms, 10)}, {"what", e.what},       {"from", name_of_layout(e.from)}, {"to", name_of_layout(e.to)},
-          {"bytes", e.bytes},        {"seconds", e.seconds}, {"reason", e.reason}};
+  return {{"ms", rounded(e.ms, 10)},    {"what", e.what},   {"from", name_of_layout(e.from)},
+          {"to", name_of_layout(e.to)}, {"bytes", e.bytes}, {"seconds", e.seconds},
+          {"reason", e.reason}};
 }
 
 nlohmann::json History::since(double since_ms) const {
@@ -59,8 +64,8 @@ nlohmann::json History::since(double since_ms) const {
   nlohmann::json samples = nlohmann::json::array(), moves = samples, switches = samples;
   for (const Sample& s : samples_)
     if (s.ms > since_ms)
-      samples.push_back({rounded(s.ms, 10), s.running, s.waiting, rounded(s.generated_per_second, 10), rounded(s.prompt_per_second, 10), s.seam,
-                         rounded(s.kv_usage, 1e4)});
+      samples.push_back({rounded(s.ms, 10), s.running, s.waiting, rounded(s.generated_per_second, 10), rounded(s.prompt_per_second, 10),
+                         s.seam, rounded(s.kv_usage, 1e4)});
   for (const Move& m : moves_)
     if (m.ms > since_ms) moves.push_back({rounded(m.ms, 10), m.seam});
   for (const SwitchEvent& e : switches_)

@@ -23,7 +23,7 @@ class History {
   void record(const moebius_event& event);
   // What happened after `since_ms` (milliseconds since the start, as in the answer's "now").
   nlohmann::json since(double since_ms) const;
-  // The reason of the last refusal, rollback or switch, as GET /v1/moebius/layout shows it; null before the first.
+  // Or refusal, rollback or decision of a policy; null before the first.
   nlohmann::json last_switch() const;
 
  private:

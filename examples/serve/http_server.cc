@@ -16,13 +16,13 @@ namespace {
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
 
-constexpr int kBacklog = 512;             // connections that the system holds until they are accepted
+constexpr int kBacklog = 512;  // connections that the system holds until they are accepted
 constexpr int kRequestsPerConnection = 1000;
-constexpr int kSendBuffer = 128 << 10;    // what a client that does not read can hold of the system's memory
-constexpr auto kLinger = 500ms;           // for the rest of a request that was answered early
+constexpr int kSendBuffer = 128 << 10;  // what a client that does not read can hold of the system's memory
+constexpr auto kRefusalLinger = 100ms;  // one thread refuses all
 
 thread_local Connection* current_connection = nullptr;
-thread_local bool overflowing = false;    // this thread serves connections beyond the limit
+thread_local bool overflowing = false;  // this thread serves connections beyond the limit
 
 void set_option(int fd, int level, int name, int value) { setsockopt(fd, level, name, &value, sizeof value); }
 
@@ -133,7 +133,7 @@ Connection::Connection(int fd, const HttpLimits& limits) : fd_(fd), limits_(limi
 }
 
 Connection::~Connection() {
-  if (ends_) linger();
+  if (ends()) linger();
   ::shutdown(fd_, SHUT_RDWR);
   close(fd_);
 }
@@ -167,7 +167,7 @@ bool Connection::is_writable() const { return !gone() && wait_for(fd_, POLLOUT, 
 
 ssize_t Connection::read(char* out, size_t size) {
   if (budget_ == 0 || (begin_ == end_ && !fill(deadline_))) {
-    ends_ = true;
+    end_after_answer();
     return -1;
   }
   const size_t n = std::min({size, end_ - begin_, budget_});
@@ -189,7 +189,7 @@ void Connection::get_local_ip_and_port(std::string& ip, int& port) const { addre
 // Closing a socket with unread bytes resets it, and the client would lose the answer that says why.
 void Connection::linger() {
   ::shutdown(fd_, SHUT_WR);
-  for (const auto deadline = Clock::now() + kLinger; fill(deadline);) {
+  for (const auto deadline = Clock::now() + linger_; fill(deadline);) {
   }
 }
 
@@ -241,11 +241,13 @@ bool HttpServer::process_and_close_socket(socket_t fd) {
 }
 
 void HttpServer::refuse(Connection& connection) {
-  static const std::string body = R"({"error":{"message":"all connections are taken: try again","type":"overloaded","param":null,"code":"no_connection"}})";
+  static const std::string body =
+      R"({"error":{"message":"all connections are taken: try again","type":"overloaded","param":null,"code":"no_connection"}})";
   ++refused_;
-  connection.write("HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: " +
-                   std::to_string(body.size()) + "\r\n\r\n" + body);
-  connection.end_after_answer();
+  connection.write(
+      "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: " +
+      std::to_string(body.size()) + "\r\n\r\n" + body);
+  connection.end_after_answer(kRefusalLinger);
 }
 
 }  // namespace moebius_examples

@@ -17,11 +17,11 @@
 namespace moebius_examples {
 
 struct HttpLimits {
-  size_t connections = 128;      // each has a thread while it is open
-  size_t request_bytes = 1 << 20;  // on the wire: headers and body
-  std::chrono::milliseconds idle{5000};   // until the next request of a connection
-  std::chrono::milliseconds read{30000};  // from a request's first byte to its last
-  std::chrono::milliseconds write{10000}; // until the client takes something again
+  size_t connections = 128;                // each has a thread while it is open
+  size_t request_bytes = 1 << 20;          // on the wire: headers and body
+  std::chrono::milliseconds idle{5000};    // until the next request of a connection
+  std::chrono::milliseconds read{30000};   // from a request's first byte to its last
+  std::chrono::milliseconds write{10000};  // until the client takes something again
 };
 
 // One client's socket; closes it.
@@ -39,9 +39,9 @@ class Connection : public httplib::Stream {
   bool await_request();
   // The client has closed the connection, or its sending half: it wants no answer.
   bool gone() const;
-  // No request follows on it: what the client still sends is not read as one.
-  void end_after_answer() { ends_ = true; }
-  bool ends() const { return ends_; }
+  // No request follows on it: what the client still sends, for so long, is not read as one.
+  void end_after_answer(std::chrono::milliseconds linger = std::chrono::milliseconds(500)) { linger_ = linger; }
+  bool ends() const { return linger_.count() > 0; }
 
   bool is_readable() const override;
   bool is_writable() const override;
@@ -61,7 +61,7 @@ class Connection : public httplib::Stream {
   const HttpLimits& limits_;
   Clock::time_point deadline_{};
   size_t budget_ = 0;  // bytes of this request that may still come
-  bool ends_ = false;
+  std::chrono::milliseconds linger_{0};
   std::vector<char> buffer_;
   size_t begin_ = 0, end_ = 0;  // of what was received and not yet read
 };

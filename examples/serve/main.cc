@@ -16,7 +16,7 @@ namespace {
 
 using namespace moebius_examples;
 
-constexpr size_t kReserve = 32;             // connections beside those that generate: health, metrics, the page
+constexpr size_t kReserve = 32;            // connections beside those that generate: health, metrics, the page
 constexpr int64_t kMostChoices = 128;      // of one request, as OpenAI has it
 constexpr int64_t kMostConnections = 960;  // httplib takes no descriptor from 1,024 on
 
@@ -31,25 +31,34 @@ struct Options {
   size_t max_generations() const { return static_cast<size_t>(engine.max_batch + max_waiting); }
 };
 
-std::chrono::milliseconds milliseconds(double seconds) { return std::chrono::milliseconds(static_cast<int64_t>(std::min(seconds, 1e9) * 1000)); }
+std::chrono::milliseconds milliseconds(double seconds) {
+  return std::chrono::milliseconds(static_cast<int64_t>(std::min(seconds, 1e9) * 1000));
+}
 
 void Options::add_to(CLI::App& app) {
   engine.add_to(app, true);
   app.remove_option(app.get_option("--max-queue"));  // here --max-waiting
   app.add_option("--host", host, "address to listen on")->capture_default_str();
   app.add_option("--port", port, "port to listen on (0: any free one)")->check(CLI::Range(0, 65535))->capture_default_str();
-  auto* key = app.add_option("--api-key", api_key, "asked of clients of /v1; seen by who lists processes: better --api-key-file")->default_str("none");
+  auto* key = app.add_option("--api-key", api_key, "asked of clients of /v1; seen by who lists processes: better --api-key-file")
+                  ->default_str("none");
   app.add_option("--api-key-file", api_key_file, "file whose first line is the key")->excludes(key)->default_str("none");
   app.add_option("--served-model-name", model_name, "name that clients give as model")->default_str("the model folder's");
   app.add_option("--chat-template", chat_template, "form of chats: chatml, mistral or plain")
       ->check(CLI::IsMember({"chatml", "mistral", "plain"}))
       ->default_str("what the model folder's template is recognised as");
   app.add_option("--max-body-bytes", max_body_bytes, "larger bodies are answered 413")->check(at_least(1))->capture_default_str();
-  app.add_option("--max-waiting", max_waiting, "waiting requests; what is beyond is answered 429")->check(at_least(1))->capture_default_str();
+  app.add_option("--max-waiting", max_waiting, "waiting requests; what is beyond is answered 429")
+      ->check(at_least(1))
+      ->capture_default_str();
   app.add_option("--request-timeout-s", request_timeout_s, "an answer that takes longer ends")->check(at_least(0))->capture_default_str();
   app.add_option("--read-timeout-s", read_timeout_s, "time for a request to come whole")->check(at_least(0))->capture_default_str();
-  app.add_option("--write-timeout-s", write_timeout_s, "a client that takes nothing for so long is let go")->check(at_least(0))->capture_default_str();
-  app.add_option("--drain-s", drain_s, "time for running requests to end after SIGTERM or SIGINT")->check(at_least(0))->capture_default_str();
+  app.add_option("--write-timeout-s", write_timeout_s, "a client that takes nothing for so long is let go")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--drain-s", drain_s, "time for running requests to end after SIGTERM or SIGINT")
+      ->check(at_least(0))
+      ->capture_default_str();
 }
 
 std::string key_of(const Options& options) {
@@ -127,14 +136,19 @@ void serve(Options options) {
   limits.write = milliseconds(options.write_timeout_s);
   HttpServer server(limits);
   const int port = server.bind(options.host, options.port);  // before the load: a port that is taken is known at once
-  if (port <= 0) throw BadInput(fmt::format("cannot listen on {} port {}: is it taken, or the address not this machine's?", options.host, options.port));
+  if (port <= 0)
+    throw BadInput(fmt::format("cannot listen on {} port {}: is it taken, or the address not this machine's?", options.host, options.port));
 
   const auto tokenizer = before_running([&] { return moebius_cpp::Tokenizer(options.engine.model); });
   const ChatTemplate chat(options.engine.model, options.chat_template);
   auto config = before_running([&] { return options.engine.config(); });
   auto engine = before_running([&] { return load_or_stop(options.engine, config); });
-  const Serving serving{engine, tokenizer, chat, options.model_name.empty() ? folder_name(options.engine.model) : options.model_name,
-                        longest_request(engine), std::min(kMostChoices, options.max_waiting)};
+  const Serving serving{engine,
+                        tokenizer,
+                        chat,
+                        options.model_name.empty() ? folder_name(options.engine.model) : options.model_name,
+                        longest_request(engine),
+                        std::min(kMostChoices, options.max_waiting)};
   Broker broker(engine);
   Service service(engine, broker, serving, service_options);
   service.attach(server);

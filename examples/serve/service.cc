@@ -19,9 +19,9 @@ using nlohmann::json;
 using Clock = std::chrono::steady_clock;
 using httplib::Server;
 
-constexpr auto kLook = 100ms;        // at whether an answer is still wanted
-constexpr auto kHeartbeat = 1s;      // a comment in a stream in which nothing came
-constexpr int kClientGone = 499;     // nobody reads it; it counts in the metrics
+constexpr auto kLook = 100ms;     // at whether an answer is still wanted
+constexpr auto kHeartbeat = 1s;   // a comment in a stream in which nothing came
+constexpr int kClientGone = 499;  // nobody reads it; it counts in the metrics
 constexpr const char* kModels = "/v1/models";
 constexpr const char* kLayout = "/v1/moebius/layout";
 constexpr const char* kHistory = "/v1/moebius/history";
@@ -32,7 +32,7 @@ struct Route {
   const char* path;
   bool get, post;
 };
-constexpr Route kRoutes[] = {{"/", true, false},      {"/health", true, false},     {"/metrics", true, false}, {kModels, true, false},
+constexpr Route kRoutes[] = {{"/", true, false},      {"/health", true, false},    {"/metrics", true, false}, {kModels, true, false},
                              {kHistory, true, false}, {kCompletions, false, true}, {kChat, false, true},      {kLayout, true, true}};
 
 // Throws HttpError(404).
@@ -90,11 +90,14 @@ std::string fingerprint_of(const moebius_model_info& m) {
 // One HTTP request that generates, from its acceptance to the end of its answer.
 struct Service::Job {
   Job(Service& s, bool chat, const std::string& body)
-      : ticket(s), request(read_generate_request(body, chat, s.serving_)), generation(submit(s, request)),
+      : ticket(s),
+        request(read_generate_request(body, chat, s.serving_)),
+        generation(submit(s, request)),
         transcript(s.serving_.tokenizer, request.text, request.choices()),
-        answer(request, s.serving_.tokenizer, fmt::format("{}-{}{:x}", chat ? "chatcmpl" : "cmpl", s.id_prefix_, s.next_id_++), s.serving_.model_name,
-               s.fingerprint_),
-        deadline(Clock::now() + s.options_.request_timeout), heartbeat(Clock::now() + kHeartbeat) {}
+        answer(request, s.serving_.tokenizer, fmt::format("{}-{}{:x}", chat ? "chatcmpl" : "cmpl", s.id_prefix_, s.next_id_++),
+               s.serving_.model_name, s.fingerprint_),
+        deadline(Clock::now() + s.options_.request_timeout),
+        heartbeat(Clock::now() + kHeartbeat) {}
 
   static std::unique_ptr<Generation> submit(Service& s, const GenerateRequest& request) {
     try {
@@ -110,7 +113,8 @@ struct Service::Job {
     for (const Item& item : generation->wait(kLook)) {
       std::optional<Piece> piece = transcript.take(item);
       if (!piece) continue;
-      if (piece->finish_reason != nullptr && item.finish_reason == MOEBIUS_FINISH_NONE) cancel_if_ended(static_cast<size_t>(item.choice / request.n));
+      if (piece->finish_reason != nullptr && item.finish_reason == MOEBIUS_FINISH_NONE)
+        cancel_if_ended(static_cast<size_t>(item.choice / request.n));
       if (item.finish_reason == MOEBIUS_FINISH_ERROR) throw HttpError(500, "the request failed: " + piece->failure);
       pieces.push_back(std::move(*piece));
     }
@@ -147,8 +151,14 @@ Service::Ticket::~Ticket() {
 }
 
 Service::Service(moebius_cpp::Engine& engine, Broker& broker, const Serving& serving, const ServiceOptions& options)
-    : engine_(engine), broker_(broker), serving_(serving), options_(options), model_(engine.model()), started_(std::time(nullptr)),
-      id_prefix_(random_prefix()), fingerprint_(fingerprint_of(model_)) {}
+    : engine_(engine),
+      broker_(broker),
+      serving_(serving),
+      options_(options),
+      model_(engine.model()),
+      started_(std::time(nullptr)),
+      id_prefix_(random_prefix()),
+      fingerprint_(fingerprint_of(model_)) {}
 
 void Service::drain(std::chrono::milliseconds most) {
   std::unique_lock lock(mutex_);
@@ -164,7 +174,8 @@ void Service::attach(HttpServer& server) {
   server_ = &server;
   server.set_pre_routing_handler([this](const Request& req, Response& res) { return admit(req, res); });
   const auto post = [&](const char* path, auto handler) {
-    server.Post(path, [this, handler](const Request&, Response& res, const httplib::ContentReader& reader) { handler(read_body(reader), res); });
+    server.Post(path,
+                [this, handler](const Request&, Response& res, const httplib::ContentReader& reader) { handler(read_body(reader), res); });
   };
   post(kCompletions, [this](const std::string& body, Response& res) { generate(false, body, res); });
   post(kChat, [this](const std::string& body, Response& res) { generate(true, body, res); });
@@ -250,7 +261,8 @@ void Service::get(const Request& req, Response& res) {
   const std::string& path = req.path;
   if (path == "/") {
     res.status = 200;
-    res.set_header("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:");
+    res.set_header("Content-Security-Policy",
+                   "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:");
     res.set_header("Cache-Control", "no-cache");
     res.set_content(kPage, sizeof kPage - 1, "text/html; charset=utf-8");
   } else if (path == "/health") {
@@ -346,7 +358,8 @@ void Service::switch_layout(const std::string& text, Response& res) {
   }
   if (!body.is_object()) throw HttpError(400, "the body must be a JSON object");
   for (const auto& [key, value] : body.items())
-    if (key != "layout" && key != "stall_budget_ms" && key != "wait") throw HttpError(400, key + " is not known: layout, stall_budget_ms and wait are", key);
+    if (key != "layout" && key != "stall_budget_ms" && key != "wait")
+      throw HttpError(400, key + " is not known: layout, stall_budget_ms and wait are", key);
   const json name = body.value("layout", json()), budget = body.value("stall_budget_ms", json()), wait = body.value("wait", json(true));
   if (name != "tp" && name != "ep") throw HttpError(400, "layout must be tp or ep", "layout");
   if (!budget.is_null() && !budget.is_number()) throw HttpError(400, "stall_budget_ms must be a number", "stall_budget_ms");
@@ -367,8 +380,14 @@ void Service::switch_layout(const std::string& text, Response& res) {
     case SwitchOutcome::kTurned: throw HttpError(409, "turned round by a later request for the other layout", "layout", "turned");
     case SwitchOutcome::kRolledBack: throw HttpError(500, std::string("rolled back: ") + e.reason, "layout", "rolled_back");
   }
-  set_json(res, 200, {{"outcome", "finished"}, {"layout", name}, {"seam", e.seam}, {"bytes", e.bytes}, {"bytes_changed", e.bytes_changed},
-                      {"seconds", e.seconds}, {"reason", e.reason}});
+  set_json(res, 200,
+           {{"outcome", "finished"},
+            {"layout", name},
+            {"seam", e.seam},
+            {"bytes", e.bytes},
+            {"bytes_changed", e.bytes_changed},
+            {"seconds", e.seconds},
+            {"reason", e.reason}});
 }
 
 json Service::layout() const {
@@ -389,15 +408,25 @@ json Service::layout() const {
           {"bytes_moved", s.bytes_moved},
           {"switch_seconds", s.switch_seconds},
           {"last", broker_.history().last_switch()},
-          {"estimate", {{"layout", name_of_layout(other)}, {"fits", estimate.fits != 0}, {"bytes", estimate.bytes}, {"bytes_changed", estimate.bytes_changed},
-                        {"seconds", estimate.seconds}, {"reason", estimate.reason}}}};
+          {"estimate",
+           {{"layout", name_of_layout(other)},
+            {"fits", estimate.fits != 0},
+            {"bytes", estimate.bytes},
+            {"bytes_changed", estimate.bytes_changed},
+            {"seconds", estimate.seconds},
+            {"reason", estimate.reason}}}};
 }
 
 // ---- reports
 
 json Service::models() const {
   return {{"object", "list"},
-          {"data", {{{"id", serving_.model_name}, {"object", "model"}, {"created", started_}, {"owned_by", "moebius"}, {"max_model_len", serving_.max_context}}}}};
+          {"data",
+           {{{"id", serving_.model_name},
+             {"object", "model"},
+             {"created", started_},
+             {"owned_by", "moebius"},
+             {"max_model_len", serving_.max_context}}}}};
 }
 
 void Service::health(Response& res) const {

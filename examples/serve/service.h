@@ -16,9 +16,9 @@
 namespace moebius_examples {
 
 struct ServiceOptions {
-  std::string api_key;                            // empty: none is asked for
+  std::string api_key;  // empty: none is asked for
   size_t max_body_bytes = 1 << 20;
-  size_t max_generations = 320;                   // HTTP requests that generate at a time
+  size_t max_generations = 320;  // HTTP requests that generate at a time
   std::chrono::milliseconds request_timeout{600000};
 };
 

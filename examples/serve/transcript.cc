@@ -30,11 +30,10 @@ std::string StopMatcher::finish() { return stopped_ ? std::string() : std::excha
 
 Transcript::Transcript(const moebius_cpp::Tokenizer& tokenizer, const TextRules& rules, size_t choices)
     : tokenizer_(tokenizer), rules_(rules), unfinished_(choices) {
-  for (size_t i = 0; i < choices; ++i)
-    choices_.push_back({moebius_cpp::Decoder(tokenizer), StopMatcher(rules.stop, rules.include_stop)});
+  for (size_t i = 0; i < choices; ++i) choices_.push_back({moebius_cpp::Decoder(tokenizer), StopMatcher(rules.stop, rules.include_stop)});
 }
 
-// Left out of texts: what only skipping special tokens makes disappear, and ids beyond the tokenizer's vocabulary.
+// Or no token at all: a model's vocabulary is often padded beyond its tokenizer's.
 bool Transcript::is_special(int32_t token) const {
   try {
     return tokenizer_.decode({token}, true).empty();

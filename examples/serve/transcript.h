@@ -40,9 +40,9 @@ struct TokenRecord {
 struct Piece {
   int32_t choice = 0;
   std::string text;
-  std::optional<TokenRecord> token;  // none where the choice ends without one
+  std::optional<TokenRecord> token;     // none where the choice ends without one
   const char* finish_reason = nullptr;  // null: it goes on
-  std::string failure;  // why it ended where finish_reason is "error"
+  std::string failure;                  // why it ended where finish_reason is "error"
 };
 
 struct TextRules {

@@ -56,7 +56,8 @@ class Server:
         data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
         connection = self.connect()
         try:
-            connection.request(method or ('GET' if body is None else 'POST'), path, data, {**(JSON if body is not None else {}), **(headers or {})})
+            sent = {**(JSON if body is not None else {}), **(headers or {})}
+            connection.request(method or ('GET' if body is None else 'POST'), path, data, sent)
             response = connection.getresponse()
             raw = response.read()
         finally:
@@ -96,7 +97,8 @@ class Server:
     def begin(self, body, path='/v1/completions', receive_buffer=None):
         """A socket on which a request was sent and nothing is read."""
         s, data = self.socket(receive_buffer), json.dumps(body)
-        s.sendall(f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n{data}'.encode())
+        head = f'POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n'
+        s.sendall((head + data).encode())
         return s
 
     def metric(self, name, **labels):

@@ -1,4 +1,5 @@
-"""moebius-serve through OpenAI's own client. Exits 77 where the module openai is not installed. usage: openai_test.py PROGRAM MODEL_FOLDER"""
+"""moebius-serve through OpenAI's own client. Exits 77 where the module openai is not installed.
+usage: openai_test.py PROGRAM MODEL_FOLDER"""
 import asyncio
 import sys
 import unittest
@@ -42,21 +43,23 @@ class Client(unittest.TestCase):
         self.assertEqual(chunks[-1].usage, whole.usage)
 
     def test_chats(self):
-        keys = dict(model=MODEL, messages=MESSAGES, max_tokens=20, seed=5, logprobs=True, top_logprobs=2, extra_body={'ignore_eos': True, 'top_k': 20})
-        whole = self.client.chat.completions.create(**keys)
+        keys = dict(model=MODEL, messages=MESSAGES, max_tokens=20, seed=5, extra_body={'ignore_eos': True, 'top_k': 20})
+        whole = self.client.chat.completions.create(**keys, logprobs=True, top_logprobs=2)
         self.assertEqual(whole.choices[0].message.role, 'assistant')
         self.assertEqual(len(whole.choices[0].logprobs.content), whole.usage.completion_tokens)
         self.assertEqual(len(whole.choices[0].logprobs.content[0].top_logprobs), 2)
         stream = self.client.chat.completions.create(**keys, stream=True)
         self.assertEqual(''.join(c.choices[0].delta.content or '' for c in stream), whole.choices[0].message.content)
-        with self.client.chat.completions.stream(model=MODEL, messages=MESSAGES, max_tokens=20, seed=5, extra_body={'ignore_eos': True, 'top_k': 20}) as events:
+        with self.client.chat.completions.stream(**keys) as events:
             self.assertEqual(''.join(e.delta for e in events if e.type == 'content.delta'), whole.choices[0].message.content)
 
     def test_a_stream_that_is_closed_is_cancelled(self):
-        stream = self.client.completions.create(model=MODEL, prompt='ROMEO:', max_tokens=1900, n=32, stream=True, extra_body={'ignore_eos': True})
+        keys = dict(model=MODEL, prompt='ROMEO:', max_tokens=1900, n=32, extra_body={'ignore_eos': True})
+        stream = self.client.completions.create(**keys, stream=True)
         next(iter(stream))
         stream.close()
-        self.server.until('its requests are cancelled', lambda: self.server.metric('request_success_total', finished_reason='abort') >= 32, 3)
+        aborts = lambda: self.server.metric('request_success_total', finished_reason='abort')  # noqa: E731
+        self.server.until('its requests are cancelled', lambda: aborts() >= 32, 3)
 
     def test_errors_are_those_of_the_client(self):
         with self.assertRaises(openai.AuthenticationError):
@@ -79,7 +82,8 @@ class Client(unittest.TestCase):
                 return await asyncio.gather(*map(one, range(64)))
         texts = asyncio.run(all_of_them())
         for i in (0, 20, 63):
-            self.assertEqual(texts[i], self.client.completions.create(model=MODEL, prompt=f'What {i}', max_tokens=40, seed=i).choices[0].text)
+            alone = self.client.completions.create(model=MODEL, prompt=f'What {i}', max_tokens=40, seed=i)
+            self.assertEqual(texts[i], alone.choices[0].text)
 
 
 if __name__ == '__main__':

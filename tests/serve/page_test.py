@@ -24,9 +24,9 @@ def check(holds, what):
 def look(url, *flags):
     """What the browser printed, and its log; it looks for some seconds of its own time."""
     with tempfile.TemporaryDirectory() as profile:
-        run = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--hide-scrollbars', '--enable-logging=stderr',
-                              '--window-size=1240,1000', '--virtual-time-budget=4000', f'--user-data-dir={profile}', *flags, url + '/'],
-                             capture_output=True, text=True, timeout=120)
+        run = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--hide-scrollbars',
+                              '--enable-logging=stderr', '--window-size=1240,1000', '--virtual-time-budget=4000',
+                              f'--user-data-dir={profile}', *flags, url + '/'], capture_output=True, text=True, timeout=120)
     check(run.returncode == 0, f'chromium exited {run.returncode}: {run.stderr[-2000:]}')
     console = [line for line in run.stderr.splitlines() if 'CONSOLE' in line]
     check(not console, f'the console has {console}')
@@ -63,7 +63,8 @@ def main():
             for t in threads:
                 t.join()
         for figure, lines in (('load', 2), ('throughput', 2), ('layers', 1)):
-            check(len(points(page, figure)) == lines and min(points(page, figure)) >= 4, f'{figure} has lines of {points(page, figure)} points')
+            drawn = points(page, figure)
+            check(len(drawn) == lines and min(drawn) >= 4, f'{figure} has lines of {drawn} points')
         check(len(re.findall(r'<td[^>]*>finished</td>', page)) == 2, 'the table lacks a switch')
         check(len(re.findall('class="mark"', page)) == 6, 'a chart lacks the mark of a switch')
         check(re.search(r'id="layout"[^>]*>TP<', page) and re.search(r'id="rate"[^>]*>[1-9]', page), 'the tiles do not show the load')
