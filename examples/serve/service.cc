@@ -115,7 +115,7 @@ struct Service::Job {
       if (!piece) continue;
       if (piece->finish_reason != nullptr && item.finish_reason == MOEBIUS_FINISH_NONE)
         cancel_if_ended(static_cast<size_t>(item.choice / request.n));
-      if (item.finish_reason == MOEBIUS_FINISH_ERROR) throw HttpError(500, "the request failed: " + piece->failure);
+      if (item.finish_reason == MOEBIUS_FINISH_ERROR) throw HttpError(500, "the request failed: " + item.why);
       pieces.push_back(std::move(*piece));
     }
     return pieces;
@@ -163,9 +163,10 @@ Service::Service(moebius_cpp::Engine& engine, Broker& broker, const Serving& ser
 void Service::drain(std::chrono::milliseconds most) {
   std::unique_lock lock(mutex_);
   draining_ = true;
-  if (idle_.wait_for(lock, most, [&] { return generations_ == 0; })) return;
-  ending_ = true;
-  idle_.wait(lock, [&] { return generations_ == 0; });
+  const auto idle = [&] { return generations_ == 0; };
+  idle_.wait_for(lock, most, idle);
+  ending_ = true;  // also for who waits for a switch
+  idle_.wait(lock, idle);
 }
 
 // ---- the way in

@@ -66,7 +66,6 @@ std::optional<Piece> Transcript::take(const Item& item) {
       return piece;
     }
     piece.text += c.matcher.finish();
-    piece.failure = item.why;
     end(c, piece, kReasons[item.finish_reason]);
     return piece;
   }

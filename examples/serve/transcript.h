@@ -42,7 +42,6 @@ struct Piece {
   std::string text;
   std::optional<TokenRecord> token;     // none where the choice ends without one
   const char* finish_reason = nullptr;  // null: it goes on
-  std::string failure;                  // why it ended where finish_reason is "error"
 };
 
 struct TextRules {
