@@ -53,7 +53,7 @@ def main():
             t.start()
         try:
             for to, budget in (('ep', 0), ('tp', 0.1)):
-                server.until('samples', lambda: server.get('/v1/moebius/history')['samples'][-4:][0][1] > 0, 20)
+                server.until('samples', lambda: any(s[1] for s in server.get('/v1/moebius/history')['samples'][-4:]), 20)
                 server.post('/v1/moebius/layout', {'layout': to, 'stall_budget_ms': budget})
             page = look(server.url, '--dump-dom')
             if len(sys.argv) > 3:
