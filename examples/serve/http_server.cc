@@ -10,6 +10,8 @@
 #include <cstring>
 #include <system_error>
 
+#include "examples/serve/http_error.h"
+
 namespace moebius_examples {
 namespace {
 
@@ -241,8 +243,7 @@ bool HttpServer::process_and_close_socket(socket_t fd) {
 }
 
 void HttpServer::refuse(Connection& connection) {
-  static const std::string body =
-      R"({"error":{"message":"all connections are taken: try again","type":"overloaded","param":null,"code":"no_connection"}})";
+  static const std::string body = HttpError(503, "all connections are taken: try again", "", "no_connection").body().dump();
   ++refused_;
   connection.write(
       "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: " +
