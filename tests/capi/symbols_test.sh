@@ -7,3 +7,7 @@ nm -D --defined-only "$library" | awk '$2 != "A" && $3 !~ /@@MOEBIUS_EXPERIMENTA
   diff -u <(LC_ALL=C sort "$golden") - || { echo "the exported names differ from $golden: scripts/update-abi writes it from the header"; exit 1; }
 readelf -d "$library" | grep -q 'SONAME.*libmoebius\.so\.0' || { echo "SONAME is not libmoebius.so.0"; exit 1; }
 if readelf -d "$library" | grep -E 'NEEDED.*(cuda|nccl|mpi|fmt)'; then echo "an unwanted library is needed"; exit 1; fi
+# It prints nothing, ends no process, installs no handler and changes neither locale nor environment: it cannot, without these.
+if nm -D --undefined-only "$library" | awk '{sub(/@.*/, "", $2); print $2}' |
+   grep -xE '_?exit|quick_exit|abort|v?f?printf|__v?f?printf_chk|f?puts|putchar|fwrite|perror|stdout|stderr|_ZSt4(cout|cerr|clog)|signal|sigaction|setlocale|setenv|putenv'
+then echo "the library must not use these"; exit 1; fi
