@@ -153,6 +153,14 @@ moebius_status moebius_engine_cancel(moebius_engine* engine, uint64_t id, moebiu
   });
 }
 
+moebius_status moebius_engine_cancel_sample(moebius_engine* engine, uint64_t id, int32_t sample, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    if (sample < 0) fail(Code::kInvalidArgument, "sample is {}, must be at least 0", sample);
+    if (!e.engine.cancel(id, sample)) fail(Code::kNotFound, "request {} is not known, or has finished", id);
+  });
+}
+
 moebius_status moebius_engine_step(moebius_engine* engine, moebius_step_result* out_result, moebius_error** err) {
   return guarded(err, [&] {
     moebius_engine& e = not_null(engine, "engine");

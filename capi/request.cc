@@ -69,6 +69,7 @@ const char* const kUnsupported[] = {"stop", "bad_words", "prompt_logprobs", "inc
   std::vector<const char*> known;
   for (const char* k : kUnsupported)
     if (std::strcmp(k, key) == 0) fail(Code::kUnsupported, "'{}' is not supported", key);
+  if (std::strcmp(key, "logit_bias") == 0) fail(Code::kInvalidArgument, "logit_bias is added token by token: moebius_request_add_logit_bias");
   for (const IntKey& k : kInts) known.push_back(k.name);
   for (const RealKey& k : kReals) known.push_back(k.name);
   for (const IdsKey& k : kIds) known.push_back(k.name);

@@ -34,9 +34,9 @@ std::vector<Item> Generation::wait(std::chrono::milliseconds most) {
   return std::exchange(items_, {});
 }
 
-void Generation::cancel(size_t prompt) {
+void Generation::cancel(int32_t choice) {
   std::lock_guard lock(broker_.mutex_);
-  broker_.cancel(ids_[prompt]);
+  broker_.cancel(ids_[static_cast<size_t>(choice / n_)], choice % n_);
 }
 
 bool Generation::overran() {
@@ -60,6 +60,7 @@ Broker::~Broker() {
 
 std::unique_ptr<Generation> Broker::submit(const std::vector<moebius_cpp::Request>& requests, int n) {
   std::unique_ptr<Generation> generation(new Generation(*this));
+  generation->n_ = n;
   generation->most_unread_ = kMostUnread * requests.size() * static_cast<size_t>(n);
   std::lock_guard lock(mutex_);
   generation->ids_ = engine_.submit(requests);
@@ -143,10 +144,11 @@ void Broker::settle(const moebius_event& e) {
 }
 
 // Under mutex_.
-void Broker::cancel(uint64_t id) {
+void Broker::cancel(uint64_t id, std::optional<int32_t> sample) {
   if (id == 0) return;
   try {
-    engine_.cancel(id);
+    if (sample) engine_.cancel(id, *sample);
+    else engine_.cancel(id);
   } catch (const moebius_cpp::Error&) {
     // it has ended meanwhile
   }

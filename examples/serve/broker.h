@@ -44,8 +44,8 @@ class Generation {
 
   // What has come, waiting at most so long for the first; empty: nothing came.
   std::vector<Item> wait(std::chrono::milliseconds most);
-  // No more of this prompt's choices is wanted.
-  void cancel(size_t prompt);
+  // No more of this choice is wanted.
+  void cancel(int32_t choice);
   // Whether it was cancelled because its events were not taken.
   bool overran();
 
@@ -55,6 +55,7 @@ class Generation {
 
   Broker& broker_;
   std::vector<uint64_t> ids_;  // [prompts]; 0 once it has ended
+  int32_t n_ = 1;
   std::mutex mutex_;
   std::condition_variable filled_;
   std::vector<Item> items_;
@@ -94,7 +95,7 @@ class Broker {
   void dispatch();
   void hand_out(const moebius_event& event);
   void settle(const moebius_event& event);
-  void cancel(uint64_t id);
+  void cancel(uint64_t id, std::optional<int32_t> sample = {});
   void release(Generation& generation);
 
   moebius_cpp::Engine& engine_;

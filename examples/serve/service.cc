@@ -107,25 +107,18 @@ struct Service::Job {
     }
   }
 
-  // What came, as text. A prompt of which no choice is wanted any more is cancelled.
+  // What came, as text. A choice that a stop string has ended is cancelled.
   std::vector<Piece> next() {
     std::vector<Piece> pieces;
     for (const Item& item : generation->wait(kLook)) {
       std::optional<Piece> piece = transcript.take(item);
       if (!piece) continue;
       if (piece->finish_reason != nullptr && item.finish_reason == MOEBIUS_FINISH_NONE)
-        cancel_if_ended(static_cast<size_t>(item.choice / request.n));
+        generation->cancel(item.choice);
       if (item.finish_reason == MOEBIUS_FINISH_ERROR) throw HttpError(500, "the request failed: " + item.why);
       pieces.push_back(std::move(*piece));
     }
     return pieces;
-  }
-
-  void cancel_if_ended(size_t prompt) {
-    const auto n = static_cast<size_t>(request.n);
-    for (size_t sample = 0; sample < n; ++sample)
-      if (!transcript.ended(prompt * n + sample)) return;
-    generation->cancel(prompt);
   }
 
   Ticket ticket;

@@ -57,7 +57,6 @@ class Transcript {
 
   // Nothing for what comes after a choice has stopped.
   std::optional<Piece> take(const Item& item);
-  bool ended(size_t choice) const { return choices_[choice].ended; }
   bool all_ended() const { return unfinished_ == 0; }
   int64_t completion_tokens() const { return completion_tokens_; }
 

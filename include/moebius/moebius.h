@@ -229,6 +229,8 @@ MOEBIUS_API moebius_status moebius_engine_submit_many(moebius_engine *engine, co
                                                       uint64_t *out_ids, moebius_error **err);
 /* Ends a request wherever it is; its FINISHED event (abort) follows. NOT_FOUND: unknown or already finished. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_cancel(moebius_engine *engine, uint64_t id, moebius_error **err);
+/* Ends one of its n samples; one that has ended already is left alone. INVALID_ARGUMENT: it has no such sample. Any thread. */
+MOEBIUS_API moebius_status moebius_engine_cancel_sample(moebius_engine *engine, uint64_t id, int32_t sample, moebius_error **err);
 
 /* From now on submit is refused (INVALID_STATE). Waits at most timeout_ms until no request runs or waits, while the engine's own thread or
  * the host's steps on another one end them. TIMEOUT: some still do; to be called again, or they are cancelled. Any thread. */

@@ -160,6 +160,9 @@ class Engine {
   void cancel(uint64_t id) {
     check([&](moebius_error** e) { return moebius_engine_cancel(get(), id, e); });
   }
+  void cancel(uint64_t id, int32_t sample) {
+    check([&](moebius_error** e) { return moebius_engine_cancel_sample(get(), id, sample, e); });
+  }
   // False: some requests still run or wait.
   bool drain(double timeout_ms) {
     try {

@@ -364,12 +364,14 @@ void Engine::Impl::make_samples(Request& request) const {
   }
 }
 
-bool Engine::Impl::cancel(uint64_t request) {
+bool Engine::Impl::cancel(uint64_t request, int32_t sample) {
   {
     std::lock_guard lock(inbox_mutex_);
     const auto it = requests_.find(request);
     if (it == requests_.end() || it->second->unfinished == 0) return false;
-    cancels_.push_back(request);
+    if (const int32_t n = it->second->spec.sampling.n; sample < -1 || sample >= n)
+      fail(Code::kInvalidArgument, "sample {} of request {}: it has {}", sample, request, n);
+    cancels_.push_back({request, sample});
   }
   inbox_filled_.notify_one();
   return true;
@@ -490,18 +492,24 @@ void Engine::Impl::take_inbox() {
     }
     emit_request(EventType::kArrived, request->samples[0]);
   }
-  for (uint64_t number : cancelling_) {
+  for (const Cancel& cancel : cancelling_) {
     Request* request = nullptr;
     {
       std::lock_guard lock(inbox_mutex_);
-      if (const auto it = requests_.find(number); it != requests_.end()) request = it->second.get();
+      if (const auto it = requests_.find(cancel.request); it != requests_.end()) request = it->second.get();
     }
-    if (request == nullptr || request->unfinished == 0) continue;
-    emit_request(EventType::kCancelled, request->samples[0]);
-    for (int32_t i = 0, n = static_cast<int32_t>(request->samples.size()); i < n; ++i)
-      if (request->samples[i].state != SequenceState::kFinished) finish(request->samples[i], FinishReason::kAbort, "cancelled");
-    forget_if_done(*request);
+    if (request != nullptr && request->unfinished > 0) take_cancel(*request, cancel.sample);
   }
+}
+
+void Engine::Impl::take_cancel(Request& request, int32_t sample) {
+  bool told = false;
+  for (Sequence& s : request.samples) {
+    if (s.state == SequenceState::kFinished || (sample >= 0 && s.sample != sample)) continue;
+    if (!std::exchange(told, true)) emit_request(EventType::kCancelled, sample >= 0 ? s : request.samples[0]);
+    finish(s, FinishReason::kAbort, "cancelled");
+  }
+  forget_if_done(request);
 }
 
 void Engine::Impl::take_wishes() {
@@ -1209,7 +1217,7 @@ void Engine::submit(std::span<const RequestSpec* const> specs, uint64_t* out_num
 bool Engine::drain(double timeout_ms) { return impl_->drain(timeout_ms); }
 void Engine::resume() { impl_->resume(); }
 void Engine::check(const RequestSpec& spec) const { impl_->check(spec); }
-bool Engine::cancel(uint64_t request) { return impl_->cancel(request); }
+bool Engine::cancel(uint64_t request, int32_t sample) { return impl_->cancel(request, sample); }
 StepResult Engine::step() { return impl_->step(); }
 void Engine::start() { impl_->start(); }
 void Engine::stop() { impl_->stop(); }

@@ -139,7 +139,8 @@ class Engine {
   void submit(std::span<const RequestSpec* const> specs, uint64_t* out_numbers);
   // The same checks but for the queue's, without queueing.
   void check(const RequestSpec& spec) const;
-  bool cancel(uint64_t request);  // false: unknown or already finished
+  // One of its samples, or all (−1). False: the request is unknown or already finished. Throws kInvalidArgument: it has no such sample.
+  bool cancel(uint64_t request, int32_t sample = -1);
   // From now on submit is refused (kInvalidState). Waits at most timeout_ms until no request runs or waits; false: some still do.
   bool drain(double timeout_ms);
   void resume();                  // submit is taken again

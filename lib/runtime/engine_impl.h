@@ -57,7 +57,7 @@ class Engine::Impl {
   void submit(std::span<const RequestSpec* const> specs, uint64_t* out_numbers);
   void check(const RequestSpec& spec) const;  // what submit checks, but for the queue
   void check_request(const RequestSpec& spec) const;
-  bool cancel(uint64_t request);
+  bool cancel(uint64_t request, int32_t sample);
   bool drain(double timeout_ms);
   void resume();
   StepResult step();
@@ -97,6 +97,7 @@ class Engine::Impl {
   std::unique_ptr<Request> make_request(const RequestSpec& spec, uint64_t number) const;
   void make_samples(Request& request) const;
   void take_inbox();
+  void take_cancel(Request& request, int32_t sample);
   void take_wishes();
   void observe_load();
   void expire(Clock::time_point now);
@@ -197,14 +198,18 @@ class Engine::Impl {
   bool draining_ = false;
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   std::vector<Request*> inbox_;
-  std::vector<uint64_t> cancels_;
+  struct Cancel {
+    uint64_t request;
+    int32_t sample;  // −1: all
+  };
+  std::vector<Cancel> cancels_;
   std::vector<int32_t> wished_seams_;  // in the order asked for, at most kMaxWishes
   std::optional<double> wished_budget_;
   std::unique_ptr<Policy> wished_policy_;
   uint64_t next_number_ = 1;
   int64_t waiting_hint_ = 0;     // waiting sequences, for the queue limit
   std::vector<Request*> arriving_;
-  std::vector<uint64_t> cancelling_;
+  std::vector<Cancel> cancelling_;
   std::vector<int32_t> seams_;           // wishes that this step has taken up
   size_t seams_begun_ = 0;               // of these
   EngineStats stats_;            // the stepping thread's own

@@ -167,6 +167,9 @@ TEST_CASE("requests refuse unknown keys, and by name those of other engines") {
   Message m;
   CHECK(moebius_request_set_str(r.get(), "stop", "x", &m.error) == MOEBIUS_E_UNSUPPORTED);
   CHECK_THAT(m.text(), Catch::Contains("'stop'"));
+  Message bias;
+  CHECK(moebius_request_set_str(r.get(), "logit_bias", "x", &bias.error) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK_THAT(bias.text(), Catch::Contains("add_logit_bias"));
   CHECK(moebius_request_set_f64(r.get(), "max_tokens", 1.5, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
   CHECK(moebius_request_set_i64(r.get(), "temperature", 0, nullptr) == MOEBIUS_OK);  // a whole number will do
 }
@@ -789,6 +792,38 @@ TEST_CASE("many requests are queued at once or not at all; their events carry th
   while (engine.step().worked)
     for (engine.poll(events); const auto& e : events)
       if (e.type == MOEBIUS_EVENT_FINISHED && e.request == again) CHECK(e.cached_tokens == 16);
+}
+
+TEST_CASE("one sample of a request can be cancelled, and the others go on") {
+  moebius_cpp::Engine engine = small_engine();
+  moebius_cpp::Request r({1, 2, 3});
+  r.set("n", int64_t{3}).set("max_tokens", int64_t{6}).set("ignore_eos", int64_t{1}).set("seed", int64_t{5});
+  const uint64_t id = engine.submit(r);
+  std::vector<moebius_event> events;
+  std::map<int32_t, int> tokens;
+  std::map<int32_t, int32_t> ends;
+  int steps = 0, cancelled = 0;
+  while (engine.step().worked) {
+    if (++steps == 2) engine.cancel(id, 1);
+    for (engine.poll(events); const auto& e : events) {
+      tokens[e.sample] += e.type == MOEBIUS_EVENT_TOKEN;
+      if (e.type == MOEBIUS_EVENT_FINISHED) ends[e.sample] = e.finish_reason;
+      if (e.type == MOEBIUS_EVENT_CANCELLED) {
+        ++cancelled;
+        CHECK(e.sample == 1);
+        engine.cancel(id, 1);  // once more: it has ended, which is no event
+      }
+    }
+  }
+  CHECK(cancelled == 1);
+  CHECK(tokens[0] == 6);
+  CHECK(tokens[2] == 6);
+  CHECK(tokens[1] < 6);
+  CHECK(ends == std::map<int32_t, int32_t>{{0, MOEBIUS_FINISH_LENGTH}, {1, MOEBIUS_FINISH_ABORT}, {2, MOEBIUS_FINISH_LENGTH}});
+  CHECK(moebius_engine_cancel_sample(engine.get(), id, 1, nullptr) == MOEBIUS_E_NOT_FOUND);
+  const uint64_t next = engine.submit(r);
+  CHECK(moebius_engine_cancel_sample(engine.get(), next, 3, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_engine_cancel_sample(engine.get(), next, -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
 }
 
 TEST_CASE("an engine that drains takes nothing new, ends what it has, and can be resumed") {
