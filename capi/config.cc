@@ -178,7 +178,10 @@ moebius_status moebius_config_set_str(moebius_config* config, const char* key, c
 moebius_status moebius_config_set_handles(moebius_config* config, const char* key, void* const* handles, size_t num, moebius_error** err) {
   if (num > 0 && handles == nullptr) return moebius::capi::report(MOEBIUS_E_INVALID_ARGUMENT, "handles is NULL", err);
   std::vector<void*> list;
-  const moebius_status copied = moebius::capi::guarded(err, [&] { list.assign(handles, handles + num); });
+  const moebius_status copied = moebius::capi::guarded(err, [&] {
+    moebius::capi::check_length("num", num);
+    list.assign(handles, handles + num);
+  });
   return copied != MOEBIUS_OK ? copied : set<SetHandles>(config, key, list, err);
 }
 

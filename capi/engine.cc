@@ -120,6 +120,7 @@ moebius_status moebius_engine_submit_many(moebius_engine* engine, const moebius_
     if (num == 0) return;
     not_null(requests, "requests");
     not_null(out_ids, "out_ids");
+    moebius::capi::check_length("num", num);
     std::vector<const moebius::RequestSpec*> specs;
     specs.reserve(num);
     for (size_t i = 0; i < num; ++i) {

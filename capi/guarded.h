@@ -46,6 +46,11 @@ T& not_null(T* pointer, const char* name) {
   return *pointer;
 }
 
+// A length that is no mistake: a negative one of another language is above it.
+inline void check_length(const char* name, size_t length) {
+  if (length > size_t{1} << 32) fail(Code::kInvalidArgument, "{} is {}, at most {} are taken", name, length, size_t{1} << 32);
+}
+
 // A caller's struct of caller_size bytes (its struct_size) may be an older, smaller version: at least first_size, what 0.1 had;
 // or a newer one, if what this library does not know is 0.
 template <class T>

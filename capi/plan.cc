@@ -37,10 +37,11 @@ static_assert(sizeof(PagePair) == sizeof(moebius_page_pair) && offsetof(PagePair
 void check_size(const moebius_plan_spec& s) {
   constexpr double kMostSlices = 1 << 25, kMostBytes = 1e18;
   const double of_layer = std::max(1, s.num_experts) * static_cast<double>(s.slices_per_expert);
-  const double attention = s.num_heads;
+  const double attention = s.num_heads, pages = static_cast<double>(std::max(s.tp_pages, s.ep_pages));
   const double slices = s.num_layers * (of_layer + 2 * attention);
   const double bytes = s.num_layers * (of_layer * static_cast<double>(std::max(s.expert_slice_bytes, s.dense_slice_bytes)) +
-                                       attention * static_cast<double>(s.attention_bytes + s.kv_projection_bytes));
+                                       attention * (static_cast<double>(s.attention_bytes) + static_cast<double>(s.kv_projection_bytes)) +
+                                       s.num_kv_heads * std::max(1.0, pages) * static_cast<double>(s.kv_slice_bytes));
   if (slices > kMostSlices || bytes > kMostBytes)
     fail(Code::kDoesNotFit, "some {:.0f} slices of {:.0f} bytes in all: at most {:.0f} of {:.0f} bytes are planned", slices, bytes, kMostSlices,
          kMostBytes);
@@ -62,14 +63,21 @@ moebius_plan_spec copy_spec(const moebius_plan_spec& given) {
   in_range("head_groups", s.head_groups, 0, kMost);
   in_range("tp_pages", s.tp_pages, 0, INT64_MAX);
   in_range("ep_pages", s.ep_pages, 0, INT64_MAX);
+  if ((s.tp_pages > 0) != (s.ep_pages > 0))
+    fail(Code::kInvalidArgument, "tp_pages is {} and ep_pages {}: both are given or both are 0", s.tp_pages, s.ep_pages);
   if (s.reserved != 0) fail(Code::kUnsupported, "reserved is {}, must be 0", s.reserved);
-  for (const auto& [name, bytes] : {std::pair<const char*, int64_t>{"attention_bytes", s.attention_bytes},
-                                    {"kv_projection_bytes", s.kv_projection_bytes},
-                                    {"expert_slice_bytes", s.expert_slice_bytes},
-                                    {"dense_slice_bytes", s.dense_slice_bytes},
-                                    {"kv_slice_bytes", s.kv_slice_bytes}})
-    if (bytes < 0 || bytes % moebius::kSliceAlignment != 0)
-      fail(Code::kInvalidArgument, "{} is {}, must be a multiple of {}", name, bytes, moebius::kSliceAlignment);
+  bool sparse = false, dense = false;
+  for (int l = 0; l < s.num_layers; ++l) ((s.experts_of_layer != nullptr ? s.experts_of_layer[l] : s.num_experts) > 0 ? sparse : dense) = true;
+  struct Bytes {
+    const char* name;
+    int64_t bytes;
+    bool needed;
+  };
+  for (const Bytes& b : {Bytes{"attention_bytes", s.attention_bytes, true}, Bytes{"kv_projection_bytes", s.kv_projection_bytes, true},
+                         Bytes{"expert_slice_bytes", s.expert_slice_bytes, sparse}, Bytes{"dense_slice_bytes", s.dense_slice_bytes, dense},
+                         Bytes{"kv_slice_bytes", s.kv_slice_bytes, false}})
+    if (b.bytes < (b.needed ? moebius::kSliceAlignment : 0) || b.bytes % moebius::kSliceAlignment != 0)
+      fail(Code::kInvalidArgument, "{} is {}, must be a multiple of {}{}", b.name, b.bytes, moebius::kSliceAlignment, b.needed ? " above 0" : "");
   check_size(s);
   return s;
 }

@@ -7,6 +7,7 @@ namespace {
 using moebius::Code;
 using moebius::fail;
 using moebius::RequestSpec;
+using moebius::capi::check_length;
 using moebius::capi::guarded;
 using moebius::capi::not_null;
 
@@ -96,6 +97,7 @@ moebius_status moebius_request_set_prompt(moebius_request* request, const int32_
   return guarded(err, [&] {
     moebius_request& r = not_null(request, "request");
     if (num_tokens > 0) not_null(token_ids, "token_ids");
+    check_length("num_tokens", num_tokens);
     r.spec.prompt_ids.assign(token_ids, token_ids + num_tokens);
   });
 }
@@ -142,6 +144,7 @@ moebius_status moebius_request_set_ids(moebius_request* request, const char* key
     moebius_request& r = not_null(request, "request");
     not_null(key, "key");
     if (num_tokens > 0) not_null(token_ids, "token_ids");
+    check_length("num_tokens", num_tokens);
     for (const IdsKey& k : kIds)
       if (std::strcmp(k.name, key) == 0) return (r.spec.sampling.*k.ids).assign(token_ids, token_ids + num_tokens);
     unknown_key(key, "a list of token ids");

@@ -36,6 +36,13 @@ class ReaderFile final : public ModelFile {
 
 }  // namespace
 
+int64_t HostFiles::size_of(const std::string& file) const {
+  if (size_ == nullptr) return -1;
+  const int64_t size = size_(user_, file.c_str());
+  if (size < -1) fail(Code::kIo, "{}: the host's reader says {} when asked for its size", name_of(file), size);
+  return size;
+}
+
 std::unique_ptr<ModelFile> HostFiles::open(const std::string& file) const {
   if (const auto it = memory_.find(file); it != memory_.end()) return std::make_unique<MemoryFile>(name_of(file), it->second);
   const int64_t size = size_of(file);

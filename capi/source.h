@@ -23,7 +23,7 @@ class HostFiles final : public ModelFiles {
   std::unique_ptr<ModelFile> open(const std::string& file) const override;
 
  private:
-  int64_t size_of(const std::string& file) const { return size_ != nullptr ? size_(user_, file.c_str()) : -1; }
+  int64_t size_of(const std::string& file) const;  // −1: there is none
 
   std::string name_;
   std::map<std::string, std::span<const std::byte>> memory_;  // the host's bytes

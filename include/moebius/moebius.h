@@ -130,7 +130,8 @@ typedef int32_t (*moebius_progress_fn)(void *user, int64_t bytes_done, int64_t b
 MOEBIUS_API moebius_status moebius_config_set_progress(moebius_config *config, moebius_progress_fn fn, void *user, moebius_error **err);
 
 /* What happens, a line a call; category is "load" (warnings too: keys and tensors that are not used), "switch", "policy" or "engine".
- * Called on the thread that it happens on, some of it inside a step: it must not call the engine. The strings are lent for the call. */
+ * Called on the thread that it happens on, some of it inside a step: it must not call the engine. One call at a time of one engine's. The
+ * strings are lent for the call. */
 enum { MOEBIUS_LOG_ERROR = 0, MOEBIUS_LOG_WARNING = 1, MOEBIUS_LOG_INFO = 2 };
 typedef void (*moebius_log_fn)(void *user, int32_t level, const char *category, const char *message);
 MOEBIUS_API moebius_status moebius_config_set_log(moebius_config *config, moebius_log_fn fn, void *user, moebius_error **err);
@@ -141,8 +142,8 @@ typedef void (*moebius_thread_fn)(void *user, int32_t rank, int32_t thread, int3
 MOEBIUS_API moebius_status moebius_config_set_thread_hook(moebius_config *config, moebius_thread_fn fn, void *user, moebius_error **err);
 
 /* Where ranks on the cpu keep weights, KV and activations: `size` bytes aligned to `alignment` (a power of two), zeroed or not; NULL: there
- * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called on the thread that makes or destroys the engine, never in a step. With another device
- * MOEBIUS_E_UNSUPPORTED. Both NULL: the library maps huge pages itself. */
+ * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called by several threads at once, while the engine is made and destroyed, never in a step.
+ * With another device MOEBIUS_E_UNSUPPORTED. Both NULL: the library maps huge pages itself. */
 typedef void *(*moebius_alloc_fn)(void *user, size_t size, size_t alignment);
 typedef void (*moebius_free_fn)(void *user, void *memory, size_t size);
 MOEBIUS_API moebius_status moebius_config_set_allocator(moebius_config *config, moebius_alloc_fn alloc_fn, moebius_free_fn free_fn, void *user,
@@ -162,8 +163,9 @@ MOEBIUS_API void moebius_source_destroy(moebius_source *source);
 /* The file `file_name` ("config.json", "model.safetensors", …) is these bytes; borrowed until the source is destroyed. */
 MOEBIUS_API moebius_status moebius_source_add_memory(moebius_source *source, const char *file_name, const void *data, size_t size,
                                                      moebius_error **err);
-/* Files that were not added are asked for here. size: bytes of the file, below 0: there is no such file. read: fills `out` with bytes
- * [offset, offset + size) of it, 0 on success; anything else is MOEBIUS_E_IO. Called by several threads at once. */
+/* Files that were not added are asked for here. size: bytes of the file, -1: there is no such file. read: fills `out` with bytes
+ * [offset, offset + size) of it, 0 on success. Anything else is MOEBIUS_E_IO. Both are called by several threads at once; reads are many, of
+ * 4 to 256 KiB, roughly in order for each thread: over a network read ahead, or fetch whole files and add them as memory. */
 typedef int64_t (*moebius_size_fn)(void *user, const char *file_name);
 typedef int32_t (*moebius_read_fn)(void *user, const char *file_name, uint64_t offset, void *out, size_t size);
 MOEBIUS_API moebius_status moebius_source_set_reader(moebius_source *source, moebius_size_fn size_fn, moebius_read_fn read_fn, void *user,
@@ -206,14 +208,28 @@ MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, 
                                                       moebius_error **err);
 /* Comes back in every event of the request. */
 MOEBIUS_API moebius_status moebius_request_set_user_data(moebius_request *request, uint64_t user_data, moebius_error **err);
-/* Integer keys: max_tokens, min_tokens, top_k, seed, n, ignore_eos, logprobs, priority, keep_logits, routed_experts.
- * Float keys: temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty, deadline_ms.
- * String keys: id (seeds the request where no seed is set; with a seed the id does not matter).
- * A known key of other engines that is not supported is MOEBIUS_E_UNSUPPORTED, any other MOEBIUS_E_INVALID_ARGUMENT. */
+/* Integer keys (default):
+ *   max_tokens (16), min_tokens (0)  tokens to generate; until min_tokens end-of-text and stop tokens are not chosen
+ *   n (1)                            samples of the prompt, 1 to 1,024
+ *   top_k (0)                        0 or -1: off
+ *   seed (none)                      any number; without one the engine's seed and the id decide
+ *   ignore_eos (0)                   1: end-of-text does not end it
+ *   logprobs (none)                  0 to 20: log-probabilities of the token and of so many likeliest, of the raw distribution
+ *   priority (0)                     lower runs first
+ *   keep_logits, routed_experts (0)  1: to be taken with moebius_engine_take_logits, _take_routes
+ * Float keys (default):
+ *   temperature (1)                  0: greedy
+ *   top_p (1), min_p (0)             above 0 to 1; 0 to 1, of the largest probability
+ *   presence_penalty, frequency_penalty (0)  -2 to 2, over generated tokens
+ *   repetition_penalty (1)           above 0, over prompt and generated tokens
+ *   deadline_ms (0: none)            from submit; then it ends as abort
+ * String keys: id (its number; seeds the request where no seed is set).
+ * Values are looked at when it is submitted. A key of other engines that is not supported is MOEBIUS_E_UNSUPPORTED, any other
+ * MOEBIUS_E_INVALID_ARGUMENT. */
 MOEBIUS_API moebius_status moebius_request_set_i64(moebius_request *request, const char *key, int64_t value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_request_set_f64(moebius_request *request, const char *key, double value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_request_set_str(moebius_request *request, const char *key, const char *value, moebius_error **err);
-/* Keys: stop_token_ids, allowed_token_ids. */
+/* Keys: stop_token_ids (each ends the request, as its last token), allowed_token_ids (no other is chosen). */
 MOEBIUS_API moebius_status moebius_request_set_ids(moebius_request *request, const char *key, const int32_t *token_ids, size_t num_tokens,
                                                    moebius_error **err);
 MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *request, int32_t token, float bias, moebius_error **err);
@@ -251,7 +267,8 @@ typedef struct moebius_step_result {
   double switch_seconds;  /* spent on switches */
 } moebius_step_result;
 /* Runs one step (an idle one counts too). The calling thread computes. One thread at a time. out_result may be NULL. An error
- * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. */
+ * means that the engine has failed: every request gets a FINISHED event (error), and later calls INVALID_STATE. While the engine's own
+ * thread runs it is INVALID_STATE too, and harms nothing. */
 MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
 /* The engine's own thread steps whenever there is work, and every 50 ms while there is none but a policy watches the load, until
  * stop (which waits for a step under way) or a failure. One thread at a time calls these two. INVALID_STATE: it runs already, or
@@ -290,7 +307,8 @@ typedef struct moebius_event {
   char reason[512];    /* NUL-terminated; only a longer text of a failure is shortened */
 } moebius_event;
 /* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
- * element's struct_size is set by the library). Waits at most timeout_ms for the first. Any thread. */
+ * element's struct_size is set by the library). Waits at most timeout_ms for the first (0 or less: not at all; INFINITY: as long as it
+ * takes). Events come from steps only, ARRIVED too. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
                                                double timeout_ms, size_t *out_count, moebius_error **err);
 

@@ -243,7 +243,8 @@ void PageVerifier::verify(std::span<const PagePair> pairs, Layout to) {
     const bool known = p.home >= 0 && p.home + 1 < static_cast<int>(first_.size());
     const auto home = static_cast<size_t>(known ? p.home : 0);
     if (!known || p.tp_page < 0 || p.tp_page >= tp_pages_ || p.ep_page < 0 || p.ep_page >= first_[home + 1] - first_[home])
-      fail(Code::kInternal, "page pair (tp {}, home {}, ep {}) is out of range: {} TP pages", p.tp_page, p.home, p.ep_page, tp_pages_);
+      fail(Code::kInternal, "page pair (tp {}, home {}, ep {}) is out of range: {} TP pages, {} homes, {} EP pages {}", p.tp_page, p.home, p.ep_page,
+           tp_pages_, first_.size() - 1, first_[home + 1] - first_[home], known ? "there" : "on the first");
     const auto page = static_cast<size_t>(to == Layout::kTp ? p.tp_page : first_[home] + p.ep_page);
     if (written_[page]) fail(Code::kInternal, "page (tp {}, home {}, ep {}) would be written twice", p.tp_page, p.home, p.ep_page);
     written_[page] = true;

@@ -241,6 +241,7 @@ void Engine::Impl::check_request(const RequestSpec& spec) const {
     if (spec.prompt_ids[i] < 0 || spec.prompt_ids[i] >= model_.vocab_size)
       fail(Code::kInvalidArgument, "prompt token {} is {}, the vocabulary has {}", i, spec.prompt_ids[i], model_.vocab_size);
   moebius::check(spec.sampling, model_.vocab_size);
+  refuse_if_never(spec.sampling.n);
   if (!(spec.deadline_ms >= 0)) fail(Code::kInvalidArgument, "deadline_ms is {}, must be at least 0", spec.deadline_ms);
   const int64_t total = static_cast<int64_t>(spec.prompt_ids.size()) + spec.sampling.max_tokens;
   if (total > config_.max_context)
@@ -259,6 +260,11 @@ void Engine::Impl::check_request(const RequestSpec& spec) const {
 // Under step_mutex_ or inbox_mutex_.
 void Engine::Impl::refuse_if_failed() const {
   if (failed_) fail(Code::kInvalidState, "the engine has failed and serves no more: {}", failure_.view());
+}
+
+void Engine::Impl::refuse_if_never(int64_t n) const {
+  if (n > config_.max_queue)
+    fail(Code::kInvalidArgument, "{} samples at once can never be queued, max_queue is {}", n, config_.max_queue);
 }
 
 // Under inbox_mutex_.
@@ -286,6 +292,7 @@ void Engine::Impl::submit(std::span<const RequestSpec* const> specs, uint64_t* o
     check_request(*spec);
     samples += spec->sampling.n;
   }
+  refuse_if_never(samples);
   const auto refuse = [&] {
     refuse_if_failed();
     refuse_if_draining();
@@ -1168,7 +1175,16 @@ bool Engine::Impl::wait_for_call() {
   return !inbox_filled_.wait_for(lock, kIdleSample, [&] { return was_called() || own_thread_stops_; });
 }
 
+StepResult Engine::Impl::step_by_host() {
+  {
+    std::lock_guard lock(own_thread_mutex_);
+    if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread steps; stop it first");
+  }
+  return step();
+}
+
 void Engine::Impl::start() {
+  std::lock_guard own_lock(own_thread_mutex_);
   {
     std::lock_guard lock(inbox_mutex_);
     refuse_if_failed();
@@ -1188,6 +1204,7 @@ void Engine::Impl::start() {
 }
 
 void Engine::Impl::stop() {
+  std::lock_guard own_lock(own_thread_mutex_);
   if (!own_thread_.joinable()) return;
   own_thread_stops_ = true;
   inbox_filled_.notify_all();
@@ -1218,7 +1235,7 @@ bool Engine::drain(double timeout_ms) { return impl_->drain(timeout_ms); }
 void Engine::resume() { impl_->resume(); }
 void Engine::check(const RequestSpec& spec) const { impl_->check(spec); }
 bool Engine::cancel(uint64_t request, int32_t sample) { return impl_->cancel(request, sample); }
-StepResult Engine::step() { return impl_->step(); }
+StepResult Engine::step() { return impl_->step_by_host(); }
 void Engine::start() { impl_->start(); }
 void Engine::stop() { impl_->stop(); }
 size_t Engine::poll(std::span<Event> out, double timeout_ms) { return impl_->poll(out, timeout_ms); }

@@ -61,6 +61,7 @@ class Engine::Impl {
   bool drain(double timeout_ms);
   void resume();
   StepResult step();
+  StepResult step_by_host();  // kInvalidState while the own thread steps
   void start();
   void stop();
   size_t poll(std::span<Event> out, double timeout_ms) { return events_.poll(out, timeout_ms); }
@@ -94,6 +95,7 @@ class Engine::Impl {
   void refuse_if_failed() const;
   void refuse_if_draining() const;
   void refuse_if_full(int64_t n);
+  void refuse_if_never(int64_t n) const;
   std::unique_ptr<Request> make_request(const RequestSpec& spec, uint64_t number) const;
   void make_samples(Request& request) const;
   void take_inbox();
@@ -215,6 +217,7 @@ class Engine::Impl {
   EngineStats stats_;            // the stepping thread's own
   EngineStats published_;        // a copy as of the last step, guarded by inbox_mutex_
 
+  std::mutex own_thread_mutex_;
   std::thread own_thread_;
   std::atomic<bool> own_thread_stops_{false};
 };

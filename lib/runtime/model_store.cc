@@ -149,7 +149,12 @@ ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config,
     return workspace_bytes + (shared_.bytes() + rope_bytes(model, served_positions(config, tp_pages, ep_pages))) / fewest;
   };
   const auto capacity_beside = [&](int64_t bytes) {
-    return plan_capacity(slices_, tp_, ep_, slice, std::vector<int64_t>(static_cast<size_t>(config.ranks), memory_bytes_ - bytes));
+    try {
+      return plan_capacity(slices_, tp_, ep_, slice, std::vector<int64_t>(static_cast<size_t>(config.ranks), memory_bytes_ - bytes));
+    } catch (const Error& e) {
+      fail(e.code(), "{} (memory_bytes is {}; {} of it are for activations, which grow with chunk_tokens and max_batch, and for what ranks share)",
+           e.what(), memory_bytes_, bytes);
+    }
   };
 
   int64_t pages = 0, per_home = 0;

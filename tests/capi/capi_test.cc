@@ -884,6 +884,40 @@ TEST_CASE("the experts of every position can be had, and are the same in every l
   CHECK(routes_of(4, 3, 3) == expected);
 }
 
+TEST_CASE("what can never be, and lengths that are mistakes, are refused at once") {
+  moebius_cpp::Config c;
+  c.set("threads", int64_t{1}).set("kv_tokens", int64_t{1024}).set("max_queue", int64_t{2});
+  moebius_cpp::Engine engine(kModel, c);
+  moebius_cpp::Request r({1, 2, 3});
+  r.set("n", int64_t{3});
+  CHECK(moebius_engine_submit(engine.get(), r.get(), nullptr, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_engine_check(engine.get(), r.get(), nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  r.set("n", int64_t{1});
+  const moebius_request* list[] = {r.get(), r.get(), r.get()};
+  uint64_t ids[3] = {};
+  CHECK(moebius_engine_submit_many(engine.get(), list, 3, ids, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  const int32_t id = 1;
+  for (size_t length : {size_t{1} << 62, SIZE_MAX / 4 + 2, SIZE_MAX}) {
+    CHECK(moebius_request_set_prompt(r.get(), &id, length, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+    CHECK(moebius_request_set_ids(r.get(), "stop_token_ids", &id, length, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+    CHECK(moebius_engine_submit_many(engine.get(), list, length, ids, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  }
+  engine.start();
+  CHECK(moebius_engine_step(engine.get(), nullptr, nullptr) == MOEBIUS_E_INVALID_STATE);
+  std::thread other([&] { moebius_engine_stop(engine.get(), nullptr); });
+  moebius_engine_stop(engine.get(), nullptr);
+  other.join();
+  CHECK(moebius_engine_step(engine.get(), nullptr, nullptr) == MOEBIUS_OK);
+
+  moebius_cpp::Source broken("broken");
+  moebius_source_set_reader(broken.get(), [](void*, const char*) -> int64_t { return -5; },
+                            [](void*, const char*, uint64_t, void*, size_t) -> int32_t { return 0; }, nullptr, nullptr);
+  moebius_engine* none = nullptr;
+  Message m;
+  CHECK(moebius_engine_create_from(broken.get(), nullptr, &none, &m.error) == MOEBIUS_E_IO);
+  CHECK_THAT(m.text(), Catch::Contains("says -5 when asked for its size"));
+}
+
 TEST_CASE("the library tells what it is and has") {
   CHECK(moebius_has_feature("cpu") == 1);
   CHECK(moebius_has_feature("portable") == 1);

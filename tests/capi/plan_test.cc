@@ -176,9 +176,9 @@ TEST_CASE("a plan fills the memory it is given, and says by how much it is short
   CHECK(info.lead_bytes < info.arena_bytes / 3);
   config.set("memory_bytes", int64_t{1000});
   CHECK_THROWS_WITH(Plan(spec, config), Contains("bytes short"));
-  spec.tp_pages = 1000;
+  spec.tp_pages = spec.ep_pages = 1000;
   CHECK_THROWS_WITH(Plan(spec, config), Contains("bytes short"));
-  spec.tp_pages = 0;
+  spec.tp_pages = spec.ep_pages = 0;
   spec.kv_slice_bytes = 0;  // weights alone
   config.set("memory_bytes", int64_t{0});
   CHECK(Plan(spec, config).info().tp_pages == 0);
@@ -191,9 +191,14 @@ TEST_CASE("a description that cannot be is refused with its number") {
     CHECK_THROWS_WITH(Plan(spec, config_of(ranks, "tp")), Contains(text));
   };
   refused([](auto& s) { s.num_layers = 0; }, "num_layers is 0");
-  refused([](auto& s) { s.slices_per_expert = s.num_experts = s.num_layers = 65536; }, "slices of");
+  refused([](auto& s) { s.slices_per_expert = s.num_experts = s.num_layers = 65536, s.experts_of_layer = nullptr; }, "slices of");
   refused([](auto& s) { s.expert_slice_bytes = int64_t{1} << 60; }, "at most");
-  refused([](auto& s) { s.tp_pages = int64_t{1} << 60; }, "fit no arena");
+  refused([](auto& s) { s.tp_pages = int64_t{1} << 60; }, "at most");
+  refused([](auto& s) { s.kv_slice_bytes = int64_t{1} << 61; }, "at most");
+  refused([](auto& s) { s.attention_bytes = INT64_MAX / 64 * 64; }, "at most");
+  refused([](auto& s) { s.attention_bytes = 0; }, "attention_bytes is 0, must be a multiple of 64 above 0");
+  refused([](auto& s) { s.dense_slice_bytes = 0; }, "dense_slice_bytes is 0");
+  refused([](auto& s) { s.ep_pages = 0; }, "tp_pages is 9 and ep_pages 0");
   refused([](auto& s) { s.attention_bytes = 100; }, "attention_bytes is 100, must be a multiple of 64");
   refused([](auto& s) { s.head_groups = 3; }, "head_groups is 3");
   refused([](auto& s) { s.num_kv_heads = 3; }, "8 query heads cannot share 3 KV heads");
