@@ -22,6 +22,10 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/moebiusConfigVersion.cmak
 install(FILES ${PROJECT_BINARY_DIR}/moebiusConfig.cmake ${PROJECT_BINARY_DIR}/moebiusConfigVersion.cmake
   DESTINATION ${packagedir} COMPONENT dev)
 
+install(FILES ${PROJECT_SOURCE_DIR}/LICENSE ${PROJECT_SOURCE_DIR}/README.md ${PROJECT_SOURCE_DIR}/CHANGELOG.md
+  DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/moebius COMPONENT dev)
+install(DIRECTORY ${PROJECT_SOURCE_DIR}/docs DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/moebius COMPONENT dev FILES_MATCHING PATTERN *.md)
+
 # Relocatable: paths from where the file lies.
 file(RELATIVE_PATH prefix ${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig ${CMAKE_INSTALL_PREFIX})
 file(RELATIVE_PATH libdir ${CMAKE_INSTALL_PREFIX} ${CMAKE_INSTALL_FULL_LIBDIR})
