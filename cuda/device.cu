@@ -261,11 +261,15 @@ int32_t CudaDevice::replay(int rank, int number, ModuleStatus& status) {
   return checked(cudaGraphLaunch(r.captured[static_cast<size_t>(number)], r.stream), "replaying a captured step", rank, status);
 }
 
-// What was captured goes first: a communicator ends only when no graph refers to it any more.
-void CudaDevice::give_up(int rank) {
+void CudaDevice::forget_captures(int rank) {
   Rank& r = on(rank);
   for (cudaGraphExec_t graph : r.captured) (void)cudaGraphExecDestroy(graph);
   r.captured.clear();
+}
+
+// What was captured goes first: a communicator ends only when no graph refers to it any more.
+void CudaDevice::give_up(int rank) {
+  forget_captures(rank);
   nccl_->give_up(rank);
 }
 

@@ -38,6 +38,7 @@ class CudaDevice {
   int32_t join_capture(int rank, ModuleStatus& status);
   int32_t end_capture(int rank, ModuleStatus& status);
   int32_t replay(int rank, int number, ModuleStatus& status);
+  void forget_captures(int rank);
   int32_t idle(int rank, ModuleStatus& status);
   int32_t ipc_marks(int rank, IpcHandle* out_handles, ModuleStatus& status);
   int32_t ipc_import_marks(const IpcHandle* handles, ModuleStatus& status);

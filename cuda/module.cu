@@ -67,6 +67,7 @@ constexpr DeviceModule kModule{
     .join_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).join_capture(rank, s); },
     .end_capture = [](void* d, int rank, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).end_capture(rank, s); }); },
     .replay = [](void* d, int rank, int number, ModuleStatus& s) { return of(d).replay(rank, number, s); },
+    .forget_captures = [](void* d, int rank) { of(d).forget_captures(rank); },
     .current = [](void*) -> int32_t {
       int device = 0;
       (void)cudaGetDevice(&device);

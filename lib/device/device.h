@@ -65,6 +65,7 @@ class Device {
   virtual void join_capture(int /*rank*/) {}            // rank 0's
   virtual int end_capture(int /*rank*/) { return -1; }  // its number, counted for each rank
   virtual void replay(int /*rank*/, int /*number*/) {}  // queues what this rank began and ended
+  virtual void forget_captures(int /*rank*/) {}         // gives up what it ended; numbers begin again. The rank is idle
   // What the runtime of the device keeps for the calling thread (CUDA's current device): the host's, which a call into the library must
   // leave as it was (CallersDevice).
   virtual int current() { return 0; }

@@ -11,7 +11,7 @@
 namespace moebius {
 
 // Changed with every change to what follows or to ops.h that a size does not show.
-inline constexpr const char* kModuleVersion = "0.1.1";
+inline constexpr const char* kModuleVersion = "0.1.2";
 
 // Set by whoever returns a Code below 0; a text ends with NUL.
 struct ModuleStatus {
@@ -64,6 +64,7 @@ struct DeviceModule {
   int32_t (*join_capture)(void* device, int rank, ModuleStatus& status);
   int32_t (*end_capture)(void* device, int rank, ModuleStatus& status);
   int32_t (*replay)(void* device, int rank, int number, ModuleStatus& status);
+  void (*forget_captures)(void* device, int rank);
   int32_t (*current)(void* device);
   void (*set_current)(void* device, int32_t current);
   int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet

@@ -93,6 +93,7 @@ class ModuleDevice final : public Device, private Collectives {
   void join_capture(int rank) override { call(module_.join_capture, rank); }
   int end_capture(int rank) override { return call(module_.end_capture, rank); }
   void replay(int rank, int number) override { call(module_.replay, rank, number); }
+  void forget_captures(int rank) override { module_.forget_captures(device_, rank); }
   int current() override { return module_.current(device_); }
   void set_current(int current) override { module_.set_current(device_, current); }
   bool idle(int rank) override { return call(module_.idle, rank) != 0; }

@@ -250,4 +250,27 @@ ModelConfig read_config(const ModelFiles& files) {
   return m;
 }
 
+void require_same_model(const ModelConfig& served, const ModelConfig& other, const std::string& name) {
+  const auto same = [&](std::string_view key, const auto& mine, const auto& its) {
+    if (mine != its) fail(Code::kInvalidArgument, "{}: {} is {}, of the model that is served {}", name, key, its, mine);
+  };
+  same("model_type", served.family, other.family);
+  same("hidden_size", served.shape.hidden, other.shape.hidden);
+  same("num_attention_heads", served.shape.num_heads, other.shape.num_heads);
+  same("num_key_value_heads", served.shape.num_kv_heads, other.shape.num_kv_heads);
+  same("head_dim", served.shape.head_dim, other.shape.head_dim);
+  same("num_hidden_layers", served.shape.num_layers(), other.shape.num_layers());
+  for (size_t l = 0; l < served.shape.mlps.size(); ++l) {
+    same(fmt::format("the number of layer {}'s experts", l), served.shape.mlps[l].num_experts, other.shape.mlps[l].num_experts);
+    same(fmt::format("layer {}'s intermediate size", l), served.shape.mlps[l].intermediate, other.shape.mlps[l].intermediate);
+  }
+  same("vocab_size", served.vocab_size, other.vocab_size);
+  same("max_position_embeddings", served.max_position_embeddings, other.max_position_embeddings);
+  same("rms_norm_eps", served.rms_norm_eps, other.rms_norm_eps);
+  same("rope_theta", served.rope_theta, other.rope_theta);
+  same("tie_word_embeddings", served.tie_word_embeddings, other.tie_word_embeddings);
+  same("num_experts_per_tok", served.top_k, other.top_k);
+  same("norm_topk_prob", served.norm_topk_prob, other.norm_topk_prob);
+}
+
 }  // namespace moebius

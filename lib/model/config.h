@@ -49,6 +49,8 @@ struct FamilyDescriptor {
 // the arithmetic and is not implemented, by key and value) or kCorruptModel.
 ModelConfig read_config(const ModelFiles& files);
 inline ModelConfig read_config(const std::filesystem::path& model_dir) { return read_config(FolderFiles(model_dir)); }
+// Refuses (kInvalidArgument) a config that computes anything else than `served`; end tokens are not compared. `name` is for messages.
+void require_same_model(const ModelConfig& served, const ModelConfig& other, const std::string& name);
 ModelConfig parse_config(std::string_view json_text, const std::string& file_name);
 
 }  // namespace moebius

@@ -267,6 +267,11 @@ void Engine::Impl::refuse_if_never(int64_t n) const {
     fail(Code::kInvalidArgument, "{} samples at once can never be queued, max_queue is {}", n, config_.max_queue);
 }
 
+// Under step_mutex_ or inbox_mutex_.
+void Engine::Impl::refuse_if_mixed() const {
+  if (mixed_) fail(Code::kInvalidState, "the weights are a mixture until an update succeeds, for the last one failed: {}", failure_.view());
+}
+
 // Under inbox_mutex_.
 void Engine::Impl::refuse_if_full(int64_t n) {
   if (waiting_hint_ + n <= config_.max_queue) return;
@@ -278,6 +283,7 @@ void Engine::Impl::check(const RequestSpec& spec) const {
   check_request(spec);
   std::lock_guard lock(inbox_mutex_);
   refuse_if_failed();
+  refuse_if_mixed();
   refuse_if_draining();
 }
 
@@ -295,6 +301,7 @@ void Engine::Impl::submit(std::span<const RequestSpec* const> specs, uint64_t* o
   refuse_if_never(samples);
   const auto refuse = [&] {
     refuse_if_failed();
+    refuse_if_mixed();
     refuse_if_draining();
     refuse_if_full(samples);
   };
@@ -605,9 +612,15 @@ void Engine::Impl::expire(Clock::time_point now) {
 
 StepResult Engine::Impl::step() {
   std::lock_guard step_lock(step_mutex_);
+  refuse_if_failed();
+  refuse_if_mixed();
+  return run_step();
+}
+
+// Under step_mutex_.
+StepResult Engine::Impl::run_step() {
   const FloatingPointMode mode;
   const CallersDevice caller(*device_);
-  refuse_if_failed();
   StepResult result;
   const auto begin = Clock::now();
   try {
@@ -800,8 +813,8 @@ void Engine::Impl::prepare_ranks() {
   const Collectives* collectives = device_->collectives();
   const int connection = collectives != nullptr ? collectives->connection() : 1;
   if (connection == captured_connection_) return;
-  captured_connection_ = connection;
   capture_steps();
+  captured_connection_ = connection;
 }
 
 // Captured are decode steps in pure layouts for 1, 2, 4, … rows (in EP rows of each home, in TP of all). Nothing is computed: weights may be in either
@@ -809,6 +822,7 @@ void Engine::Impl::prepare_ranks() {
 void Engine::Impl::capture_steps() {
   for (auto& steps : captured_) steps.clear();
   if (!config_.capture_steps || !device_->can_capture()) return;
+  for (int r = 0; r < config_.ranks; ++r) device_->forget_captures(r);
   for (Layout layout : {Layout::kTp, Layout::kEp}) {
     const int homes = layout == Layout::kTp ? 1 : config_.ranks;
     for (int64_t rows = 1;; rows *= 2) {
@@ -1040,6 +1054,66 @@ void Engine::Impl::fail_everything(std::string_view why) {
   log(LogLevel::kError, "engine", fmt::format("failed: {}", why));
 }
 
+// ---- other weights
+
+// Under step_mutex_.
+void Engine::Impl::refuse_if_busy() const {
+  if (switcher_.moving())
+    fail(Code::kInvalidState, "a switch is under way (seam {}, aimed at {}): weights are updated when it has ended", switcher_.seam(), switcher_.target());
+  std::lock_guard lock(inbox_mutex_);
+  if (const size_t running = scheduler_.running().size(); running > 0 || waiting_hint_ > 0)
+    fail(Code::kInvalidState, "{} requests run and {} wait: weights are updated when all have ended, so drain first", running, waiting_hint_);
+}
+
+void Engine::Impl::update_weights(const ModelFiles& files) {
+  std::lock_guard step_lock(step_mutex_);
+  const FloatingPointMode mode;
+  const CallersDevice caller(*device_);
+  refuse_if_failed();
+  refuse_if_busy();
+  const auto begin = Clock::now();
+  if (files.has("config.json")) require_same_model(model_, read_config(files), files.name_of("config.json"));
+  const auto source = open_checkpoint(files, model_, [this](const std::string& text) { log(LogLevel::kWarning, "load", text); });
+  kv_.drop_cached();  // nothing runs: that is all the KV there is
+  try {
+    if (store_.update(*source, switcher_.seam(), config_.progress)) captured_connection_ = 0;  // captured steps hold the scales
+    prepare_ranks();
+  } catch (const std::exception& e) {
+    fail_update(e.what());
+    throw;
+  } catch (...) {
+    fail_update("an exception of unknown type");
+    throw;
+  }
+  {
+    std::lock_guard lock(inbox_mutex_);
+    mixed_ = false;
+    failure_.clear();
+  }
+  inbox_filled_.notify_one();
+  publish_stats();
+  log(LogLevel::kInfo, "load", fmt::format("{}: weights updated in {:.1f} s", files.name(), seconds_between(begin, Clock::now())));
+}
+
+// Requests that came meanwhile end: no step with whole weights is in sight.
+void Engine::Impl::fail_update(std::string_view why) {
+  if (world_.dead()) return fail_everything(why);
+  {
+    std::lock_guard lock(inbox_mutex_);
+    mixed_ = true;
+    failure_ = why;
+  }
+  take_inbox();
+  while (!scheduler_.waiting().empty()) {
+    Sequence& s = *scheduler_.waiting().back();
+    Request& request = *s.request;
+    finish(s, FinishReason::kError, Reason::of("an update of the weights failed: {}", why));
+    forget_if_done(request);
+  }
+  publish_stats();
+  log(LogLevel::kError, "load", fmt::format("an update of the weights failed: {}", why));
+}
+
 // ---- reports
 
 void Engine::Impl::publish_stats() {
@@ -1161,6 +1235,7 @@ size_t Engine::Impl::take_routes(uint64_t number, int32_t sample, std::span<int1
 
 // Under inbox_mutex_.
 bool Engine::Impl::was_called() const {
+  if (mixed_) return false;
   return !inbox_.empty() || !cancels_.empty() || !wished_seams_.empty() || wished_policy_ != nullptr;
 }
 
@@ -1195,7 +1270,11 @@ void Engine::Impl::start() {
     if (config_.thread_hook) config_.thread_hook(-1, -1, true);
     try {
       while (!own_thread_stops_)
-        if (has_work() || (wait_for_call() && policy_->watches())) step();
+        if (has_work() || (wait_for_call() && policy_->watches())) {
+          std::lock_guard step_lock(step_mutex_);
+          refuse_if_failed();
+          if (!mixed_) run_step();
+        }
     } catch (...) {
       // every request has its final event, and submit says why
     }
@@ -1245,6 +1324,7 @@ void Engine::hold_seam(int32_t seam) { impl_->aim(seam); }
 void Engine::set_stall_budget(double ms) { impl_->set_stall_budget(ms); }
 void Engine::set_policy(const PolicyConfig& policy) { impl_->set_policy(policy); }
 SwitchEstimate Engine::estimate_switch(Layout to) const { return impl_->estimate_switch(to); }
+void Engine::update_weights(const ModelFiles& files) { impl_->update_weights(files); }
 EngineStats Engine::stats() const { return impl_->stats(); }
 std::string Engine::metrics_text() const { return impl_->metrics_text(); }
 ModelInfo Engine::model() const { return impl_->model(); }

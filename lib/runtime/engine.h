@@ -1,6 +1,6 @@
 // The Engine: a model served on several ranks, whose parallel layout can be switched between any two steps.
 //
-// Threads: submit, cancel, request_switch, set_policy, poll, stats and metrics_text may be called from any thread.
+// Threads: submit, cancel, request_switch, set_policy, update_weights, poll, stats and metrics_text may be called from any thread.
 // step is called by one thread at a time (the host's), or by the engine's own thread after start(). The thread that calls
 // step computes as rank 0's first thread; its floating-point mode is set on entry and restored on exit.
 #pragma once
@@ -55,7 +55,7 @@ struct EngineConfig {
   PolicyConfig policy;
   int engine_id = 0;               // label `engine` of the metrics
   bool dummy_weights = false;      // seeded random weights, config.json only (benchmarks)
-  // bytes done, bytes in all; false cancels the load.
+  // Of the load and of each update of the weights: bytes done, bytes in all; false cancels it. It may not call the engine.
   std::function<bool(int64_t, int64_t)> progress;
   // What happens, in a line: on the thread that it happens on, some of it inside a step; may not call the engine. The category is load,
   // switch, policy or engine.
@@ -160,6 +160,13 @@ class Engine {
   void set_stall_budget(double ms);
   void set_policy(const PolicyConfig& policy);
   SwitchEstimate estimate_switch(Layout to) const;
+
+  // Other weights of the same model, written over the present ones between two steps; the prefix cache is emptied. `files` has all tensors
+  // and, if it likes, the config. Refused before anything changes: kInvalidState while a request runs or waits or a switch is under way, and
+  // what cannot be loaded into this engine. A failure later on (kIo, kCancelled, …) leaves a mixture of weights: until an update succeeds,
+  // submit and step are refused.
+  void update_weights(const ModelFiles& files);
+  void update_weights(const std::filesystem::path& model_dir) { update_weights(FolderFiles(model_dir)); }
 
   EngineStats stats() const;
   std::string metrics_text() const;

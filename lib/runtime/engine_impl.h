@@ -70,6 +70,7 @@ class Engine::Impl {
   void set_stall_budget(double ms);
   void set_policy(const PolicyConfig& policy);
   SwitchEstimate estimate_switch(Layout to);
+  void update_weights(const ModelFiles& files);
   EngineStats stats() const;
   std::string metrics_text() const;
   ModelInfo model() const;
@@ -93,6 +94,10 @@ class Engine::Impl {
  private:
   void compare_ranks();
   void refuse_if_failed() const;
+  void refuse_if_mixed() const;
+  void refuse_if_busy() const;
+  void fail_update(std::string_view why);
+  StepResult run_step();
   void refuse_if_draining() const;
   void refuse_if_full(int64_t n);
   void refuse_if_never(int64_t n) const;
@@ -191,6 +196,7 @@ class Engine::Impl {
   uint64_t step_ = 0;
   uint64_t arrivals_ = 0;
   bool failed_ = false;          // it serves no more; written under step_mutex_ and inbox_mutex_
+  bool mixed_ = false;           // an update of the weights has failed half-way and none has succeeded since; written likewise
   Reason failure_;               // why
 
   std::mutex step_mutex_;

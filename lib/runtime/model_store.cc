@@ -104,24 +104,38 @@ ModelStore::ModelStore(const ModelFiles& files, const ModelConfig& model, const 
 
 ModelStore::ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
                        int64_t workspace_bytes)
-    : device_(device),
+    : model_(model),
+      world_(world),
+      device_(device),
       shared_(model, row_major_head(config)),
       counts_(bounded_slice_counts(model.shape, config.slices_per_expert)),
       slices_(model.shape, counts_),
       tp_((check_ranks(model.shape, counts_, config.ranks), tp_owners(slices_, config.ranks))),
       ep_(ep_owners(slices_, config.ranks)),
-      arena_(plan(model, config, workspace_bytes)),
+      arena_(plan(config, workspace_bytes)),
       to_tp_(plan_transfer(arena_, Layout::kEp)),
       to_ep_(plan_transfer(arena_, Layout::kTp)) {
   for (int r = 0; r < config.ranks; ++r) {
     ranks_.push_back(std::make_unique<Rank>());
     ranks_.back()->arena = DeviceBuffer(device, r, arena_.arena_bytes(r));
   }
-  const int64_t positions = served_positions(config, arena_.tp_pages(), *std::max_element(arena_.ep_pages().begin(), arena_.ep_pages().end()));
-  shared_bytes_ = shared_.bytes() + rope_bytes(model, positions);
-  load(source, model, config, world, positions);
-  for (int r = 0; r < config.ranks; ++r) make_tables(model, config.page_tokens, r);
-  for (int r = 0; r < config.ranks; ++r) wait_until_idle(world, device, r);
+  reserve_shared(served_positions(config, arena_.tp_pages(), *std::max_element(arena_.ep_pages().begin(), arena_.ep_pages().end())));
+  scales_ = load(source, config.layout == Layout::kTp ? model.shape.num_layers() : 0, config.progress);
+  for (int r = 0; r < config.ranks; ++r) make_tables(config.page_tokens, r);
+  set_scales();
+  wait_for_ranks();
+}
+
+bool ModelStore::update(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress) {
+  std::vector<Scales> scales = load(source, seam, progress);
+  wait_for_ranks();
+  scales_.swap(scales);
+  set_scales();
+  return scales != scales_;
+}
+
+void ModelStore::wait_for_ranks() {
+  for (int r = 0; r < world_.ranks(); ++r) wait_until_idle(world_, device_, r);
 }
 
 std::vector<std::byte*> ModelStore::arenas() const {
@@ -132,8 +146,8 @@ std::vector<std::byte*> ModelStore::arenas() const {
 
 // The wish is kv_tokens, or else KV for max_batch requests of up to 4,096 tokens; the limit is memory_bytes, or else the rank's
 // share of the memory that is free. A wish that fits is granted as it is; otherwise (or with memory_bytes alone) the limit is filled.
-ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes) {
-  const int64_t slice = KvSlice{config.page_tokens, model.shape.head_dim}.bytes();
+ArenaPlan ModelStore::plan(const EngineConfig& config, int64_t workspace_bytes) {
+  const int64_t slice = KvSlice{config.page_tokens, model_.shape.head_dim}.bytes();
   memory_bytes_ = config.memory_bytes > 0 ? config.memory_bytes : device_.free_bytes(0);
   std::map<int, int64_t> sharers;  // [place]
   for (int r = 0; r < config.ranks; ++r) {
@@ -146,7 +160,7 @@ ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config,
   for (const auto& [place, ranks] : sharers) fewest = std::min(fewest, ranks);
   // Bytes of a rank beside its arena; ranks of one place share one read-only copy of the replicated weights and of the rotary table.
   const auto beside = [&](int64_t tp_pages, int64_t ep_pages) {
-    return workspace_bytes + (shared_.bytes() + rope_bytes(model, served_positions(config, tp_pages, ep_pages))) / fewest;
+    return workspace_bytes + (shared_.bytes() + rope_bytes(model_, served_positions(config, tp_pages, ep_pages))) / fewest;
   };
   const auto capacity_beside = [&](int64_t bytes) {
     try {
@@ -182,49 +196,66 @@ ArenaPlan ModelStore::plan(const ModelConfig& model, const EngineConfig& config,
   return plan_arena(slices_, tp_, ep_, slice, capacity.tp_pages, capacity.ep_pages);
 }
 
-// Every rank's threads pack its own slices of the start layout; the replicated weights are divided over all threads. Where the host
+// One copy of what is replicated for each place: room for the weights, and the rotary table.
+void ModelStore::reserve_shared(int64_t positions) {
+  const int64_t bytes = rope_bytes(model_, positions);
+  shared_bytes_ = shared_.bytes() + bytes;
+  std::map<int, const std::byte*> copy_of;
+  for (int r = 0; r < world_.ranks(); ++r) {
+    const std::byte*& copy = copy_of[device_.place(r)];
+    if (copy == nullptr) copy = copies_.emplace_back(r, DeviceBuffer(device_, r, shared_bytes_)).second.data();
+    ranks_[r]->shared = copy;
+  }
+  HostBuffer staging;
+  if (!device_.host_memory()) staging = HostBuffer(bytes);
+  std::byte* const rope = device_.host_memory() ? copies_[0].second.data() + shared_.bytes() : staging.data();
+  fill_rope(model_, positions, reinterpret_cast<float*>(rope));
+  for (const auto& [rank, copy] : copies_)
+    if (copy.data() + shared_.bytes() != rope) device_.write(rank, copy.data() + shared_.bytes(), rope, bytes);
+}
+
+// Every rank's threads pack its own slices of each layer's layout; the replicated weights are divided over all threads. Where the host
 // cannot write a rank's memory, both are packed on the host first.
-void ModelStore::load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, int64_t positions) {
+std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress) {
   const bool direct = device_.host_memory();
   HostBuffer staging;
-  if (direct) copies_.emplace_back(device_, 0, shared_bytes_);
-  else staging = HostBuffer(shared_bytes_);
-  std::byte* const shared = direct ? copies_[0].data() : staging.data();
-  const Owners& owners = config.layout == Layout::kTp ? tp_ : ep_;
+  if (!direct) staging = HostBuffer(shared_.bytes());
+  std::byte* const shared = direct ? copies_[0].second.data() : staging.data();
+  const auto layout_of = [seam](int l) { return l < seam ? Layout::kTp : Layout::kEp; };
+  const auto owners_of = [&](int l, size_t i) { return arena_.owners(layout_of(l)).slices[static_cast<size_t>(l)][i]; };
 
   std::mutex mutex;  // of everything below
-  std::vector<SliceMaxima> attention(static_cast<size_t>(model.shape.num_layers())), mlp(attention);
-  int64_t total = shared_bytes_, done = 0;
-  for (int l = 0; l < model.shape.num_layers(); ++l)
-    for (size_t i = 0; i < slices_.layer(l).size(); ++i)
-      total += slices_.layer(l)[i].bytes * std::popcount(owners.slices[l][i]);
+  std::vector<SliceMaxima> attention(static_cast<size_t>(model_.shape.num_layers())), mlp(attention);
+  int64_t total = shared_.bytes(), done = 0;
+  for (int l = 0; l < model_.shape.num_layers(); ++l)
+    for (size_t i = 0; i < slices_.layer(l).size(); ++i) total += slices_.layer(l)[i].bytes * std::popcount(owners_of(l, i));
   const auto advance = [&](int64_t bytes) {
     std::lock_guard lock(mutex);
     done += bytes;
-    if (config.progress && !config.progress(done, total)) fail(Code::kCancelled, "loading was cancelled");
+    if (progress && !progress(done, total)) fail(Code::kCancelled, "loading was cancelled");
   };
 
-  const int threads = world.threads();
-  world.run_long([&](int rank, int thread) {
-    shared_.load(source, rank * threads + thread, world.ranks() * threads, shared);
+  const int threads = world_.threads();
+  world_.run_long([&](int rank, int thread) {
+    shared_.load(source, rank * threads + thread, world_.ranks() * threads, shared);
     int64_t mine = 0;
     std::vector<std::byte*> places, outs;
     PinnedBuffer packed[2];  // where it cannot be done in place: one is filled while the other is sent
     int64_t packed_bytes[2] = {}, sent = 0;
     const DrainOnError drain(device_, rank);
-    for (int l = 0; l < model.shape.num_layers(); ++l) {
+    for (int l = 0; l < model_.shape.num_layers(); ++l) {
       const std::span<const Slice> slices = slices_.layer(l);
       for (size_t i = 0, next; i < slices.size(); i = next) {  // runs of an MLP's cuts, anything else one by one
         const Slice& first = slices[i];
         const bool is_mlp = first.kind == SliceKind::kExpertCut || first.kind == SliceKind::kDenseCut;
         places.clear();
         for (next = i; next == i || (is_mlp && next < slices.size() && slices[next].kind == first.kind && slices[next].index == first.index); ++next) {
-          if (!(owners.slices[l][next] >> rank & 1)) break;
-          places.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, config.layout, l, static_cast<int>(next)));
+          if (!(owners_of(l, next) >> rank & 1)) break;
+          places.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, layout_of(l), l, static_cast<int>(next)));
         }
         next = std::max(next, i + 1);
         if (places.empty() || mine++ % threads != thread) continue;
-        world.check_abort();
+        world_.check_abort();
         const int64_t bytes = first.bytes * static_cast<int64_t>(places.size());
         outs = places;
         if (!direct) {
@@ -232,9 +263,9 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
           if (packed_bytes[now] < bytes) packed[now] = PinnedBuffer(device_, packed_bytes[now] = bytes);
           for (size_t n = 0; n < outs.size(); ++n) outs[n] = packed[now].data() + static_cast<int64_t>(n) * first.bytes;
         }
-        const SliceMaxima maxima = pack_slices(source, model, slices_, first, outs);
+        const SliceMaxima maxima = pack_slices(source, model_, slices_, first, outs);
         if (!direct) {
-          if (sent++ > 0) wait_until_idle(world, device_, rank);  // the other buffer has been read
+          if (sent++ > 0) wait_until_idle(world_, device_, rank);  // the other buffer has been read
           for (size_t n = 0; n < places.size(); ++n) device_.write(rank, places[n], outs[n], first.bytes);
         }
         {
@@ -244,37 +275,35 @@ void ModelStore::load(const WeightSource& source, const ModelConfig& model, cons
         advance(bytes);
       }
     }
-    wait_until_idle(world, device_, rank);
+    wait_until_idle(world_, device_, rank);
   });
-  fill_rope(model, positions, reinterpret_cast<float*>(shared + shared_.bytes()));
-  share(config.ranks, shared);
-  advance(shared_bytes_);
-  for (int l = 0; l < model.shape.num_layers(); ++l) {
-    attention_scales_.push_back(std::ldexp(1.0f, attention_exponent(attention[l], model, l)));
-    mlp_scales_.push_back(std::ldexp(1.0f, mlp_exponent(mlp[l], model, l)));
+  for (const auto& [rank, copy] : copies_)
+    if (!direct) device_.write(rank, copy.data(), shared, shared_.bytes());
+  advance(shared_.bytes());
+
+  std::vector<Scales> scales;
+  for (int l = 0; l < model_.shape.num_layers(); ++l) {
     const float* norm = shared_.layer(shared, l).input_norm;
     float largest_norm = 0;
-    for (int64_t i = 0; i < model.shape.hidden; ++i) largest_norm = std::max(largest_norm, std::fabs(norm[i]));
-    value_scales_.push_back(std::ldexp(1.0f, value_exponent(attention[l], model, largest_norm)));
+    for (int64_t i = 0; i < model_.shape.hidden; ++i) largest_norm = std::max(largest_norm, std::fabs(norm[i]));
+    scales.push_back({std::ldexp(1.0f, value_exponent(attention[l], model_, largest_norm)),
+                      std::ldexp(1.0f, attention_exponent(attention[l], model_, l)), std::ldexp(1.0f, mlp_exponent(mlp[l], model_, l))});
   }
+  return scales;
 }
 
-// One copy of what is replicated for each place.
-void ModelStore::share(int ranks, const std::byte* shared) {
-  std::map<int, const std::byte*> copy_of;
-  if (!copies_.empty()) copy_of[device_.place(0)] = copies_[0].data();
-  for (int r = 0; r < ranks; ++r) {
-    const std::byte*& copy = copy_of[device_.place(r)];
-    if (copy == nullptr) {
-      copies_.emplace_back(device_, r, shared_bytes_);
-      device_.write(r, copies_.back().data(), shared, shared_bytes_);
-      copy = copies_.back().data();
-    }
-    ranks_[r]->shared = copy;
-  }
+void ModelStore::set_scales() {
+  for (const auto& rank : ranks_)
+    for (std::vector<LayerWeights>& table : rank->tables)
+      for (size_t l = 0; l < table.size(); ++l) {
+        table[l].value_scale = scales_[l].value;
+        table[l].attention_scale = scales_[l].attention;
+        table[l].mlp_scale = scales_[l].mlp;
+      }
 }
 
-void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank) {
+void ModelStore::make_tables(int page_tokens, int rank) {
+  const ModelConfig& model = model_;
   Rank& mine = *ranks_[rank];
   mine.forward = {model.shape.num_layers(),
                   model.shape.hidden,
@@ -295,7 +324,7 @@ void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank
       LayerWeights& w = mine.tables[static_cast<int>(layout)].emplace_back();
       std::vector<const bf16*> cuts;
       std::vector<int32_t> local_of_expert;
-      fill_table(model, page_tokens, rank, layout, l, w, cuts, local_of_expert);
+      fill_table(page_tokens, rank, layout, l, w, cuts, local_of_expert);
       w.cuts = lists.add(cuts);
       if (!local_of_expert.empty()) w.local_of_expert = lists.add(local_of_expert);
     }
@@ -308,9 +337,10 @@ void ModelStore::make_tables(const ModelConfig& model, int page_tokens, int rank
     }
 }
 
-// A rank's table of one layer, but for the lists in its own memory: cuts and local_of_expert as they will stand there.
-void ModelStore::fill_table(const ModelConfig& model, int page_tokens, int rank, Layout layout, int l, LayerWeights& w,
-                            std::vector<const bf16*>& cuts, std::vector<int32_t>& local_of_expert) const {
+// A rank's table of one layer, but for its scales and for the lists in its own memory: cuts and local_of_expert as they will stand there.
+void ModelStore::fill_table(int page_tokens, int rank, Layout layout, int l, LayerWeights& w, std::vector<const bf16*>& cuts,
+                            std::vector<int32_t>& local_of_expert) const {
+  const ModelConfig& model = model_;
   const Owners& owners = layout == Layout::kTp ? tp_ : ep_;
   const int heads_per_group = model.shape.num_heads / counts_.head_groups;
   const AttentionGroup group{heads_per_group, model.shape.head_dim, model.shape.hidden};
@@ -360,9 +390,6 @@ void ModelStore::fill_table(const ModelConfig& model, int page_tokens, int rank,
   w.q_norm = shared.q_norm;
   w.k_norm = shared.k_norm;
   w.router = shared.router;
-  w.value_scale = value_scales_[static_cast<size_t>(l)];
-  w.attention_scale = attention_scales_[static_cast<size_t>(l)];
-  w.mlp_scale = mlp_scales_[static_cast<size_t>(l)];
 }
 
 }  // namespace moebius

@@ -1,7 +1,9 @@
 // A model laid out for a world: its arenas, what is replicated, and every rank's tables for both layouts.
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "lib/comm/world.h"
@@ -27,6 +29,10 @@ class ModelStore {
   ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
              int64_t workspace_bytes);
 
+  // Loads other weights of the same model over the present ones, while layers [0, seam) lie in TP and the others in EP. True: scales have
+  // changed, which tables hold. When this throws the weights are a mixture, and scales are what they were.
+  bool update(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress);
+
   const ArenaPlan& arena() const { return arena_; }
   const TransferPlan& to_tp() const { return to_tp_; }
   const TransferPlan& to_ep() const { return to_ep_; }
@@ -46,13 +52,22 @@ class ModelStore {
     const std::byte* shared = nullptr;  // its place's copy
     ForwardModel forward;
   };
-  ArenaPlan plan(const ModelConfig& model, const EngineConfig& config, int64_t workspace_bytes);
-  void load(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, int64_t positions);
-  void share(int ranks, const std::byte* shared);
-  void make_tables(const ModelConfig& model, int page_tokens, int rank);
-  void fill_table(const ModelConfig& model, int page_tokens, int rank, Layout layout, int layer, LayerWeights& w,
-                  std::vector<const bf16*>& cuts, std::vector<int32_t>& local_of_expert) const;
+  // Of a layer: powers of two, properties of its weights.
+  struct Scales {
+    float value = 1, attention = 1, mlp = 1;
+    friend bool operator==(const Scales&, const Scales&) = default;
+  };
+  ArenaPlan plan(const EngineConfig& config, int64_t workspace_bytes);
+  void reserve_shared(int64_t positions);
+  std::vector<Scales> load(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress);
+  void make_tables(int page_tokens, int rank);
+  void fill_table(int page_tokens, int rank, Layout layout, int layer, LayerWeights& w, std::vector<const bf16*>& cuts,
+                  std::vector<int32_t>& local_of_expert) const;
+  void set_scales();
+  void wait_for_ranks();
 
+  const ModelConfig& model_;
+  World& world_;
   Device& device_;
   SharedWeights shared_;
   SliceCounts counts_;
@@ -62,9 +77,9 @@ class ModelStore {
   ArenaPlan arena_;
   TransferPlan to_tp_, to_ep_;
   std::vector<std::unique_ptr<Rank>> ranks_;
-  std::vector<DeviceBuffer> copies_;  // of the replicated weights and the rotary table behind them, one a place
+  std::vector<std::pair<int, DeviceBuffer>> copies_;  // [places] of the replicated weights and the rotary table behind them; a rank there
   int64_t shared_bytes_ = 0;
-  std::vector<float> attention_scales_, value_scales_, mlp_scales_;  // [layers]
+  std::vector<Scales> scales_;  // [layers]
 };
 
 }  // namespace moebius

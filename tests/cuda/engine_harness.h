@@ -14,6 +14,8 @@ inline EngineConfig device_config(int ranks, Layout layout) {
   return c;
 }
 
+inline Script brief_script() { return {{{greedy_request("a", prompt_of(1, 4), 3, true)}}, {}}; }
+
 inline Script short_script() {
   Script s;
   s.requests.push_back({greedy_request("a", prompt_of(1, 19), 4, true)});

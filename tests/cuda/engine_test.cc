@@ -67,6 +67,30 @@ TEST_CASE("captured steps: used by decode steps of pure layouts, and they change
     }
 }
 
+TEST_CASE("after an update captured steps compute with the new weights and scales, after a switch too") {
+  ModelCopy changed(kQwen);
+  changed.change_all();
+  const Script script = brief_script();
+  const Outcome old = run_script(kQwen, device_config(1, Layout::kTp), script), expected = run_script(changed.path(), device_config(1, Layout::kTp), script);
+  REQUIRE(difference(old, expected) != "");
+  for (int seam : {0, 2}) {
+    INFO("seam " << seam);
+    Engine engine(kQwen, device_config(2, Layout::kEp));
+    engine.hold_seam(seam);
+    CHECK(difference(old, Runner(engine, true).run(script)) == "");
+    const auto scale = [&] { return engine.impl().store().tables(1)[0][1].mlp_scale; };
+    const float before = scale();
+    engine.update_weights(changed.path());
+    REQUIRE(scale() != before);
+    if (seam == 2) CHECK(difference(expected, Runner(engine, true).run(script)) == "");
+    engine.hold_seam(seam == 2 ? 4 : 0);
+    CHECK(difference(expected, Runner(engine, true).run(script)) == "");
+    engine.submit(greedy_request("b", prompt_of(9, 1), 3));
+    engine.step();
+    CHECK(engine.step().captured);
+  }
+}
+
 TEST_CASE("the experts of every position are those of the cpu, and such a step is not a captured one") {
   const auto routes_of = [](EngineConfig config, int32_t seam) {
     config.mode = "exact";

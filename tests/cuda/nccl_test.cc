@@ -4,6 +4,7 @@
 #include "lib/base/error.h"
 #include "tests/cuda/engine_harness.h"
 #include "tests/cuda/harness.h"
+#include "tests/unit/engine/model_copy.h"
 
 namespace moebius::test {
 namespace {
@@ -169,6 +170,22 @@ TEST_CASE("NCCL: switches at once and a little in every step, there and back, ch
     CHECK(got.count(EventType::kSwitchStarted) > 0);
     CHECK(difference(expected, got) == "");
   }
+}
+
+TEST_CASE("NCCL: an update that fails takes the connection down, and the next one brings it back") {
+  if (possible_ranks() < 2) return;
+  ModelCopy changed(kQwen);
+  changed.change_all();
+  EngineConfig config = nccl_config(2, Layout::kTp);
+  int64_t most = INT64_MAX;
+  config.progress = [&](int64_t done, int64_t) { return done < most; };
+  Engine engine(kQwen, config);
+  most = 1 << 20;
+  CHECK_THROWS_AS(engine.update_weights(changed.path()), Error);
+  CHECK_THROWS_AS(engine.step(), Error);
+  most = INT64_MAX;
+  engine.update_weights(changed.path());
+  CHECK(difference(run_script(changed.path(), device_config(1, Layout::kTp), brief_script()), Runner(engine, true).run(brief_script())) == "");
 }
 
 TEST_CASE("NCCL: a fault on any rank is rolled back over a new connection, and no bit changes") {

@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "tests/cuda/engine_harness.h"
+#include "tests/unit/engine/model_copy.h"
 
 namespace moebius::test {
 namespace {
@@ -85,6 +86,15 @@ TEST_CASE("processes: a fault in a switch is rolled back, and no bit changes") {
     INFO("from " << name_of(start));
     check_rolled_back(engine, script, expected, start == Layout::kTp ? 4 : 0);
   }
+}
+
+TEST_CASE("processes: an update's weights are those of a fresh engine") {
+  const SharedMemory shared;
+  ModelCopy changed(kQwen);
+  changed.change_all();
+  Engine engine(kQwen, processes_config(2, Layout::kEp));
+  engine.update_weights(changed.path());
+  CHECK(difference(run_script(changed.path(), device_config(1, Layout::kTp), brief_script()), Runner(engine, true).run(brief_script())) == "");
 }
 
 TEST_CASE("processes: when one is killed every request ends with an error that says so") {

@@ -234,6 +234,22 @@ inline Outcome without(Outcome outcome, std::initializer_list<std::string> ids) 
   return outcome;
 }
 
+// Every byte of every slice that a rank owns where the seam stands.
+inline std::vector<std::byte> weight_bytes(Engine& engine) {
+  const ModelStore& store = engine.impl().store();
+  std::vector<std::byte> out;
+  for (int r = 0; r < engine.impl().world().ranks(); ++r)
+    for (int l = 0; l < engine.model().num_layers; ++l)
+      for (size_t i = 0; i < store.slices().layer(l).size(); ++i) {
+        const Layout layout = l < engine.impl().switcher().seam() ? Layout::kTp : Layout::kEp;
+        const int64_t offset = store.arena().slice_offset(r, layout, l, static_cast<int>(i));
+        if (offset < 0) continue;
+        const std::byte* at = store.arenas()[r] + offset;
+        out.insert(out.end(), at, at + store.slices().layer(l)[i].bytes);
+      }
+  return out;
+}
+
 // Says where two outcomes first differ; empty when they are equal bit for bit.
 inline std::string difference(const Outcome& a, const Outcome& b) {
   if (a.outputs.size() != b.outputs.size()) return fmt::format("{} against {} records", a.outputs.size(), b.outputs.size());

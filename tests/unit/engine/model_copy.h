@@ -1,6 +1,7 @@
-// A checkpoint's copy that a test may spoil: its config's text, or single weights.
+// A checkpoint's copy that a test may change: its config's text, single weights, or all of them.
 #pragma once
 
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -18,8 +19,8 @@ class ModelCopy {
     char name[] = "/tmp/moebius-model-XXXXXX";
     REQUIRE(mkdtemp(name) != nullptr);
     path_ = name;
-    for (const char* file : {"config.json", "generation_config.json", "model.safetensors"})
-      std::filesystem::copy_file(std::filesystem::path(model) / file, path_ / file);
+    for (const auto& entry : std::filesystem::directory_iterator(model))
+      if (const std::string file = entry.path().filename(); file.find("reference") == std::string::npos) std::filesystem::copy_file(entry.path(), path_ / file);
   }
   ~ModelCopy() { std::filesystem::remove_all(path_); }
   std::string path() const { return path_.string(); }
@@ -44,7 +45,40 @@ class ModelCopy {
     REQUIRE(f.good());
   }
 
+  // Other weights throughout: signs, and sizes by tensor, so that a layer's largest values and with them its scales are others.
+  void change_all() {
+    for (const auto& entry : std::filesystem::directory_iterator(path_)) {
+      if (entry.path().extension() != ".safetensors") continue;
+      std::fstream f(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
+      std::string bytes((std::istreambuf_iterator<char>(f)), {});
+      uint64_t header = 0;
+      std::memcpy(&header, bytes.data(), 8);
+      const nlohmann::json tensors = nlohmann::json::parse(bytes.substr(8, header));
+      for (const auto& [name, info] : tensors.items()) {
+        if (name == "__metadata__") continue;
+        REQUIRE(info.at("dtype") == "BF16");
+        const auto& offsets = info.at("data_offsets");
+        change(name, bytes.data() + 8 + header + offsets.at(0).get<size_t>(), offsets.at(1).get<size_t>() - offsets.at(0).get<size_t>());
+      }
+      f.seekp(0);
+      f.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+      REQUIRE(f.good());
+    }
+  }
+
  private:
+  static void change(const std::string& name, char* values, size_t bytes) {
+    const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+    const int doublings = has("v_proj") ? 3 : has("o_proj") ? -12 : has("down_proj") || has("w2") ? -14 : has("norm") ? 1 : 0;
+    for (size_t i = 0; i < bytes; i += 2) {
+      uint16_t bits;
+      std::memcpy(&bits, values + i, 2);
+      if (i % 6 == 0 && doublings == 0) bits ^= 0x8000;
+      if ((bits & 0x7f80) > 20 << 7) bits = static_cast<uint16_t>(bits + doublings * (1 << 7));
+      std::memcpy(values + i, &bits, 2);
+    }
+  }
+
   std::filesystem::path path_;
 };
 

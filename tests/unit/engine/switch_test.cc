@@ -6,21 +6,6 @@
 namespace moebius::test {
 namespace {
 
-// Every byte of every slice a rank owns in `layout`.
-std::vector<std::byte> weight_bytes(Engine& engine, Layout layout) {
-  const ModelStore& store = engine.impl().store();
-  std::vector<std::byte> out;
-  for (int r = 0; r < engine.impl().world().ranks(); ++r)
-    for (int l = 0; l < engine.model().num_layers; ++l)
-      for (size_t i = 0; i < store.slices().layer(l).size(); ++i) {
-        const int64_t offset = store.arena().slice_offset(r, layout, l, static_cast<int>(i));
-        if (offset < 0) continue;
-        const std::byte* at = store.arenas()[r] + offset;
-        out.insert(out.end(), at, at + store.slices().layer(l)[i].bytes);
-      }
-  return out;
-}
-
 // KV of every live block, cached ones too, by block, layer and head, wherever the layout keeps it; replicas must be equal.
 std::map<int32_t, std::vector<std::byte>> kv_bytes(Engine& engine, Layout layout) {
   const ModelStore& store = engine.impl().store();
@@ -151,7 +136,7 @@ TEST_CASE("weights and KV, of cached blocks too, are the same bytes after a roun
           REQUIRE(engine.stats().running == 6);
           REQUIRE(static_cast<int64_t>(kv.live_blocks().size()) > kv.blocks_in_use());  // some are cached
           switcher.begin(end_of(start), false);                                         // a switch to the present layout moves nothing
-          const auto weights = weight_bytes(engine, start);
+          const auto weights = weight_bytes(engine);
           const auto blocks = kv_bytes(engine, start);
           int64_t ahead = 0;  // blocks seen copied ahead
           const auto go = [&](Layout to) {
@@ -165,7 +150,7 @@ TEST_CASE("weights and KV, of cached blocks too, are the same bytes after a roun
           go(other(start));
           CHECK((blocks == kv_bytes(engine, other(start))));  // the same KV, by head, in the other layout
           go(start);
-          CHECK((weights == weight_bytes(engine, start)));
+          CHECK((weights == weight_bytes(engine)));
           CHECK((blocks == kv_bytes(engine, start)));
           CHECK((ahead > 0) == (budget > 0));
         }
