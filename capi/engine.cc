@@ -239,6 +239,20 @@ moebius_status moebius_engine_estimate_switch(moebius_engine* engine, moebius_la
   });
 }
 
+moebius_status moebius_engine_update_weights(moebius_engine* engine, const char* model_dir, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    e.engine.update_weights(&not_null(model_dir, "model_dir"));
+  });
+}
+
+moebius_status moebius_engine_update_weights_from(moebius_engine* engine, const moebius_source* source, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    e.engine.update_weights(not_null(source, "source").files);
+  });
+}
+
 moebius_status moebius_engine_stats(const moebius_engine* engine, moebius_stats* out_stats, moebius_error** err) {
   return guarded(err, [&] {
     const moebius::EngineStats s = not_null(engine, "engine").engine.stats();

@@ -1,5 +1,9 @@
 #include "capi/source.h"
 
+#include <algorithm>
+
+#include <fmt/ranges.h>
+
 #include "capi/guarded.h"
 
 namespace moebius::capi {
@@ -34,6 +38,51 @@ class ReaderFile final : public ModelFile {
   void* user_;
 };
 
+// Tensors one after another behind a header that says so: what a safetensors file is.
+class TensorsFile final : public ModelFile {
+ public:
+  TensorsFile(std::string name, const std::map<std::string, HostFiles::Tensor>& tensors) : ModelFile(std::move(name), 0), head_(8, '\0') {
+    uint64_t data = 0;
+    for (const auto& [tensor, t] : tensors) {
+      head_ += fmt::format("{}{}:{{\"dtype\":{},\"shape\":[{}],\"data_offsets\":[{},{}]}}", data_.empty() ? '{' : ',', quoted(tensor), quoted(t.dtype),
+                           fmt::join(t.shape, ","), data, data + t.bytes.size());
+      data += t.bytes.size();
+      data_.push_back(t.bytes);
+    }
+    head_ += '}';
+    const uint64_t header = head_.size() - 8;
+    std::memcpy(head_.data(), &header, 8);
+    data_.insert(data_.begin(), std::as_bytes(std::span<const char>(head_)));
+    for (std::span<const std::byte> part : data_) begins_.push_back(std::exchange(size_, size_ + part.size()));
+  }
+  void read(uint64_t offset, void* out, size_t bytes) const override {
+    if (offset > size_ || bytes > size_ - offset) fail(Code::kCorruptModel, "{}: ends at byte {}, {} were read from {} on", name_, size_, bytes, offset);
+    auto* to = static_cast<std::byte*>(out);
+    for (auto part = static_cast<size_t>(std::upper_bound(begins_.begin(), begins_.end(), offset) - begins_.begin()) - 1; bytes > 0; ++part) {
+      const std::span<const std::byte> from = data_[part].subspan(offset - begins_[part]);
+      const size_t n = std::min(bytes, from.size());
+      if (n > 0) std::memcpy(to, from.data(), n);
+      to += n, offset += n, bytes -= n;
+    }
+  }
+
+ private:
+  static std::string quoted(const std::string& text) {
+    std::string out = "\"";
+    for (char c : text)
+      if (c == '"' || c == '\\' || static_cast<unsigned char>(c) < 0x20) out += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
+      else out += c;
+    return out + '"';
+  }
+
+  std::string head_;                              // the header and its length
+  std::vector<std::span<const std::byte>> data_;  // that, then the tensors'
+  std::vector<uint64_t> begins_;                  // of each, in the file
+};
+
+constexpr const char* kSingle = "model.safetensors";
+constexpr const char* kIndex = "model.safetensors.index.json";
+
 }  // namespace
 
 int64_t HostFiles::size_of(const std::string& file) const {
@@ -43,7 +92,13 @@ int64_t HostFiles::size_of(const std::string& file) const {
   return size;
 }
 
+bool HostFiles::has(const std::string& file) const {
+  if (!tensors_.empty() && (file == kSingle || file == kIndex)) return file == kSingle;
+  return memory_.contains(file) || size_of(file) >= 0;
+}
+
 std::unique_ptr<ModelFile> HostFiles::open(const std::string& file) const {
+  if (!tensors_.empty() && file == kSingle) return std::make_unique<TensorsFile>(name_of(file), tensors_);
   if (const auto it = memory_.find(file); it != memory_.end()) return std::make_unique<MemoryFile>(name_of(file), it->second);
   const int64_t size = size_of(file);
   if (size < 0) fail(Code::kNotFound, "{}: the source has no such file", name_of(file));
@@ -76,6 +131,19 @@ moebius_status moebius_source_add_memory(moebius_source* source, const char* fil
     const auto* bytes = static_cast<const std::byte*>(data);
     if (size > 0) not_null(bytes, "data");
     s.files.add(file_name, {bytes, size});
+  });
+}
+
+moebius_status moebius_source_add_tensor(moebius_source* source, const char* name, const char* dtype, const int64_t* shape, size_t num_dims,
+                                         const void* data, size_t size, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_source& s = not_null(source, "source");
+    not_null(name, "name");
+    not_null(dtype, "dtype");
+    if (num_dims > 0) not_null(shape, "shape");
+    const auto* bytes = static_cast<const std::byte*>(data);
+    if (size > 0) not_null(bytes, "data");
+    s.files.add_tensor(name, dtype, std::vector<int64_t>(shape, shape + num_dims), {bytes, size});
   });
 }
 

@@ -42,7 +42,7 @@ typedef int32_t moebius_status;
 enum {
   MOEBIUS_OK = 0,
   MOEBIUS_E_INVALID_ARGUMENT = -1, /* a parameter, key or value; the text names it */
-  MOEBIUS_E_INVALID_STATE = -2,    /* not now: the engine has failed, or runs already */
+  MOEBIUS_E_INVALID_STATE = -2,    /* not now: the engine has failed, runs already, or has to be idle */
   MOEBIUS_E_NOT_FOUND = -3,        /* a file, key or request */
   MOEBIUS_E_UNSUPPORTED = -4,      /* something that this version does not have */
   MOEBIUS_E_IO = -5,               /* reading failed */
@@ -124,8 +124,8 @@ MOEBIUS_API moebius_status moebius_config_set_str(moebius_config *config, const 
 MOEBIUS_API moebius_status moebius_config_set_handles(moebius_config *config, const char *key, void *const *handles, size_t num,
                                                       moebius_error **err);
 
-/* Progress of a load: bytes done and in all; a value other than 0 cancels it (MOEBIUS_E_CANCELLED). Called on the loading
- * threads, one at a time. */
+/* Progress of a load, and of each later update of the weights: bytes done and in all; a value other than 0 cancels it
+ * (MOEBIUS_E_CANCELLED). Called on the loading threads, one at a time; it must not step or update the engine. */
 typedef int32_t (*moebius_progress_fn)(void *user, int64_t bytes_done, int64_t bytes_total);
 MOEBIUS_API moebius_status moebius_config_set_progress(moebius_config *config, moebius_progress_fn fn, void *user, moebius_error **err);
 
@@ -163,6 +163,10 @@ MOEBIUS_API void moebius_source_destroy(moebius_source *source);
 /* The file `file_name` ("config.json", "model.safetensors", …) is these bytes; borrowed until the source is destroyed. */
 MOEBIUS_API moebius_status moebius_source_add_memory(moebius_source *source, const char *file_name, const void *data, size_t size,
                                                      moebius_error **err);
+/* A tensor by itself, dense and little-endian, named as in the model's checkpoint; dtype "BF16", "F16" or "F32", shape [num_dims]. The bytes
+ * are borrowed likewise. Tensors that were added are the source's weights, in place of *.safetensors; a name given again replaces. */
+MOEBIUS_API moebius_status moebius_source_add_tensor(moebius_source *source, const char *name, const char *dtype, const int64_t *shape,
+                                                     size_t num_dims, const void *data, size_t size, moebius_error **err);
 /* Files that were not added are asked for here. size: bytes of the file, -1: there is no such file. read: fills `out` with bytes
  * [offset, offset + size) of it, 0 on success. Anything else is MOEBIUS_E_IO. Both are called by several threads at once; reads are many, of
  * 4 to 256 KiB, roughly in order for each thread: over a network read ahead, or fetch whole files and add them as memory. */
@@ -235,8 +239,8 @@ MOEBIUS_API moebius_status moebius_request_set_ids(moebius_request *request, con
 MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *request, int32_t token, float bias, moebius_error **err);
 
 /* Queues a request; *out_id names it in events. Any thread. By design: INVALID_ARGUMENT, CONTEXT_TOO_LONG, DOES_NOT_FIT,
- * QUEUE_FULL, INVALID_STATE (the engine has failed). moebius_engine_check does the same checks (but the queue's) and queues
- * nothing. */
+ * QUEUE_FULL, INVALID_STATE (the engine has failed, drains, or has mixed weights after an update that failed).
+ * moebius_engine_check does the same checks (but the queue's) and queues nothing. */
 MOEBIUS_API moebius_status moebius_engine_submit(moebius_engine *engine, const moebius_request *request, uint64_t *out_id,
                                                  moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_check(const moebius_engine *engine, const moebius_request *request, moebius_error **err);
@@ -343,6 +347,19 @@ typedef struct moebius_switch_estimate {
 /* What a switch would take now. Waits for a step under way. */
 MOEBIUS_API moebius_status moebius_engine_estimate_switch(moebius_engine *engine, moebius_layout to, moebius_switch_estimate *out_estimate,
                                                           moebius_error **err);
+
+/* ---- new weights of the same model, as training makes them between rollouts. Any thread; both wait for a step under way. */
+
+/* Loads the folder's *.safetensors over the engine's weights, in place and in whatever layout it is (a seam that is held inside too), and
+ * empties the prefix cache. What it computes from then on is, bit for bit, what an engine made of that folder computes. All tensors must be
+ * there; config.json need not, and if it is, must not describe another model (end tokens are not looked at: they stay). Blocks for as long as
+ * the load takes; requests that are submitted meanwhile wait. INVALID_STATE: a request runs or waits (moebius_engine_drain), or a switch is
+ * under way; INVALID_ARGUMENT: another model. These, and what moebius_engine_create refuses, change nothing. A failure while weights are
+ * written (IO, CANCELLED, …) leaves some old and some new ones: step and submit are then INVALID_STATE, and requests that wait end with an
+ * error, until an update succeeds. */
+MOEBIUS_API moebius_status moebius_engine_update_weights(moebius_engine *engine, const char *model_dir, moebius_error **err);
+/* The same from a source, of which nothing is used afterwards. */
+MOEBIUS_API moebius_status moebius_engine_update_weights_from(moebius_engine *engine, const moebius_source *source, moebius_error **err);
 
 /* ---- reports. Any thread. */
 

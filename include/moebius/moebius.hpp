@@ -83,6 +83,13 @@ class Source {
     check([&](moebius_error** e) { return moebius_source_add_memory(get(), file_name.c_str(), data, size, e); });
     return *this;
   }
+  // One tensor, borrowed likewise; dtype as in safetensors: "BF16", "F16", "F32".
+  Source& add_tensor(const std::string& name, const std::string& dtype, const std::vector<int64_t>& shape, const void* data, size_t size) {
+    check([&](moebius_error** e) {
+      return moebius_source_add_tensor(get(), name.c_str(), dtype.c_str(), shape.data(), shape.size(), data, size, e);
+    });
+    return *this;
+  }
   moebius_source* get() const { return handle_.get(); }  // for calls of moebius.h
 
  private:
@@ -214,6 +221,13 @@ class Engine {
   }
   void set_policy(const Config& config) {
     check([&](moebius_error** e) { return moebius_engine_set_policy(get(), config.get(), e); });
+  }
+  // New weights of the same model, while nothing runs.
+  void update_weights(const std::string& model_dir) {
+    check([&](moebius_error** e) { return moebius_engine_update_weights(get(), model_dir.c_str(), e); });
+  }
+  void update_weights(const Source& source) {
+    check([&](moebius_error** e) { return moebius_engine_update_weights_from(get(), source.get(), e); });
   }
   std::string metrics_text() const {
     std::string text;

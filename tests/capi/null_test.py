@@ -24,7 +24,7 @@ VALUES = {
     'status': 0, 'index': 0, 'id': 1, 'sample': 0, 'seam': 1, 'to': 1, 'token': 7, 'bias': 1.0, 'rank': 0,
     'layer': 0, 'layout': 0, 'ms': 0.0, 'timeout_ms': 0.0, 'value': 1,
     'add_special_tokens': 1, 'skip_special_tokens': 1, 'user_data': 1, 'model_dir': bytes(MODEL), 'text': b'ROMEO:', 'num_bytes': 6,
-    'num': 2, 'num_tokens': 3, 'num_ids': 3, 'num_pairs': 1, 'capacity': ROOM, 'name': b'moebius_event', 'file_name': b'a.json', 'data': b'{}', 'size': 2,
+    'num': 2, 'num_tokens': 3, 'num_ids': 3, 'num_pairs': 1, 'num_dims': 2, 'dtype': b'BF16', 'capacity': ROOM, 'name': b'moebius_event', 'file_name': b'a.json', 'data': b'{}', 'size': 2,
     ('moebius_config_set_i64', 'key'): b'seed',
     ('moebius_config_set_f64', 'key'): b'stall_budget_ms',
     ('moebius_config_set_str', 'key'): b'layout',
