@@ -21,7 +21,7 @@ import select
 import threading
 from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
-from typing import Callable, Iterable, Iterator, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, Sequence
 
 TP, EP = 0, 1
 
@@ -80,8 +80,13 @@ _FALLIBLE = {
     'engine_switch': [c_void_p, c_int32],
     'engine_hold_seam': [c_void_p, c_int32],
     'engine_set_stall_budget': [c_void_p, c_double],
+    'engine_update_weights': [c_void_p, c_char_p],
+    'engine_update_weights_from': [c_void_p, c_void_p],
     'engine_stats': [c_void_p, POINTER(_Stats)],
     'engine_metrics_text': [c_void_p, c_char_p, c_size_t, POINTER(c_size_t)],
+    'source_create': [c_char_p, POINTER(c_void_p)],
+    'source_add_memory': [c_void_p, c_char_p, c_void_p, c_size_t],
+    'source_add_tensor': [c_void_p, c_char_p, c_char_p, POINTER(c_int64), c_size_t, c_void_p, c_size_t],
     'request_create': [POINTER(c_void_p)],
     'request_set_prompt': [c_void_p, POINTER(c_int32), c_size_t],
     'request_set_i64': [c_void_p, c_char_p, c_int64],
@@ -103,7 +108,7 @@ def _load() -> ctypes.CDLL:
     for name, parameters in _FALLIBLE.items():
         function = getattr(library, 'moebius_' + name)
         function.argtypes, function.restype = parameters + [POINTER(c_void_p)], c_int32
-    for name in ('config', 'engine', 'request', 'tokenizer', 'decoder', 'error'):
+    for name in ('config', 'engine', 'source', 'request', 'tokenizer', 'decoder', 'error'):
         destroy = getattr(library, f'moebius_{name}_destroy')
         destroy.argtypes, destroy.restype = [c_void_p], None
     library.moebius_error_message.argtypes, library.moebius_error_message.restype = [c_void_p], c_char_p
@@ -152,6 +157,17 @@ def _set(kind: str, handle: _Handle, key: str, value) -> None:
 
 def _ids(values: Sequence[int]):
     return (c_int32 * len(values))(*values)
+
+
+def _memory(data):
+    """The address and size of a bytes-like object, and what must stay alive meanwhile. Only what is read-only and no bytes is copied."""
+    if not isinstance(data, bytes):
+        view = memoryview(data).cast('B')
+        if not view.readonly:
+            array = (c_char * len(view)).from_buffer(view)
+            return ctypes.cast(array, c_void_p), len(view), array
+        data = bytes(view)
+    return ctypes.cast(c_char_p(data), c_void_p), len(data), data
 
 
 @dataclass(frozen=True)
@@ -275,7 +291,7 @@ class Engine:
         handle = _Handle('config', 'config_create')
         for key, value in config.items():
             _set('config', handle, key, value)
-        stop: list[BaseException] = []
+        stop = self._stop = []  # what a callback raised
 
         def on_progress(_, done, total):  # an exception must not pass through the library
             try:
@@ -337,6 +353,31 @@ class Engine:
     def set_stall_budget(self, ms: float) -> None:
         """0: a switch moves everything at once; else the time that each step may lend to it."""
         _call('engine_set_stall_budget', self._handle.value, ms)
+
+    def update_weights(self, weights: str | os.PathLike | Mapping[str, object]) -> None:
+        """New weights of the same model, in place, while no request runs: a folder, or a mapping with all tensors, each (dtype, shape, data) with
+        dtype 'BF16', 'F16' or 'F32', or with whole files ('model.safetensors': data). Data are bytes-like and read where they are. `progress`
+        hears of it. Raises MoebiusError; after 'IO' or 'CANCELLED' nothing is served until an update succeeds."""
+        if isinstance(weights, Mapping):
+            source, alive = _Handle('source', 'source_create', b'update'), []
+            for name, value in weights.items():
+                if isinstance(value, tuple):
+                    dtype, shape, data = value
+                    address, size, owner = _memory(data)
+                    _call('source_add_tensor', source.value, name.encode(), dtype.encode(), (c_int64 * len(shape))(*shape), len(shape), address, size)
+                else:
+                    address, size, owner = _memory(value)
+                    _call('source_add_memory', source.value, name.encode(), address, size)
+                alive.append(owner)
+            arguments = 'engine_update_weights_from', self._handle.value, source.value
+        else:
+            arguments = 'engine_update_weights', self._handle.value, os.fsencode(weights)
+        try:
+            _call(*arguments)
+        except MoebiusError:
+            if self._stop:
+                raise self._stop.pop()
+            raise
 
     def stats(self) -> dict[str, int | float]:
         stats = _Stats(struct_size=ctypes.sizeof(_Stats))

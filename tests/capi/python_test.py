@@ -94,6 +94,38 @@ class Binding(unittest.TestCase):
         with self.assertRaises(KeyError):
             engine(progress=broken)
 
+    def test_weights_are_updated_from_tensors_a_file_and_a_folder(self):
+        data = bytearray(open(MODEL + '/model.safetensors', 'rb').read())
+        begin = 8 + int.from_bytes(data[:8], 'little')
+        data[begin + 1::4] = bytes(b ^ 0x80 for b in data[begin + 1::4])  # signs
+        header = json.loads(data[8:begin])
+        header.pop('__metadata__', None)
+        tensors = {n: (t['dtype'], t['shape'], memoryview(data)[begin + t['data_offsets'][0]:begin + t['data_offsets'][1]])
+                   for n, t in header.items()}
+        seen = []
+        with engine(progress=lambda done, total: seen.append((done, total))) as e:
+            def said():
+                return list(e.submit([1, 2, 3], max_tokens=8, temperature=0, ignore_eos=True, logprobs=3))
+            old = said()
+            seen.clear()
+            e.update_weights(tensors)
+            self.assertEqual(seen[-1][0], seen[-1][1])
+            new = said()
+            self.assertNotEqual(new, old)
+            e.update_weights(MODEL)
+            self.assertEqual(said(), old)
+            e.update_weights({'model.safetensors': bytes(data)})
+            self.assertEqual(said(), new)
+            with self.assertRaisesRegex(moebius.MoebiusError, 'missing'):
+                e.update_weights(dict(list(tensors.items())[1:]))
+            request = e.submit([1, 2, 3], max_tokens=2000, ignore_eos=True)
+            with self.assertRaises(moebius.MoebiusError) as refused:
+                e.update_weights(tensors)
+            self.assertEqual(refused.exception.code, 'INVALID_STATE')
+            request.cancel()
+            self.assertEqual([t.id for t in request][2000:], [])
+            self.assertEqual(said(), new)
+
     def test_closing_ends_whoever_waits(self):
         e = engine()
         request = e.submit([1, 2, 3], max_tokens=2000, ignore_eos=True)
