@@ -1111,6 +1111,7 @@ void Engine::Impl::fail_update(std::string_view why) {
     forget_if_done(request);
   }
   publish_stats();
+  events_.show();
   log(LogLevel::kError, "load", fmt::format("an update of the weights failed: {}", why));
 }
 
