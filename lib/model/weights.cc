@@ -40,14 +40,16 @@ void pack_tile(const bf16* in, int64_t stride, int64_t rows, int64_t width, bf16
 }
 
 // Rows [rows) × columns [columns) of a matrix, cut along the columns into outs.size() equal parts: part i goes to outs[i] as tiles
-// of outputs = rows, tile_elements apart. A file has whole rows in turn, so they are read once for all parts.
-float pack_rows(const MatrixReader& m, Range rows, Range columns, std::span<bf16* const> outs, int64_t tile_elements, int64_t pair_elements) {
+// of outputs = rows, tile_elements apart. A file has whole rows in turn, so they are read once for all parts. Returns the largest absolute
+// value, −1 where there is no matrix.
+float pack_rows(const MatrixReader* m, Range rows, Range columns, std::span<bf16* const> outs, int64_t tile_elements, int64_t pair_elements) {
+  if (m == nullptr) return -1;
   const int64_t stride = columns.size(), width = stride / static_cast<int64_t>(outs.size());
   std::vector<bf16> strip(static_cast<size_t>(kTile * stride));  // [rows of a tile, columns]
   float most = 0;
   for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kTile) {
     const Range some{r0, std::min(rows.end, r0 + kTile)};
-    m.read(some, columns, strip.data());
+    m->read(some, columns, strip.data());
     most = std::max(most, max_abs(strip.data(), some.size() * stride));
     for (size_t i = 0; i < outs.size(); ++i)
       pack_tile(strip.data() + static_cast<int64_t>(i) * width, stride, some.size(), width,
@@ -56,7 +58,7 @@ float pack_rows(const MatrixReader& m, Range rows, Range columns, std::span<bf16
   return most;
 }
 
-float pack_matrix(const MatrixReader& m, Range rows, Range columns, bf16* out) {
+float pack_matrix(const MatrixReader* m, Range rows, Range columns, bf16* out) {
   return pack_rows(m, rows, columns, {&out, 1}, PackedMatrix{rows.size(), columns.size()}.tile_elements(), 2 * kTile);
 }
 
@@ -77,20 +79,21 @@ SliceMaxima pack_mlp(const WeightSource& source, const ModelConfig& model, const
   const Range neurons{first.cut * cut.neurons, (first.cut + num_cuts) * cut.neurons}, hidden{0, cut.hidden};
   using Part = WeightSource::ExpertPart;
   const int expert = first.kind == SliceKind::kExpertCut ? first.index : -1;  // −1: the dense MLP
-  const auto gate = source.expert(first.layer, expert, Part::kGate), up = source.expert(first.layer, expert, Part::kUp);
+  const auto gate = source.expert(first.layer, expert, Part::kGate), up = source.expert(first.layer, expert, Part::kUp),
+             down = source.expert(first.layer, expert, Part::kDown);
   SliceMaxima most;
   std::vector<bf16*> downs;
   for (int64_t i = 0; i < num_cuts; ++i) {
     bf16* out = reinterpret_cast<bf16*>(outs[static_cast<size_t>(i)]);
     const Range own{neurons.begin + i * cut.neurons, neurons.begin + (i + 1) * cut.neurons};
     bf16* const parts[2] = {out, out + 2 * kTile};
-    most.gate = std::max(most.gate, pack_rows(*gate, own, hidden, {parts, 1}, cut.gate_up_tile_elements(), 4 * kTile));
-    most.up = std::max(most.up, pack_rows(*up, own, hidden, {parts + 1, 1}, cut.gate_up_tile_elements(), 4 * kTile));
+    most.gate = std::max(most.gate, pack_rows(gate.get(), own, hidden, {parts, 1}, cut.gate_up_tile_elements(), 4 * kTile));
+    most.up = std::max(most.up, pack_rows(up.get(), own, hidden, {parts + 1, 1}, cut.gate_up_tile_elements(), 4 * kTile));
     downs.push_back(out + cut.gate_up_elements());
     // The padding neurons' weights: columns beyond the cut's own are 0.
-    if (cut.padded() != cut.neurons) std::fill_n(downs.back(), cut.down().elements(), bf16{0});
+    if (down && cut.padded() != cut.neurons) std::fill_n(downs.back(), cut.down().elements(), bf16{0});
   }
-  most.down = pack_rows(*source.expert(first.layer, expert, Part::kDown), hidden, neurons, downs, cut.down().tile_elements(), 2 * kTile);
+  most.down = pack_rows(down.get(), hidden, neurons, downs, cut.down().tile_elements(), 2 * kTile);
   return most;
 }
 
@@ -100,6 +103,22 @@ void SliceMaxima::include(const SliceMaxima& other) {
   gate = std::max(gate, other.gate);
   up = std::max(up, other.up);
   down = std::max(down, other.down);
+}
+
+void SliceMaxima::replace(const SliceMaxima& newer) {
+  if (newer.gate >= 0) gate = newer.gate;
+  if (newer.up >= 0) up = newer.up;
+  if (newer.down >= 0) down = newer.down;
+}
+
+bool has_any(const WeightSource& source, const Slice& slice) {
+  if (!source.partial()) return true;
+  const auto has = [&](const char* what) { return source.has(attention_name(slice.layer, what)); };
+  if (slice.kind == SliceKind::kAttentionGroup) return has("q_proj.weight") || has("o_proj.weight");
+  if (slice.kind == SliceKind::kKvProjection) return has("k_proj.weight") || has("v_proj.weight");
+  for (auto part : {WeightSource::ExpertPart::kGate, WeightSource::ExpertPart::kUp, WeightSource::ExpertPart::kDown})
+    if (source.expert(slice.layer, slice.kind == SliceKind::kExpertCut ? slice.index : -1, part) != nullptr) return true;
+  return false;
 }
 
 SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& slice,
@@ -112,8 +131,8 @@ SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, co
     const int64_t width = group.heads * s.head_dim, total = int64_t{s.num_heads} * s.head_dim;
     const Range heads{slice.index * width, (slice.index + 1) * width};
     SliceMaxima most;
-    most.gate = pack_matrix(*source.matrix(attention_name(slice.layer, "q_proj.weight"), total, s.hidden), heads, all, out);
-    most.down = pack_matrix(*source.matrix(attention_name(slice.layer, "o_proj.weight"), s.hidden, total), all, heads, out + group.q().elements());
+    most.gate = pack_matrix(source.matrix(attention_name(slice.layer, "q_proj.weight"), total, s.hidden).get(), heads, all, out);
+    most.down = pack_matrix(source.matrix(attention_name(slice.layer, "o_proj.weight"), s.hidden, total).get(), all, heads, out + group.q().elements());
     return most;
   }
   if (slice.kind == SliceKind::kKvProjection) {
@@ -121,10 +140,8 @@ SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, co
     const Range head{slice.index * int64_t{s.head_dim}, (slice.index + 1) * int64_t{s.head_dim}};
     const int64_t total = int64_t{s.num_kv_heads} * s.head_dim;
     SliceMaxima most;
-    most.gate = pack_matrix(*source.matrix(attention_name(slice.layer, "k_proj.weight"), total, s.hidden), head, all, out);
-    most.down = pack_matrix(*source.matrix(attention_name(slice.layer, "v_proj.weight"), total, s.hidden), head, all, out + projection.k().elements());
-    // Only V reaches the sums.
-    most.up = std::exchange(most.down, 0.0f);
+    most.gate = pack_matrix(source.matrix(attention_name(slice.layer, "k_proj.weight"), total, s.hidden).get(), head, all, out);
+    most.up = pack_matrix(source.matrix(attention_name(slice.layer, "v_proj.weight"), total, s.hidden).get(), head, all, out + projection.k().elements());
     return most;
   }
   return pack_mlp(source, model, table, slice, outs);
@@ -204,17 +221,21 @@ class StoredReader final : public MatrixReader {
 
 class CheckpointSource final : public WeightSource {
  public:
-  CheckpointSource(const ModelFiles& files, const ModelConfig& model) : checkpoint_(files), model_(model) {}
+  CheckpointSource(const ModelFiles& files, const ModelConfig& model, bool partial) : checkpoint_(files), model_(model), partial_(partial) {}
 
   const Checkpoint& checkpoint() const { return checkpoint_; }
   bool has(const std::string& name) const override { return checkpoint_.find(name) != nullptr; }
+  bool partial() const override { return partial_; }
+  bool lacks(const std::string& name) const { return partial_ && !has(name); }
 
   std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t rows, int64_t columns) const override {
+    if (lacks(name)) return nullptr;
     const Checkpoint::Tensor& t = require(name, {rows, columns});
     return std::make_unique<StoredReader>(StoredMatrix{t, 0, columns});
   }
 
   std::vector<float> vector(const std::string& name, int64_t size) const override {
+    if (lacks(name)) return {};
     const Checkpoint::Tensor& t = require(name, {size});
     std::vector<float> out(static_cast<size_t>(size));
     const int64_t bytes = element_bytes(t);
@@ -225,10 +246,11 @@ class CheckpointSource final : public WeightSource {
   }
 
   std::unique_ptr<MatrixReader> expert(int layer, int expert, ExpertPart part) const override {
-    return std::make_unique<StoredReader>(locate(layer, expert, part).matrix);
+    const Located located = locate(layer, expert, part);
+    return located.name.empty() ? nullptr : std::make_unique<StoredReader>(located.matrix);
   }
 
-  // Where a part of an expert lies, checked against the config; expert −1 is the dense MLP.
+  // Where a part of an expert lies, checked against the config; expert −1 is the dense MLP. Without a name: a partial source lacks it.
   struct Located {
     std::string name;
     StoredMatrix matrix;
@@ -250,6 +272,7 @@ class CheckpointSource final : public WeightSource {
     }
     const std::string name = expert < 0 ? name_of("model.layers.{l}.mlp.", layer) + dense[static_cast<int>(part)] + ".weight"
                                         : name_of(patterns[static_cast<int>(part)], layer, expert);
+    if (lacks(name)) return {};
     const Checkpoint::Tensor& t = require(name, {rows, columns});
     return {name, {t, 0, columns}};
   }
@@ -269,6 +292,7 @@ class CheckpointSource final : public WeightSource {
  private:
   Checkpoint checkpoint_;
   ModelConfig model_;
+  bool partial_;
 };
 
 // Visits every tensor that the model will read, and returns their names.
@@ -276,6 +300,7 @@ std::unordered_set<std::string> check_tensors(const CheckpointSource& source, co
   const ModelShape& s = model.shape;
   std::unordered_set<std::string> used;
   const auto want = [&](const std::string& name, const std::vector<int64_t>& shape) {
+    if (source.lacks(name)) return;
     source.require(name, shape);
     used.insert(name);
   };
@@ -345,8 +370,18 @@ void report_unused(const Checkpoint& checkpoint, const std::unordered_set<std::s
 
 std::unique_ptr<WeightSource> open_checkpoint(const ModelFiles& files, const ModelConfig& model,
                                               const std::function<void(const std::string&)>& warning) {
-  auto source = std::make_unique<CheckpointSource>(files, model);
+  auto source = std::make_unique<CheckpointSource>(files, model, false);
   report_unused(source->checkpoint(), check_tensors(*source, model), model, warning);
+  return source;
+}
+
+std::unique_ptr<WeightSource> open_tensors(const ModelFiles& files, const ModelConfig& model) {
+  auto source = std::make_unique<CheckpointSource>(files, model, true);
+  std::unordered_set<std::string> used = check_tensors(*source, model);
+  used.erase("");
+  for (const auto& [name, tensor] : source->checkpoint().tensors())
+    if (!used.contains(name)) fail(Code::kInvalidArgument, "{}: tensor '{}' is none that the model has", tensor.file->name(), name);
+  if (used.empty()) fail(Code::kInvalidArgument, "{}: there is no tensor", files.name());
   return source;
 }
 
@@ -461,11 +496,12 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers, st
   const Range rows{tiles.begin * kTile, std::min<int64_t>(model_.vocab_size, tiles.end * kTile)};
   if (!rows.empty()) {
     const auto embedding = source.matrix("model.embed_tokens.weight", model_.vocab_size, s.hidden);
-    const std::unique_ptr<MatrixReader> lm = model_.tie_word_embeddings ? nullptr : source.matrix("lm_head.weight", model_.vocab_size, s.hidden);
-    const MatrixReader& m = lm ? *lm : *embedding;
-    if (row_major_) m.read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + rows.begin * s.hidden);
-    else pack_matrix(m, rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + tiles.begin * head.tile_elements());
-    if (lm) embedding->read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory + embedding_) + rows.begin * s.hidden);
+    const bool tied = model_.tie_word_embeddings;
+    const std::unique_ptr<MatrixReader> lm = tied ? nullptr : source.matrix("lm_head.weight", model_.vocab_size, s.hidden);
+    const MatrixReader* const m = tied ? embedding.get() : lm.get();
+    if (!row_major_) pack_matrix(m, rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + tiles.begin * head.tile_elements());
+    else if (m != nullptr) m->read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + rows.begin * s.hidden);
+    if (!tied && embedding) embedding->read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory + embedding_) + rows.begin * s.hidden);
   }
   const auto copy = [&](const std::string& name, int64_t size, float* out) {
     const std::vector<float> v = source.vector(name, size);
@@ -484,7 +520,7 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers, st
     }
     const int experts = s.mlps[static_cast<size_t>(l)].num_experts;
     if (experts > 0)
-      pack_matrix(*source.matrix(name_of(model_.names->router, l), experts, s.hidden), {0, experts}, {0, s.hidden},
+      pack_matrix(source.matrix(name_of(model_.names->router, l), experts, s.hidden).get(), {0, experts}, {0, s.hidden},
                   reinterpret_cast<bf16*>(memory + routers_[static_cast<size_t>(l)]));
   }
 }

@@ -23,10 +23,12 @@ class MatrixReader {
   virtual void read(Range rows, Range columns, bf16* out) const = 0;
 };
 
-// Where a model's matrices come from. Thread-safe after construction.
+// Where a model's matrices come from. Thread-safe after construction. One that has only some of the tensors gives null, or an empty vector,
+// for the others.
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
+  virtual bool partial() const { return false; }
   // `name` as on disk, of the given shape [rows, columns].
   virtual std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t rows, int64_t columns) const = 0;
   // Expert e's gate, up ([I, H]) or down ([H, I]) of layer l; the source knows how they are stored.
@@ -41,6 +43,8 @@ class WeightSource {
 // many, sinks; a bias elsewhere) is refused by name; what remains is told to `warning` (may be null) in one line.
 std::unique_ptr<WeightSource> open_checkpoint(const ModelFiles& files, const ModelConfig& model,
                                               const std::function<void(const std::string&)>& warning);
+// The same of some tensors of the model, at least one, and nothing else.
+std::unique_ptr<WeightSource> open_tensors(const ModelFiles& files, const ModelConfig& model);
 inline std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path& model_dir, const ModelConfig& model,
                                                      const std::function<void(const std::string&)>& warning) {
   return open_checkpoint(FolderFiles(model_dir), model, warning);
@@ -49,14 +53,18 @@ inline std::unique_ptr<WeightSource> open_checkpoint(const std::filesystem::path
 // evenly.
 std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& model, uint64_t seed);
 
-// Largest absolute values seen while packing, by role: a property of the model, since a maximum has no order.
+// Largest absolute values seen while packing, by role: a property of the model, since a maximum has no order. Below 0: none was seen.
 struct SliceMaxima {
-  float gate = 0, up = 0, down = 0;  // MLP slices; q, –, o for attention groups; k, –, v for K/V projections
+  float gate = -1, up = -1, down = -1;  // MLP slices; q or k, v, o of attention
   void include(const SliceMaxima& other);
+  void replace(const SliceMaxima& newer);  // what has been seen there
 };
 
+// Whether the source has anything of a slice.
+bool has_any(const WeightSource& source, const Slice& slice);
+
 // Writes slices in packed form, padding included: one of attention, or cuts first.cut, first.cut + 1, … of one MLP, which are read
-// together. outs[i] (first.bytes) takes the i-th. Reads only their elements.
+// together. outs[i] (first.bytes) takes the i-th. Reads only their elements. What a partial source lacks stays in outs as it is.
 SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& first,
                         std::span<std::byte* const> outs);
 
@@ -76,7 +84,7 @@ class SharedWeights {
   SharedWeights(const ModelConfig& model, bool row_major);
   int64_t bytes() const { return bytes_; }
 
-  // Loads this worker's share of all of it into the block at `base`; call with every worker 0 … workers − 1.
+  // Loads this worker's share of all of it, or of what the source has, into the block at `base`; call with every worker 0 … workers − 1.
   void load(const WeightSource& source, int worker, int workers, std::byte* base) const;
 
   const bf16* embedding(const std::byte* base) const;  // [vocab, hidden]; null when tied to a packed LM head

@@ -269,7 +269,7 @@ void Engine::Impl::refuse_if_never(int64_t n) const {
 
 // Under step_mutex_ or inbox_mutex_.
 void Engine::Impl::refuse_if_mixed() const {
-  if (mixed_) fail(Code::kInvalidState, "the weights are a mixture until an update succeeds, for the last one failed: {}", failure_.view());
+  if (mixed_) fail(Code::kInvalidState, "the weights are a mixture until an update of all of them succeeds, for the last one failed: {}", failure_.view());
 }
 
 // Under inbox_mutex_.
@@ -1065,15 +1065,16 @@ void Engine::Impl::refuse_if_busy() const {
     fail(Code::kInvalidState, "{} requests run and {} wait: weights are updated when all have ended, so drain first", running, waiting_hint_);
 }
 
-void Engine::Impl::update_weights(const ModelFiles& files) {
+void Engine::Impl::update_weights(const ModelFiles& files, bool partial) {
   std::lock_guard step_lock(step_mutex_);
   const FloatingPointMode mode;
   const CallersDevice caller(*device_);
   refuse_if_failed();
+  if (partial) refuse_if_mixed();
   refuse_if_busy();
   const auto begin = Clock::now();
   if (files.has("config.json")) require_same_model(model_, read_config(files), files.name_of("config.json"));
-  const auto source = open_checkpoint(files, model_, [this](const std::string& text) { log(LogLevel::kWarning, "load", text); });
+  const auto source = partial ? open_tensors(files, model_) : open_checkpoint(files, model_, [this](const std::string& text) { log(LogLevel::kWarning, "load", text); });
   kv_.drop_cached();  // nothing runs: that is all the KV there is
   try {
     if (store_.update(*source, switcher_.seam(), config_.progress)) captured_connection_ = 0;  // captured steps hold the scales
@@ -1325,7 +1326,8 @@ void Engine::hold_seam(int32_t seam) { impl_->aim(seam); }
 void Engine::set_stall_budget(double ms) { impl_->set_stall_budget(ms); }
 void Engine::set_policy(const PolicyConfig& policy) { impl_->set_policy(policy); }
 SwitchEstimate Engine::estimate_switch(Layout to) const { return impl_->estimate_switch(to); }
-void Engine::update_weights(const ModelFiles& files) { impl_->update_weights(files); }
+void Engine::update_weights(const ModelFiles& files) { impl_->update_weights(files, false); }
+void Engine::update_tensors(const ModelFiles& files) { impl_->update_weights(files, true); }
 EngineStats Engine::stats() const { return impl_->stats(); }
 std::string Engine::metrics_text() const { return impl_->metrics_text(); }
 ModelInfo Engine::model() const { return impl_->model(); }

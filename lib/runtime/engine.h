@@ -166,6 +166,8 @@ class Engine {
   // what cannot be loaded into this engine. A failure later on (kIo, kCancelled, …) leaves a mixture of weights: until an update succeeds,
   // submit and step are refused.
   void update_weights(const ModelFiles& files);
+  // The same of the tensors that `files` has, one at least; the others stay. Refused after an update that failed: that takes all of them.
+  void update_tensors(const ModelFiles& files);
   void update_weights(const std::filesystem::path& model_dir) { update_weights(FolderFiles(model_dir)); }
 
   EngineStats stats() const;

@@ -70,7 +70,7 @@ class Engine::Impl {
   void set_stall_budget(double ms);
   void set_policy(const PolicyConfig& policy);
   SwitchEstimate estimate_switch(Layout to);
-  void update_weights(const ModelFiles& files);
+  void update_weights(const ModelFiles& files, bool partial);
   EngineStats stats() const;
   std::string metrics_text() const;
   ModelInfo model() const;

@@ -214,21 +214,43 @@ void ModelStore::reserve_shared(int64_t positions) {
     if (copy.data() + shared_.bytes() != rope) device_.write(rank, copy.data() + shared_.bytes(), rope, bytes);
 }
 
+// [layer][slice] whether the source has anything of it.
+std::vector<std::vector<bool>> ModelStore::touched_by(const WeightSource& source) const {
+  std::vector<std::vector<bool>> out;
+  for (int l = 0; l < slices_.num_layers(); ++l) {
+    std::vector<bool>& layer = out.emplace_back();
+    const std::span<const Slice> slices = slices_.layer(l);
+    for (size_t i = 0; i < slices.size(); ++i) {
+      const bool same = i > 0 && slices[i].kind == slices[i - 1].kind && slices[i].index == slices[i - 1].index;  // another cut of it
+      layer.push_back(same ? layer.back() : has_any(source, slices[i]));
+    }
+  }
+  return out;
+}
+
 // Every rank's threads pack its own slices of each layer's layout; the replicated weights are divided over all threads. Where the host
-// cannot write a rank's memory, both are packed on the host first.
+// cannot write a rank's memory, both are packed on the host first, over what is there if the source is partial.
 std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress) {
   const bool direct = device_.host_memory();
   HostBuffer staging;
   if (!direct) staging = HostBuffer(shared_.bytes());
   std::byte* const shared = direct ? copies_[0].second.data() : staging.data();
+  const auto read_back = [&](int rank, std::byte* to, const std::byte* from, int64_t bytes) { device_.read(rank, to, bytes, from, bytes, bytes, 1); };
+  if (!direct && source.partial()) {
+    read_back(copies_[0].first, shared, copies_[0].second.data(), shared_.bytes());
+    wait_for_ranks();
+  }
   const auto layout_of = [seam](int l) { return l < seam ? Layout::kTp : Layout::kEp; };
   const auto owners_of = [&](int l, size_t i) { return arena_.owners(layout_of(l)).slices[static_cast<size_t>(l)][i]; };
 
   std::mutex mutex;  // of everything below
-  std::vector<SliceMaxima> attention(static_cast<size_t>(model_.shape.num_layers())), mlp(attention);
+  std::vector<std::vector<SliceMaxima>> maxima;
+  for (const MlpShape& mlp : model_.shape.mlps) maxima.emplace_back(static_cast<size_t>(1 + std::max(1, mlp.num_experts)));
+  const std::vector<std::vector<bool>> touched = touched_by(source);
   int64_t total = shared_.bytes(), done = 0;
   for (int l = 0; l < model_.shape.num_layers(); ++l)
-    for (size_t i = 0; i < slices_.layer(l).size(); ++i) total += slices_.layer(l)[i].bytes * std::popcount(owners_of(l, i));
+    for (size_t i = 0; i < slices_.layer(l).size(); ++i)
+      if (touched[l][i]) total += slices_.layer(l)[i].bytes * std::popcount(owners_of(l, i));
   const auto advance = [&](int64_t bytes) {
     std::lock_guard lock(mutex);
     done += bytes;
@@ -254,7 +276,7 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
           places.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, layout_of(l), l, static_cast<int>(next)));
         }
         next = std::max(next, i + 1);
-        if (places.empty() || mine++ % threads != thread) continue;
+        if (places.empty() || !touched[l][i] || mine++ % threads != thread) continue;
         world_.check_abort();
         const int64_t bytes = first.bytes * static_cast<int64_t>(places.size());
         outs = places;
@@ -262,15 +284,17 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
           const auto now = static_cast<size_t>(sent % 2);
           if (packed_bytes[now] < bytes) packed[now] = PinnedBuffer(device_, packed_bytes[now] = bytes);
           for (size_t n = 0; n < outs.size(); ++n) outs[n] = packed[now].data() + static_cast<int64_t>(n) * first.bytes;
+          for (size_t n = 0; n < outs.size() && source.partial(); ++n) read_back(rank, outs[n], places[n], first.bytes);
+          if (source.partial()) wait_until_idle(world_, device_, rank);
         }
-        const SliceMaxima maxima = pack_slices(source, model_, slices_, first, outs);
+        const SliceMaxima seen = pack_slices(source, model_, slices_, first, outs);
         if (!direct) {
           if (sent++ > 0) wait_until_idle(world_, device_, rank);  // the other buffer has been read
           for (size_t n = 0; n < places.size(); ++n) device_.write(rank, places[n], outs[n], first.bytes);
         }
         {
           std::lock_guard lock(mutex);
-          (is_mlp ? mlp : attention)[l].include(maxima);
+          maxima[l][is_mlp ? static_cast<size_t>(1 + first.index) : 0].include(seen);
         }
         advance(bytes);
       }
@@ -280,14 +304,24 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
   for (const auto& [rank, copy] : copies_)
     if (!direct) device_.write(rank, copy.data(), shared, shared_.bytes());
   advance(shared_.bytes());
+  if (!source.partial()) maxima_ = std::move(maxima);
+  else
+    for (size_t l = 0; l < maxima.size(); ++l)
+      for (size_t i = 0; i < maxima[l].size(); ++i) maxima_[l][i].replace(maxima[l][i]);
+  return scales_of(shared);
+}
 
+std::vector<ModelStore::Scales> ModelStore::scales_of(const std::byte* shared) const {
   std::vector<Scales> scales;
   for (int l = 0; l < model_.shape.num_layers(); ++l) {
+    const SliceMaxima& attention = maxima_[l][0];
+    SliceMaxima mlp;
+    for (size_t i = 1; i < maxima_[l].size(); ++i) mlp.include(maxima_[l][i]);
     const float* norm = shared_.layer(shared, l).input_norm;
     float largest_norm = 0;
     for (int64_t i = 0; i < model_.shape.hidden; ++i) largest_norm = std::max(largest_norm, std::fabs(norm[i]));
-    scales.push_back({std::ldexp(1.0f, value_exponent(attention[l], model_, largest_norm)),
-                      std::ldexp(1.0f, attention_exponent(attention[l], model_, l)), std::ldexp(1.0f, mlp_exponent(mlp[l], model_, l))});
+    scales.push_back({std::ldexp(1.0f, value_exponent(attention, model_, largest_norm)),
+                      std::ldexp(1.0f, attention_exponent(attention, model_, l)), std::ldexp(1.0f, mlp_exponent(mlp, model_, l))});
   }
   return scales;
 }

@@ -29,8 +29,8 @@ class ModelStore {
   ModelStore(const WeightSource& source, const ModelConfig& model, const EngineConfig& config, World& world, Device& device,
              int64_t workspace_bytes);
 
-  // Loads other weights of the same model over the present ones, while layers [0, seam) lie in TP and the others in EP. True: scales have
-  // changed, which tables hold. When this throws the weights are a mixture, and scales are what they were.
+  // Loads other weights of the same model, or those that a partial source has, over the present ones, while layers [0, seam) lie in TP and
+  // the others in EP. True: scales have changed, which tables hold. When this throws the weights are a mixture, and scales are what they were.
   bool update(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress);
 
   const ArenaPlan& arena() const { return arena_; }
@@ -59,6 +59,8 @@ class ModelStore {
   };
   ArenaPlan plan(const EngineConfig& config, int64_t workspace_bytes);
   void reserve_shared(int64_t positions);
+  std::vector<std::vector<bool>> touched_by(const WeightSource& source) const;
+  std::vector<Scales> scales_of(const std::byte* shared) const;
   std::vector<Scales> load(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress);
   void make_tables(int page_tokens, int rank);
   void fill_table(int page_tokens, int rank, Layout layout, int layer, LayerWeights& w, std::vector<const bf16*>& cuts,
@@ -79,7 +81,8 @@ class ModelStore {
   std::vector<std::unique_ptr<Rank>> ranks_;
   std::vector<std::pair<int, DeviceBuffer>> copies_;  // [places] of the replicated weights and the rotary table behind them; a rank there
   int64_t shared_bytes_ = 0;
-  std::vector<Scales> scales_;  // [layers]
+  std::vector<std::vector<SliceMaxima>> maxima_;  // [layers][1 + experts] of attention, then of each expert or the dense MLP
+  std::vector<Scales> scales_;                    // [layers] that follow from these
 };
 
 }  // namespace moebius

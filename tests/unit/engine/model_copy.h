@@ -4,6 +4,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <sstream>
 #include <string>
 
@@ -45,8 +46,11 @@ class ModelCopy {
     REQUIRE(f.good());
   }
 
-  // Other weights throughout: signs, and sizes by tensor, so that a layer's largest values and with them its scales are others.
-  void change_all() {
+  using Choice = std::function<bool(const std::string& tensor)>;
+
+  // Other weights throughout, or in these tensors: signs, and sizes by tensor, so that a layer's largest values and with them its scales are
+  // others.
+  void change_all(const Choice& chosen = [](const std::string&) { return true; }) {
     for (const auto& entry : std::filesystem::directory_iterator(path_)) {
       if (entry.path().extension() != ".safetensors") continue;
       std::fstream f(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
@@ -55,7 +59,7 @@ class ModelCopy {
       std::memcpy(&header, bytes.data(), 8);
       const nlohmann::json tensors = nlohmann::json::parse(bytes.substr(8, header));
       for (const auto& [name, info] : tensors.items()) {
-        if (name == "__metadata__") continue;
+        if (name == "__metadata__" || !chosen(name)) continue;
         REQUIRE(info.at("dtype") == "BF16");
         const auto& offsets = info.at("data_offsets");
         change(name, bytes.data() + 8 + header + offsets.at(0).get<size_t>(), offsets.at(1).get<size_t>() - offsets.at(0).get<size_t>());
@@ -64,6 +68,28 @@ class ModelCopy {
       f.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
       REQUIRE(f.good());
     }
+  }
+
+  // Of model.safetensors only these tensors, and no config.
+  void keep(const Choice& chosen) {
+    const auto path = path_ / "model.safetensors";
+    std::ifstream in(path, std::ios::binary);
+    const std::string bytes((std::istreambuf_iterator<char>(in)), {});
+    uint64_t size = 0;
+    std::memcpy(&size, bytes.data(), 8);
+    const nlohmann::json tensors = nlohmann::json::parse(bytes.substr(8, size));
+    nlohmann::json kept = nlohmann::json::object();
+    std::string data;
+    for (const auto& [name, info] : tensors.items()) {
+      if (name == "__metadata__" || !chosen(name)) continue;
+      const size_t begin = info.at("data_offsets").at(0), end = info.at("data_offsets").at(1);
+      kept[name] = {{"dtype", info.at("dtype")}, {"shape", info.at("shape")}, {"data_offsets", {data.size(), data.size() + end - begin}}};
+      data += bytes.substr(8 + size + begin, end - begin);
+    }
+    const std::string header = kept.dump();
+    size = header.size();
+    std::ofstream(path, std::ios::binary).write(reinterpret_cast<const char*>(&size), 8) << header << data;
+    remove("config.json");
   }
 
  private:

@@ -12,7 +12,17 @@ using Catch::Matchers::Contains;
 
 struct Changed : ModelCopy {
   explicit Changed(const std::string& model) : ModelCopy(model) { change_all(); }
+  Changed(const std::string& model, const Choice& chosen) : ModelCopy(model) { change_all(chosen); }
 };
+
+// One of so many parts of a checkpoint, which divide layers and experts anyhow.
+ModelCopy::Choice part(uint32_t which, uint32_t of) {
+  return [=](const std::string& tensor) {
+    uint32_t sum = 0;
+    for (char c : tensor) sum = sum * 31 + static_cast<unsigned char>(c);
+    return (sum >> 4) % of == which;
+  };
+}
 
 // All that an engine has of its weights, in its present layout.
 struct Weights {
@@ -118,6 +128,34 @@ TEST_CASE("after an update weights, scales and logits are those of a fresh engin
   }
 }
 
+TEST_CASE("an update of some tensors gives what a checkpoint with these gives, and all of them, part by part, give all") {
+  constexpr uint32_t kParts = 3;
+  for (const std::string& model : {kQwen, kDense}) {
+    const Changed changed(model), partly(model, part(0, kParts));
+    const Outcome expected = run_script(changed.path(), small_config(1, 1, Layout::kTp), busy_script());
+    const Outcome between = run_script(partly.path(), small_config(1, 1, Layout::kTp), busy_script());
+    REQUIRE(difference(expected, between) != "");
+    for (const auto& [ranks, seam] : {std::pair{1, 0}, {2, 2}, {3, -1}}) {
+      if (model == kDense && ranks != 2) continue;
+      INFO(model << " on " << ranks << " ranks, seam " << seam);
+      const EngineConfig config = small_config(ranks, 1, Layout::kEp);
+      Engine engine(model, config), fresh(changed.path(), config), fresh_between(partly.path(), config);
+      if (ranks > 1)
+        for (Engine* e : {&engine, &fresh, &fresh_between}) hold(*e, seam < 0 ? e->model().num_layers : seam);
+      serve(engine);
+      for (uint32_t i = 0; i < kParts; ++i) {
+        Changed some(model);
+        some.keep(part(i, kParts));
+        engine.update_tensors(FolderFiles(some.path()));
+        CHECK(engine.impl().kv().live_blocks().empty());
+        if (i > 0 && i + 1 < kParts) continue;
+        if (engine.impl().device().host_memory()) CHECK((weights_of(engine) == weights_of(i == 0 ? fresh_between : fresh)));
+        CHECK(difference(i == 0 ? between : expected, serve(engine)) == "");
+      }
+    }
+  }
+}
+
 TEST_CASE("no prefix from before an update is found after it") {
   const Changed changed(kQwen);
   for (int32_t seam : {0, 2, 4}) {
@@ -173,6 +211,17 @@ TEST_CASE("an update is refused before anything changes: while a request or a sw
     without_config.remove("config.json");
     CHECK_THAT(refused(without_config.path(), Code::kCorruptModel), Contains("tensor 'lm_head.weight' is missing"));
   }
+  {
+    const auto some_refused = [&](const ModelCopy& some) { return std::string(error_of([&] { engine.update_tensors(FolderFiles(some.path())); }).what()); };
+    ModelCopy none(kQwen), others(kDense);
+    none.keep([](const std::string&) { return false; });
+    CHECK_THAT(some_refused(none), Contains("there is no tensor"));
+    others.keep([](const std::string& tensor) { return tensor == "model.layers.5.input_layernorm.weight"; });
+    CHECK_THAT(some_refused(others), Contains("'model.layers.5.input_layernorm.weight' is none that the model has"));
+    ModelCopy wrong(kDense);
+    wrong.keep([](const std::string& tensor) { return tensor == "model.layers.1.self_attn.k_proj.weight"; });
+    CHECK_THAT(some_refused(wrong), Contains("has shape"));
+  }
   CHECK(engine.impl().kv().live_blocks().size() >= cached);
   CHECK(difference(expected, serve(engine)) == "");
   engine.update_weights(other.path());
@@ -199,7 +248,7 @@ TEST_CASE("an update that fails half-way leaves an engine that serves nothing un
       for (const auto& call : {std::function<void()>([&] { engine.step(); }), {[&] { engine.submit(spec); }}, {[&] { engine.check(spec); }}}) {
         const Error e = error_of(call);
         CHECK(e.code() == Code::kInvalidState);
-        CHECK_THAT(e.what(), Contains("until an update succeeds") && Contains("injected"));
+        CHECK_THAT(e.what(), Contains("until an update of all of them succeeds") && Contains("injected"));
       }
       std::vector<Event> events(64);
       events.resize(engine.poll(events, 0));
@@ -209,7 +258,8 @@ TEST_CASE("an update that fails half-way leaves an engine that serves nothing un
             }) == 1);
       CHECK(engine.stats().waiting == 0);
       CHECK_THAT(error_of([&] { engine.update_weights(kDense); }).what(), Contains("of the model that is served"));
-      CHECK_THROWS_AS(engine.step(), Error);  // a refusal mends nothing
+      CHECK_THAT(error_of([&] { engine.update_tensors(FolderFiles(changed.path())); }).what(), Contains("an update of all of them"));
+      CHECK_THROWS_AS(engine.step(), Error);  // refusals mend nothing
       engine.update_weights(changed.path());
       CHECK(difference(expected, serve(engine)) == "");
     }
