@@ -253,6 +253,13 @@ moebius_status moebius_engine_update_weights_from(moebius_engine* engine, const 
   });
 }
 
+moebius_status moebius_engine_update_tensors(moebius_engine* engine, const moebius_source* source, moebius_error** err) {
+  return guarded(err, [&] {
+    moebius_engine& e = not_null(engine, "engine");
+    e.engine.update_tensors(not_null(source, "source").files);
+  });
+}
+
 moebius_status moebius_engine_stats(const moebius_engine* engine, moebius_stats* out_stats, moebius_error** err) {
   return guarded(err, [&] {
     const moebius::EngineStats s = not_null(engine, "engine").engine.stats();

@@ -82,6 +82,7 @@ _FALLIBLE = {
     'engine_set_stall_budget': [c_void_p, c_double],
     'engine_update_weights': [c_void_p, c_char_p],
     'engine_update_weights_from': [c_void_p, c_void_p],
+    'engine_update_tensors': [c_void_p, c_void_p],
     'engine_stats': [c_void_p, POINTER(_Stats)],
     'engine_metrics_text': [c_void_p, c_char_p, c_size_t, POINTER(c_size_t)],
     'source_create': [c_char_p, POINTER(c_void_p)],
@@ -168,6 +169,20 @@ def _memory(data):
             return ctypes.cast(array, c_void_p), len(view), array
         data = bytes(view)
     return ctypes.cast(c_char_p(data), c_void_p), len(data), data
+
+
+def _source(weights: Mapping[str, object]):
+    """A source of these tensors and files, and what must stay alive as long as it is used."""
+    source, alive = _Handle('source', 'source_create', b'update'), []
+    for name, value in weights.items():
+        dtype, shape, data = value if isinstance(value, tuple) else (None, (), value)
+        address, size, owner = _memory(data)
+        alive.append(owner)
+        if dtype is None:
+            _call('source_add_memory', source.value, name.encode(), address, size)
+        else:
+            _call('source_add_tensor', source.value, name.encode(), dtype.encode(), (c_int64 * len(shape))(*shape), len(shape), address, size)
+    return source, alive
 
 
 @dataclass(frozen=True)
@@ -354,26 +369,19 @@ class Engine:
         """0: a switch moves everything at once; else the time that each step may lend to it."""
         _call('engine_set_stall_budget', self._handle.value, ms)
 
-    def update_weights(self, weights: str | os.PathLike | Mapping[str, object]) -> None:
+    def update_weights(self, weights: str | os.PathLike | Mapping[str, object], partial: bool = False) -> None:
         """New weights of the same model, in place, while no request runs: a folder, or a mapping with all tensors, each (dtype, shape, data) with
         dtype 'BF16', 'F16' or 'F32', or with whole files ('model.safetensors': data). Data are bytes-like and read where they are. `progress`
-        hears of it. Raises MoebiusError; after 'IO' or 'CANCELLED' nothing is served until an update succeeds."""
-        if isinstance(weights, Mapping):
-            source, alive = _Handle('source', 'source_create', b'update'), []
-            for name, value in weights.items():
-                if isinstance(value, tuple):
-                    dtype, shape, data = value
-                    address, size, owner = _memory(data)
-                    _call('source_add_tensor', source.value, name.encode(), dtype.encode(), (c_int64 * len(shape))(*shape), len(shape), address, size)
-                else:
-                    address, size, owner = _memory(value)
-                    _call('source_add_memory', source.value, name.encode(), address, size)
-                alive.append(owner)
-            arguments = 'engine_update_weights_from', self._handle.value, source.value
-        else:
-            arguments = 'engine_update_weights', self._handle.value, os.fsencode(weights)
+        hears of it. partial: only what the mapping has. Raises MoebiusError; after 'IO' or 'CANCELLED' nothing is served until an update of all
+        weights succeeds."""
         try:
-            _call(*arguments)
+            if isinstance(weights, Mapping):
+                source, _alive = _source(weights)
+                _call('engine_update_tensors' if partial else 'engine_update_weights_from', self._handle.value, source.value)
+            elif partial:
+                raise ValueError('a folder has all weights; partial is for a mapping')
+            else:
+                _call('engine_update_weights', self._handle.value, os.fsencode(weights))
         except MoebiusError:
             if self._stop:
                 raise self._stop.pop()

@@ -229,6 +229,10 @@ class Engine {
   void update_weights(const Source& source) {
     check([&](moebius_error** e) { return moebius_engine_update_weights_from(get(), source.get(), e); });
   }
+  // Only those that the source has.
+  void update_tensors(const Source& source) {
+    check([&](moebius_error** e) { return moebius_engine_update_tensors(get(), source.get(), e); });
+  }
   std::string metrics_text() const {
     std::string text;
     for (size_t needed = 1;;) try {

@@ -5,6 +5,7 @@
 #include <functional>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "moebius/moebius.h"
 #include "tests/catch.h"
@@ -134,6 +135,41 @@ moebius_status ended(moebius_status status, moebius_error* error) {
 }
 
 }  // namespace
+
+TEST_CASE("any allocation of an update may fail, and the next one mends it") {
+  Engine e;
+  REQUIRE(e.create(nullptr) == MOEBIUS_OK);
+  struct Shape {
+    std::string name;
+    std::vector<int64_t> dims;
+  };
+  std::vector<Shape> tensors = {{"model.embed_tokens.weight", {64, 64}}, {"model.norm.weight", {64}}};
+  for (int l = 0; l < 2; ++l) {
+    const std::string layer = "model.layers." + std::to_string(l) + ".";
+    for (const char* norm : {"input_layernorm", "post_attention_layernorm"}) tensors.push_back({layer + norm + ".weight", {64}});
+    for (const char* norm : {"q_norm", "k_norm"}) tensors.push_back({layer + "self_attn." + norm + ".weight", {32}});
+    for (const char* p : {"q_proj", "k_proj", "v_proj", "o_proj"}) tensors.push_back({layer + "self_attn." + p + ".weight", {64, 64}});
+    tensors.push_back({layer + "mlp.gate.weight", {4, 64}});
+    tensors.push_back({layer + "mlp.experts.gate_up_proj", {4, 64, 64}});
+    tensors.push_back({layer + "mlp.experts.down_proj", {4, 64, 32}});
+  }
+  const std::vector<uint16_t> ones(4 * 64 * 64, 0x3f80);
+  const int64_t n = fail_each([&] {
+    moebius_error* error = nullptr;
+    moebius_source* source = nullptr;
+    moebius_status s = moebius_source_create("trained", &source, &error);
+    for (const Shape& t : tensors) {
+      size_t size = 2;
+      for (int64_t d : t.dims) size *= static_cast<size_t>(d);
+      if (s == MOEBIUS_OK) s = moebius_source_add_tensor(source, t.name.c_str(), "BF16", t.dims.data(), t.dims.size(), ones.data(), size, &error);
+    }
+    if (s == MOEBIUS_OK) s = moebius_engine_update_weights_from(e.engine, source, &error);
+    moebius_source_destroy(source);
+    return ended(s, error);
+  }, 3);
+  CHECK(n > 300);
+  CHECK(moebius_engine_step(e.engine, nullptr, nullptr) == MOEBIUS_OK);
+}
 
 TEST_CASE("any allocation of making an engine may fail") {
   for (const bool checkpoint : {false, true}) {

@@ -114,6 +114,14 @@ class Binding(unittest.TestCase):
             self.assertNotEqual(new, old)
             e.update_weights(MODEL)
             self.assertEqual(said(), old)
+            for half in range(2):
+                e.update_weights(dict(list(tensors.items())[half::2]), partial=True)
+            self.assertEqual(said(), new)
+            with self.assertRaisesRegex(moebius.MoebiusError, 'none that the model has'):
+                e.update_weights({'misspelt': tensors['model.norm.weight']}, partial=True)
+            with self.assertRaises(ValueError):
+                e.update_weights(MODEL, partial=True)
+            e.update_weights(MODEL)
             e.update_weights({'model.safetensors': bytes(data)})
             self.assertEqual(said(), new)
             with self.assertRaisesRegex(moebius.MoebiusError, 'missing'):

@@ -37,6 +37,16 @@ Weights changed() {
   return w;
 }
 
+// Those tensors by themselves of which chosen(number, name) says so.
+template <class Chosen>
+void add_tensors(moebius_cpp::Source& source, const Weights& w, Chosen&& chosen) {
+  size_t i = 0;
+  for (const auto& [name, info] : w.header.items()) {
+    const std::vector<size_t> at = info.at("data_offsets");
+    if (chosen(i++, name)) source.add_tensor(name, info.at("dtype"), info.at("shape"), w.bytes.data() + w.data + at[0], at[1] - at[0]);
+  }
+}
+
 std::vector<float> logits_of(moebius_cpp::Engine& engine) {
   moebius_cpp::Request r({52, 49, 47, 11, 12});
   const uint64_t id = engine.submit(r.set("temperature", int64_t{0}).set("max_tokens", int64_t{6}).set("keep_logits", int64_t{1}));
@@ -65,10 +75,7 @@ TEST_CASE("weights from files in memory, from tensors and from a folder give the
   const std::string config = file("config.json");
   moebius_cpp::Source files("trained"), tensors("trained");
   files.add("config.json", config.data(), config.size()).add("model.safetensors", w.bytes.data(), w.bytes.size());
-  for (const auto& [name, info] : w.header.items()) {
-    const auto at = info.at("data_offsets").get<std::vector<size_t>>();
-    tensors.add_tensor(name, info.at("dtype"), info.at("shape"), w.bytes.data() + w.data + at[0], at[1] - at[0]);
-  }
+  add_tensors(tensors, w, [](size_t, const std::string&) { return true; });
   for (moebius_layout layout : {MOEBIUS_LAYOUT_TP, MOEBIUS_LAYOUT_EP}) {
     moebius_cpp::Engine engine(kModel, config_of(layout)), fresh(files, config_of(layout));
     const std::vector<float> old = logits_of(engine), expected = logits_of(fresh);
@@ -80,6 +87,12 @@ TEST_CASE("weights from files in memory, from tensors and from a folder give the
       CHECK(logits_of(engine) == expected);
       engine.update_weights(kModel);
       CHECK(logits_of(engine) == old);
+    }
+    for (size_t half : {0, 1}) {
+      moebius_cpp::Source some("trained");
+      add_tensors(some, w, [half](size_t i, const std::string&) { return i % 2 == half; });
+      engine.update_tensors(some);
+      CHECK((logits_of(engine) == expected) == (half == 1));
     }
   }
   tensors.add("config.json", config.data(), config.size());
@@ -93,10 +106,7 @@ TEST_CASE("tensors that are missing, have another shape or are not what they say
   const std::vector<float> old = logits_of(engine);
   const auto source_of = [&](const std::string& without) {
     moebius_cpp::Source s("trained");
-    for (const auto& [name, info] : w.header.items()) {
-      const auto at = info.at("data_offsets").get<std::vector<size_t>>();
-      if (name != without) s.add_tensor(name, info.at("dtype"), info.at("shape"), w.bytes.data() + w.data + at[0], at[1] - at[0]);
-    }
+    add_tensors(s, w, [&](size_t, const std::string& name) { return name != without; });
     return s;
   };
   std::string why;

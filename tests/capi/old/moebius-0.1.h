@@ -348,18 +348,21 @@ typedef struct moebius_switch_estimate {
 MOEBIUS_API moebius_status moebius_engine_estimate_switch(moebius_engine *engine, moebius_layout to, moebius_switch_estimate *out_estimate,
                                                           moebius_error **err);
 
-/* ---- new weights of the same model, as training makes them between rollouts. Any thread; both wait for a step under way. */
+/* ---- new weights of the same model, as training makes them between rollouts: written over the engine's, in whatever layout it is (a seam that
+ * is held inside too), and the prefix cache is emptied. What it computes from then on is, bit for bit, what an engine made of them computes.
+ * Any thread. Blocks for as long as the load takes, after a step under way; requests that are submitted meanwhile wait.
+ * Nothing has changed after INVALID_STATE (a request runs or waits, see moebius_engine_drain; a switch is under way), INVALID_ARGUMENT (weights
+ * of another model), NOT_FOUND, UNSUPPORTED and CORRUPT_MODEL (tensors that are missing or have another shape or type). A failure later on
+ * (IO, CANCELLED by the config's progress, a file that ends early, …) leaves some old and some new weights: step and submit are then
+ * INVALID_STATE, and requests that wait end with an error, until an update of all weights succeeds. */
 
-/* Loads the folder's *.safetensors over the engine's weights, in place and in whatever layout it is (a seam that is held inside too), and
- * empties the prefix cache. What it computes from then on is, bit for bit, what an engine made of that folder computes. All tensors must be
- * there; config.json need not, and if it is, must not describe another model (end tokens are not looked at: they stay). Blocks for as long as
- * the load takes; requests that are submitted meanwhile wait. INVALID_STATE: a request runs or waits (moebius_engine_drain), or a switch is
- * under way; INVALID_ARGUMENT: another model. These, and what moebius_engine_create refuses, change nothing. A failure while weights are
- * written (IO, CANCELLED, …) leaves some old and some new ones: step and submit are then INVALID_STATE, and requests that wait end with an
- * error, until an update succeeds. */
+/* From a folder: all tensors. config.json need not be there; if it is, it must not describe another model (its end tokens are not looked at). */
 MOEBIUS_API moebius_status moebius_engine_update_weights(moebius_engine *engine, const char *model_dir, moebius_error **err);
 /* The same from a source, of which nothing is used afterwards. */
 MOEBIUS_API moebius_status moebius_engine_update_weights_from(moebius_engine *engine, const moebius_source *source, moebius_error **err);
+/* Only the tensors that the source has, one at least: of a layer, or those that an adapter has been merged into. The others stay. A name that
+ * the model does not have is INVALID_ARGUMENT. */
+MOEBIUS_API moebius_status moebius_engine_update_tensors(moebius_engine *engine, const moebius_source *source, moebius_error **err);
 
 /* ---- reports. Any thread. */
 
