@@ -44,8 +44,8 @@ class TensorsFile final : public ModelFile {
   TensorsFile(std::string name, const std::map<std::string, HostFiles::Tensor>& tensors) : ModelFile(std::move(name), 0), head_(8, '\0') {
     uint64_t data = 0;
     for (const auto& [tensor, t] : tensors) {
-      head_ += fmt::format("{}{}:{{\"dtype\":{},\"shape\":[{}],\"data_offsets\":[{},{}]}}", data_.empty() ? '{' : ',', quoted(tensor), quoted(t.dtype),
-                           fmt::join(t.shape, ","), data, data + t.bytes.size());
+      head_ += fmt::format("{}{}:{{\"dtype\":{},\"shape\":[{}],\"data_offsets\":[{},{}]}}", data_.empty() ? '{' : ',', quoted(tensor),
+                           quoted(t.dtype), fmt::join(t.shape, ","), data, data + t.bytes.size());
       data += t.bytes.size();
       data_.push_back(t.bytes);
     }
@@ -56,9 +56,11 @@ class TensorsFile final : public ModelFile {
     for (std::span<const std::byte> part : data_) begins_.push_back(std::exchange(size_, size_ + part.size()));
   }
   void read(uint64_t offset, void* out, size_t bytes) const override {
-    if (offset > size_ || bytes > size_ - offset) fail(Code::kCorruptModel, "{}: ends at byte {}, {} were read from {} on", name_, size_, bytes, offset);
+    if (offset > size_ || bytes > size_ - offset)
+      fail(Code::kCorruptModel, "{}: ends at byte {}, {} were read from {} on", name_, size_, bytes, offset);
     auto* to = static_cast<std::byte*>(out);
-    for (auto part = static_cast<size_t>(std::upper_bound(begins_.begin(), begins_.end(), offset) - begins_.begin()) - 1; bytes > 0; ++part) {
+    auto part = static_cast<size_t>(std::upper_bound(begins_.begin(), begins_.end(), offset) - begins_.begin()) - 1;
+    for (; bytes > 0; ++part) {
       const std::span<const std::byte> from = data_[part].subspan(offset - begins_[part]);
       const size_t n = std::min(bytes, from.size());
       if (n > 0) std::memcpy(to, from.data(), n);

@@ -131,8 +131,10 @@ SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, co
     const int64_t width = group.heads * s.head_dim, total = int64_t{s.num_heads} * s.head_dim;
     const Range heads{slice.index * width, (slice.index + 1) * width};
     SliceMaxima most;
-    most.gate = pack_matrix(source.matrix(attention_name(slice.layer, "q_proj.weight"), total, s.hidden).get(), heads, all, out);
-    most.down = pack_matrix(source.matrix(attention_name(slice.layer, "o_proj.weight"), s.hidden, total).get(), all, heads, out + group.q().elements());
+    const auto q = source.matrix(attention_name(slice.layer, "q_proj.weight"), total, s.hidden);
+    const auto o = source.matrix(attention_name(slice.layer, "o_proj.weight"), s.hidden, total);
+    most.gate = pack_matrix(q.get(), heads, all, out);
+    most.down = pack_matrix(o.get(), all, heads, out + group.q().elements());
     return most;
   }
   if (slice.kind == SliceKind::kKvProjection) {
@@ -140,8 +142,10 @@ SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, co
     const Range head{slice.index * int64_t{s.head_dim}, (slice.index + 1) * int64_t{s.head_dim}};
     const int64_t total = int64_t{s.num_kv_heads} * s.head_dim;
     SliceMaxima most;
-    most.gate = pack_matrix(source.matrix(attention_name(slice.layer, "k_proj.weight"), total, s.hidden).get(), head, all, out);
-    most.up = pack_matrix(source.matrix(attention_name(slice.layer, "v_proj.weight"), total, s.hidden).get(), head, all, out + projection.k().elements());
+    const auto k = source.matrix(attention_name(slice.layer, "k_proj.weight"), total, s.hidden);
+    const auto v = source.matrix(attention_name(slice.layer, "v_proj.weight"), total, s.hidden);
+    most.gate = pack_matrix(k.get(), head, all, out);
+    most.up = pack_matrix(v.get(), head, all, out + projection.k().elements());
     return most;
   }
   return pack_mlp(source, model, table, slice, outs);
@@ -377,11 +381,11 @@ std::unique_ptr<WeightSource> open_checkpoint(const ModelFiles& files, const Mod
 
 std::unique_ptr<WeightSource> open_tensors(const ModelFiles& files, const ModelConfig& model) {
   auto source = std::make_unique<CheckpointSource>(files, model, true);
-  std::unordered_set<std::string> used = check_tensors(*source, model);
-  used.erase("");
+  const std::unordered_set<std::string> used = check_tensors(*source, model);
   for (const auto& [name, tensor] : source->checkpoint().tensors())
-    if (!used.contains(name)) fail(Code::kInvalidArgument, "{}: tensor '{}' is none that the model has", tensor.file->name(), name);
-  if (used.empty()) fail(Code::kInvalidArgument, "{}: there is no tensor", files.name());
+    if (!used.contains(name) && !(model.tie_word_embeddings && name == "lm_head.weight"))
+      fail(Code::kInvalidArgument, "{}: tensor '{}' is none that the model has", tensor.file->name(), name);
+  if (source->checkpoint().tensors().empty()) fail(Code::kInvalidArgument, "{}: there is no tensor", files.name());
   return source;
 }
 
@@ -487,6 +491,11 @@ SharedLayer SharedWeights::layer(const std::byte* base, int l) const {
   }
   if (const int64_t router = routers_[static_cast<size_t>(l)]; router >= 0) out.router = reinterpret_cast<const bf16*>(base + router);
   return out;
+}
+
+int64_t SharedWeights::begin_of(const WeightSource& source) const {
+  const bool has_large = !source.partial() || source.has("model.embed_tokens.weight") || source.has("lm_head.weight");
+  return has_large ? 0 : norms_;
 }
 
 void SharedWeights::load(const WeightSource& source, int worker, int workers, std::byte* memory) const {

@@ -87,6 +87,9 @@ class SharedWeights {
   // Loads this worker's share of all of it, or of what the source has, into the block at `base`; call with every worker 0 … workers − 1.
   void load(const WeightSource& source, int worker, int workers, std::byte* base) const;
 
+  // load() writes nothing before this byte: embedding and LM head come first.
+  int64_t begin_of(const WeightSource& source) const;
+
   const bf16* embedding(const std::byte* base) const;  // [vocab, hidden]; null when tied to a packed LM head
   const bf16* lm_head(const std::byte* base) const { return reinterpret_cast<const bf16*>(base); }
   bool row_major() const { return row_major_; }

@@ -1,5 +1,5 @@
 // Where one rank finds its slices of one layer in one layout: the offset tables that kernels reach weights through.
-// Made once at start-up for both layouts; a switch changes none of them.
+// Made once at start-up for both layouts; a switch changes none of them, an update of the weights only the scales.
 #pragma once
 
 #include <cstdint>

@@ -269,7 +269,8 @@ void Engine::Impl::refuse_if_never(int64_t n) const {
 
 // Under step_mutex_ or inbox_mutex_.
 void Engine::Impl::refuse_if_mixed() const {
-  if (mixed_) fail(Code::kInvalidState, "the weights are a mixture until an update of all of them succeeds, for the last one failed: {}", failure_.view());
+  if (mixed_)
+    fail(Code::kInvalidState, "the weights are a mixture until an update of all of them succeeds, for the last one failed: {}", failure_.view());
 }
 
 // Under inbox_mutex_.
@@ -1059,7 +1060,8 @@ void Engine::Impl::fail_everything(std::string_view why) {
 // Under step_mutex_.
 void Engine::Impl::refuse_if_busy() const {
   if (switcher_.moving())
-    fail(Code::kInvalidState, "a switch is under way (seam {}, aimed at {}): weights are updated when it has ended", switcher_.seam(), switcher_.target());
+    fail(Code::kInvalidState, "a switch is under way (seam {}, aimed at {}): weights are updated when it has ended", switcher_.seam(),
+         switcher_.target());
   std::lock_guard lock(inbox_mutex_);
   if (const size_t running = scheduler_.running().size(); running > 0 || waiting_hint_ > 0)
     fail(Code::kInvalidState, "{} requests run and {} wait: weights are updated when all have ended, so drain first", running, waiting_hint_);
@@ -1074,7 +1076,8 @@ void Engine::Impl::update_weights(const ModelFiles& files, bool partial) {
   refuse_if_busy();
   const auto begin = Clock::now();
   if (files.has("config.json")) require_same_model(model_, read_config(files), files.name_of("config.json"));
-  const auto source = partial ? open_tensors(files, model_) : open_checkpoint(files, model_, [this](const std::string& text) { log(LogLevel::kWarning, "load", text); });
+  const auto warn = [this](const std::string& text) { log(LogLevel::kWarning, "load", text); };
+  const std::unique_ptr<WeightSource> source = partial ? open_tensors(files, model_) : open_checkpoint(files, model_, warn);
   kv_.drop_cached();  // nothing runs: that is all the KV there is
   try {
     if (store_.update(*source, switcher_.seam(), config_.progress)) captured_connection_ = 0;  // captured steps hold the scales

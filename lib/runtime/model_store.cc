@@ -235,9 +235,12 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
   HostBuffer staging;
   if (!direct) staging = HostBuffer(shared_.bytes());
   std::byte* const shared = direct ? copies_[0].second.data() : staging.data();
-  const auto read_back = [&](int rank, std::byte* to, const std::byte* from, int64_t bytes) { device_.read(rank, to, bytes, from, bytes, bytes, 1); };
+  const int64_t shared_begin = shared_.begin_of(source), shared_end = shared_.bytes();
+  const auto read_back = [&](int rank, std::byte* to, const std::byte* from, int64_t bytes) {
+    device_.read(rank, to, bytes, from, bytes, bytes, 1);
+  };
   if (!direct && source.partial()) {
-    read_back(copies_[0].first, shared, copies_[0].second.data(), shared_.bytes());
+    read_back(copies_[0].first, shared + shared_begin, copies_[0].second.data() + shared_begin, shared_end - shared_begin);
     wait_for_ranks();
   }
   const auto layout_of = [seam](int l) { return l < seam ? Layout::kTp : Layout::kEp; };
@@ -247,7 +250,7 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
   std::vector<std::vector<SliceMaxima>> maxima;
   for (const MlpShape& mlp : model_.shape.mlps) maxima.emplace_back(static_cast<size_t>(1 + std::max(1, mlp.num_experts)));
   const std::vector<std::vector<bool>> touched = touched_by(source);
-  int64_t total = shared_.bytes(), done = 0;
+  int64_t total = shared_end - shared_begin, done = 0;
   for (int l = 0; l < model_.shape.num_layers(); ++l)
     for (size_t i = 0; i < slices_.layer(l).size(); ++i)
       if (touched[l][i]) total += slices_.layer(l)[i].bytes * std::popcount(owners_of(l, i));
@@ -302,8 +305,8 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
     wait_until_idle(world_, device_, rank);
   });
   for (const auto& [rank, copy] : copies_)
-    if (!direct) device_.write(rank, copy.data(), shared, shared_.bytes());
-  advance(shared_.bytes());
+    if (!direct) device_.write(rank, copy.data() + shared_begin, shared + shared_begin, shared_end - shared_begin);
+  advance(shared_end - shared_begin);
   if (!source.partial()) maxima_ = std::move(maxima);
   else
     for (size_t l = 0; l < maxima.size(); ++l)

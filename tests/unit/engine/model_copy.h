@@ -21,7 +21,8 @@ class ModelCopy {
     REQUIRE(mkdtemp(name) != nullptr);
     path_ = name;
     for (const auto& entry : std::filesystem::directory_iterator(model))
-      if (const std::string file = entry.path().filename(); file.find("reference") == std::string::npos) std::filesystem::copy_file(entry.path(), path_ / file);
+      if (const std::string file = entry.path().filename(); file.find("reference") == std::string::npos)
+        std::filesystem::copy_file(entry.path(), path_ / file);
   }
   ~ModelCopy() { std::filesystem::remove_all(path_); }
   std::string path() const { return path_.string(); }

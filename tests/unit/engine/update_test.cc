@@ -60,7 +60,8 @@ class WatchedFiles final : public ModelFiles {
   bool has(const std::string& file) const override { return files_.has(file); }
   std::unique_ptr<ModelFile> open(const std::string& file) const override {
     struct Watched final : ModelFile {
-      Watched(std::unique_ptr<ModelFile> file, const WatchedFiles& all) : ModelFile(file->name(), file->size()), inner(std::move(file)), files(all) {}
+      Watched(std::unique_ptr<ModelFile> file, const WatchedFiles& all)
+          : ModelFile(file->name(), file->size()), inner(std::move(file)), files(all) {}
       void read(uint64_t offset, void* out, size_t bytes) const override {
         files.watch_(files.reads_++);
         inner->read(offset, out, bytes);
@@ -212,7 +213,9 @@ TEST_CASE("an update is refused before anything changes: while a request or a sw
     CHECK_THAT(refused(without_config.path(), Code::kCorruptModel), Contains("tensor 'lm_head.weight' is missing"));
   }
   {
-    const auto some_refused = [&](const ModelCopy& some) { return std::string(error_of([&] { engine.update_tensors(FolderFiles(some.path())); }).what()); };
+    const auto some_refused = [&](const ModelCopy& some) {
+      return std::string(error_of([&] { engine.update_tensors(FolderFiles(some.path())); }).what());
+    };
     ModelCopy none(kQwen), others(kDense);
     none.keep([](const std::string&) { return false; });
     CHECK_THAT(some_refused(none), Contains("there is no tensor"));
