@@ -1057,17 +1057,17 @@ void Engine::Impl::fail_everything(std::string_view why) {
 
 // ---- other weights
 
-// Under step_mutex_.
+// As of the last step.
 void Engine::Impl::refuse_if_busy() const {
-  if (switcher_.moving())
-    fail(Code::kInvalidState, "a switch is under way (seam {}, aimed at {}): weights are updated when it has ended", switcher_.seam(),
-         switcher_.target());
   std::lock_guard lock(inbox_mutex_);
-  if (const size_t running = scheduler_.running().size(); running > 0 || waiting_hint_ > 0)
-    fail(Code::kInvalidState, "{} requests run and {} wait: weights are updated when all have ended, so drain first", running, waiting_hint_);
+  if (published_.switching)
+    fail(Code::kInvalidState, "a switch is under way (at seam {}): weights are updated when it has ended", published_.seam);
+  if (published_.running > 0 || waiting_hint_ > 0)
+    fail(Code::kInvalidState, "{} requests run and {} wait: weights are updated when all have ended, so drain first", published_.running, waiting_hint_);
 }
 
 void Engine::Impl::update_weights(const ModelFiles& files, bool partial) {
+  refuse_if_busy();  // rather than wait for a thread that steps without pause
   std::lock_guard step_lock(step_mutex_);
   const FloatingPointMode mode;
   const CallersDevice caller(*device_);

@@ -1,6 +1,7 @@
 """The Python binding: what it streams, cancels, switches and refuses. usage: python_test.py PYTHON_FOLDER MODEL_FOLDER ABI_JSON"""
 import ctypes
 import json
+import pathlib
 import subprocess
 import sys
 import threading
@@ -95,7 +96,7 @@ class Binding(unittest.TestCase):
             engine(progress=broken)
 
     def test_weights_are_updated_from_tensors_a_file_and_a_folder(self):
-        data = bytearray(open(MODEL + '/model.safetensors', 'rb').read())
+        data = bytearray(pathlib.Path(MODEL, 'model.safetensors').read_bytes())
         begin = 8 + int.from_bytes(data[:8], 'little')
         data[begin + 1::4] = bytes(b ^ 0x80 for b in data[begin + 1::4])  # signs
         header = json.loads(data[8:begin])
