@@ -111,8 +111,9 @@ const Key kKeys[] = {
     FLAG_KEY(dummy_weights, "dummy_weights", "0", "seeded random weights; only config.json is read"),
     Key{"mode", "", "exact: equal bits whatever the layout; fast: sums in any order; empty: exact on the cpu, fast on devices",
         SetStr([](EngineConfig& c, const std::string& v) { c.mode = v; })},
-    Key{"policy", "manual", "who decides on switches: manual or threshold", SetStr([](EngineConfig& c, const std::string& v) {
-          c.policy.kind = one_of<PolicyKind>("policy", v, {{"manual", PolicyKind::kManual}, {"threshold", PolicyKind::kThreshold}});
+    Key{"policy", "manual", "who decides on switches: manual, threshold or measured", SetStr([](EngineConfig& c, const std::string& v) {
+          c.policy.kind = one_of<PolicyKind>(
+              "policy", v, {{"manual", PolicyKind::kManual}, {"threshold", PolicyKind::kThreshold}, {"measured", PolicyKind::kMeasured}});
         })},
     Key{"policy_variant", "decode", "what the threshold counts: decode, prefill or rollout", SetStr([](EngineConfig& c, const std::string& v) {
           c.policy.variant = one_of<ThresholdVariant>(
@@ -123,6 +124,10 @@ const Key kKeys[] = {
     INT_KEY(policy.window_steps, "policy_window_steps", "0", "steps that are averaged; 0: the variant's"),
     REAL_KEY(policy.cooldown_s, "policy_cooldown_s", "-1", "seconds without a decision after a switch; below 0: the variant's"),
     FLAG_KEY(policy.shadow, "policy_shadow", "0", "decide and record, but do not switch"),
+    Key{"policy_explore", "0.01", "measured: share of the time that may be spent elsewhere than its rule says, to learn or ahead of it; 0: none",
+        SetF64([](EngineConfig& c, double v) { c.policy.explore = v; }), "experimental"},
+    Key{"policy_file", "", "where the learned costs are read from and, when the engine is destroyed, written to; empty: nowhere",
+        SetStr([](EngineConfig& c, const std::string& v) { c.policy_file = v; }), "experimental"},
 };
 
 const Key& key_named(const char* name) {

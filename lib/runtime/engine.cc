@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
 
 #include "lib/base/error.h"
 #include "lib/base/time.h"
@@ -10,6 +11,7 @@
 #include "lib/comm/waits.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/backend.h"
+#include "lib/runtime/cost_file.h"
 #include "lib/runtime/engine_impl.h"
 #include "lib/runtime/probe.h"
 #include "lib/tensor/packed.h"
@@ -137,6 +139,20 @@ namespace {
 
 int64_t ns_of(Clock::time_point t) { return std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count(); }
 
+// What learned costs hold for: model, machine and ranks.
+std::string costs_key(const ModelFiles& files, const ModelConfig& model, const EngineConfig& config, int threads, const Ops& ops) {
+  std::string cpu = "unknown";
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.rfind("model name", 0) == 0) {
+      cpu = line.substr(std::min(line.size(), line.find(':') + 2));
+      break;
+    }
+  return fmt::format("{} ({}, {} layers, hidden {}), {} ranks of {} threads, {} {} {} {}, {} of {} cores", files.label(), model.family,
+                     model.shape.num_layers(), model.shape.hidden, config.ranks, threads, config.device, ops.name, config.communicator, config.mode, cpu,
+                     std::thread::hardware_concurrency());
+}
+
 std::vector<int64_t> ep_pages_of(const ArenaPlan& arena) { return arena.ep_pages(); }
 
 }  // namespace
@@ -204,7 +220,12 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
   compare_ranks();
   prepare_ranks();
   for (int i = 0; i < config_.ranks * threads_; ++i) sampler_scratch_.emplace_back(model_.vocab_size);
-  policy_ = make_policy(config_.policy, policy_limits(config_));
+  policy_ = make_policy(config_.policy, policy_limits(config_), &costs_);
+  if (!config_.policy_file.empty()) {
+    costs_key_ = costs_key(files, model_, config_, threads_, device_->ops());
+    const double now = seconds_between(Clock::time_point{}, Clock::now());
+    if (const std::string warning = read_costs(config_.policy_file, costs_key_, now, costs_); !warning.empty()) log(LogLevel::kWarning, "policy", warning);
+  }
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
   metrics_info_ = {files.label(), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
                    config_.engine_id};
@@ -222,7 +243,20 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
 
 Engine::Impl::~Impl() {
   stop();
+  keep_costs();
   caller_.take();
+}
+
+void Engine::Impl::keep_costs() noexcept {
+  if (config_.policy_file.empty()) return;
+  try {
+    write_costs(config_.policy_file, costs_key_, costs_);
+  } catch (const std::exception& e) {
+    try {
+      log(LogLevel::kWarning, "policy", e.what());
+    } catch (...) {  // no memory for the message either
+    }
+  }
 }
 
 void Engine::Impl::compare_ranks() {
@@ -412,7 +446,7 @@ void Engine::Impl::set_stall_budget(double ms) {
 }
 
 void Engine::Impl::set_policy(const PolicyConfig& policy) {
-  std::unique_ptr<Policy> made = make_policy(policy, policy_limits(config_));  // refuses a bad one here
+  std::unique_ptr<Policy> made = make_policy(policy, policy_limits(config_), &costs_);  // refuses a bad one here
   {
     std::lock_guard lock(inbox_mutex_);
     wished_policy_ = std::move(made);
@@ -434,11 +468,15 @@ void Engine::Impl::emit(Event&& event) {
   event.time_ns = ns_of(Clock::now());
   if (config_.log) log_event(event);
   switch (event.type) {
+    case EventType::kSwitchStarted:
+      costs_.on_switch_started();
+      break;
     case EventType::kSwitchFinished:
       count_moved(event);
       if (event.seam > 0 && event.seam < model_.shape.num_layers()) break;  // held inside: no layout has been reached
       if (event.from == event.to && event.bytes == 0) break;  // asked for the layout that serves already
       metrics_.on_switch(event.from, event.to, event.seconds);
+      if (event.from != event.to) costs_.on_switch(event.to, event.bytes, event.seconds);
       ++stats_.switches;
       policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
       break;
@@ -575,6 +613,16 @@ void Engine::Impl::report_seam(int32_t target) {
   emit(std::move(event));
 }
 
+// What a policy that rests on costs wants to know beside them: prices, and how long the requests may stay.
+void Engine::Impl::foresee(LoadSample& load) const {
+  for (Layout to : {Layout::kTp, Layout::kEp}) load.price[static_cast<size_t>(to)] = costs_.price(to, switcher_.bytes_across(to));
+  for (const Sequence* s : scheduler_.running()) {
+    const int64_t remaining = s->request->spec.sampling.max_tokens - s->generated();
+    load.remaining_tokens += remaining;
+    load.longest_remaining = std::max(load.longest_remaining, remaining);
+  }
+}
+
 void Engine::Impl::observe_load() {
   LoadSample load;
   load.step = step_;
@@ -585,6 +633,10 @@ void Engine::Impl::observe_load() {
   const int32_t seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
   load.layout = seam == 0 ? Layout::kEp : Layout::kTp;
   load.switching = switcher_.moving();
+  load.inside = seam > 0 && seam < model_.shape.num_layers();
+  load.last = last_load_;
+  load.last_seconds = std::exchange(last_seconds_, 0);
+  if (policy_->figures() != nullptr) foresee(load);
   const std::optional<Decision> decision = policy_->observe(load);
   if (!decision) return;
   Event event;
@@ -598,6 +650,23 @@ void Engine::Impl::observe_load() {
   policy_asked_ = true;
   if (config_.ranks > 1) switcher_.begin(decision->to == Layout::kTp ? switcher_.num_layers() : 0, config_.preempt_to_fit);
   else report_seam(decision->to == Layout::kTp ? switcher_.num_layers() : 0);
+}
+
+// Of the plan that is about to be committed.
+StepLoad Engine::Impl::load_of_step() const {
+  StepLoad load{static_cast<double>(plan_.decode_rows), static_cast<double>(plan_.prefill_rows)};
+  for (const ScheduledChunk& c : plan_.chunks) load.attended += c.num_rows * (static_cast<double>(c.sequence->computed) + (c.num_rows + 1) / 2.0);
+  return load;
+}
+
+void Engine::Impl::learn_cost(const StepLoad& load, double seconds) {
+  const double now = seconds_between(Clock::time_point{}, Clock::now());
+  const int32_t seam = plan_.shape.seam;
+  if (switcher_.moving()) return costs_.on_step_under_way(layout_towards(seam, switcher_.target(), model_.shape.num_layers()), load, seconds, now);
+  if (seam > 0 && seam < model_.shape.num_layers()) return;
+  costs_.on_step(seam == 0 ? Layout::kEp : Layout::kTp, load, seconds, now);
+  last_load_ = load;
+  last_seconds_ = seconds;
 }
 
 void Engine::Impl::expire(Clock::time_point now) {
@@ -668,6 +737,7 @@ void Engine::Impl::run_plan(StepResult& result) {
   result.captured = captured_now_ != nullptr;
   for (int r = 0; r < config_.ranks; ++r) result.experts_reached += readings_.experts_reached[r];
   result.compute_seconds = seconds_between(begin, Clock::now());
+  learn_cost(load_of_step(), result.compute_seconds);
   scheduler_.commit(plan_);
   count_prompt_tokens();
   measure_exchanges();
@@ -1134,6 +1204,7 @@ void Engine::Impl::publish_stats() {
   stats_.prefix_hits = scheduler_.prefix_hits;
   stats_.kv_usage = kv_.usage();
   metrics_.set_gauges(stats_);
+  metrics_.set_policy(policy_->figures());
   published_ = stats_;
   if (draining_ && stats_.running + stats_.waiting == 0) emptied_.notify_all();
 }

@@ -79,6 +79,7 @@ class Engine::Impl {
   size_t take_routes(uint64_t request, int32_t sample, std::span<int16_t> out);
 
   // For tests and benchmarks, between steps only.
+  CostModel& costs() { return costs_; }
   World& world() { return world_; }
   Switcher& switcher() { return switcher_; }
   const ModelStore& store() const { return store_; }
@@ -93,6 +94,7 @@ class Engine::Impl {
 
  private:
   void compare_ranks();
+  void keep_costs() noexcept;
   void refuse_if_failed() const;
   void refuse_if_mixed() const;
   void refuse_if_busy() const;
@@ -106,7 +108,10 @@ class Engine::Impl {
   void take_inbox();
   void take_cancel(Request& request, int32_t sample);
   void take_wishes();
+  void foresee(LoadSample& load) const;
   void observe_load();
+  StepLoad load_of_step() const;
+  void learn_cost(const StepLoad& load, double seconds);
   void expire(Clock::time_point now);
   void run_plan(StepResult& result);
   void compute(int rank, int thread);
@@ -189,6 +194,10 @@ class Engine::Impl {
   Metrics metrics_;
   MetricsInfo metrics_info_;
   std::vector<int32_t> expert_rows_;      // [experts] of readings_.choices
+  CostModel costs_;              // learned whatever the policy is
+  std::string costs_key_;        // with a policy_file: what they hold for
+  StepLoad last_load_;           // of the last step that ran in one layout
+  double last_seconds_ = 0;      // that it took; 0 once the policy has seen it
   std::unique_ptr<Policy> policy_;
   bool policy_asked_ = false;    // for the switch under way or the last one; else the host did
   double stall_budget_ms_;

@@ -31,7 +31,7 @@ struct TokenLogprob {
   float logprob = 0;
 };
 
-// Holds a decision's record (some 150 bytes), what failed before it (60), and the text of a refusal (150), with room for longer
+// Holds a decision's record (some 250 bytes), what failed before it (60), and the text of a refusal (150), with room for longer
 // numbers; as much as moebius_event's reason.
 using Reason = FixedText<511>;
 

@@ -110,6 +110,33 @@ void Metrics::set_gauges(const EngineStats& s) {
   prefix_hits_ = s.prefix_hits;
 }
 
+void Metrics::set_policy(const PolicyFigures* figures) {
+  measured_ = figures != nullptr;
+  if (figures == nullptr) return;
+  for (size_t l : {0u, 1u}) {
+    step_seconds_[l] = figures->step[l].seconds;
+    step_error_[l] = figures->step[l].relative;
+  }
+  regret_ = figures->regret_s;
+  price_ = figures->price_s;
+  budget_ = figures->budget_s;
+}
+
+// A layout that was never seen has no sample of its step.
+void Metrics::render_policy(std::string& out, const std::string& labels) const {
+  const auto by_layout = [&](const char* name, const char* help, const std::atomic<double>(&values)[2]) {
+    out += fmt::format("# HELP moebius_{0} {1}\n# TYPE moebius_{0} gauge\n", name, help);
+    for (Layout l : {Layout::kTp, Layout::kEp})
+      if (const auto i = static_cast<size_t>(l); step_seconds_[i] > 0)
+        out += fmt::format("moebius_{}{{{},mode=\"{}\"}} {}\n", name, labels, name_of(l), values[i].load());
+  };
+  by_layout("policy_step_seconds", "What the last step would take in each layout, as the policy measured has learned.", step_seconds_);
+  by_layout("policy_step_error", "Standard error of policy_step_seconds, relative.", step_error_);
+  single(out, "gauge", "policy_regret_seconds", "What the other layout would have saved since the policy's rule came to its own.", labels, regret_.load());
+  single(out, "gauge", "policy_price_seconds", "Of a switch there and back; the rule moves when its regret reaches it.", labels, price_.load());
+  single(out, "gauge", "policy_budget_seconds", "What may be spent elsewhere than the rule says.", labels, budget_.load());
+}
+
 std::string Metrics::text(const MetricsInfo& info) const {
   const std::string labels = fmt::format("model_name=\"{}\",engine=\"{}\"", escaped(info.model_name), info.engine_id);
   std::string out;
@@ -128,6 +155,7 @@ std::string Metrics::text(const MetricsInfo& info) const {
   out += "# HELP moebius_parallel_mode Which layout serves (both while the seam is inside).\n# TYPE moebius_parallel_mode gauge\n";
   out += fmt::format("moebius_parallel_mode{{{},mode=\"tp\"}} {}\nmoebius_parallel_mode{{{},mode=\"ep\"}} {}\n", labels,
                      seam > 0 ? 1 : 0, labels, seam < layers ? 1 : 0);
+  if (measured_) render_policy(out, labels);
   single(out, "counter", "num_preemptions_total", "Requests that gave up their KV to others.", labels, preemptions_.load());
   single(out, "counter", "prompt_tokens_total", "Prompt tokens computed, each once.", labels, prompt_tokens_.load());
   single(out, "counter", "generation_tokens_total", "Tokens generated.", labels, generation_tokens_.load());

@@ -17,6 +17,7 @@
 namespace moebius {
 
 struct EngineStats;
+struct PolicyFigures;
 
 // What does not change while an engine lives.
 struct MetricsInfo {
@@ -67,16 +68,22 @@ class Metrics {
   void set_waiting(int64_t requests) { waiting_ = static_cast<double>(requests); }
   // Gauges and the counters that the engine keeps itself.
   void set_gauges(const EngineStats& stats);
+  void set_policy(const PolicyFigures* figures);  // null: the policy rests on no costs
 
   std::string text(const MetricsInfo& info) const;
 
  private:
+  void render_policy(std::string& out, const std::string& labels) const;
+
   using Counter = std::atomic<uint64_t>;
   Counter finished_[5] = {};          // by FinishReason
   Counter switches_[2][2] = {};       // [from][to]
   Counter bytes_moved_{0}, rollbacks_{0}, refusals_{0}, preemptions_{0}, corrupted_{0}, rejections_{0}, all_reduce_bytes_{0}, all_to_all_bytes_{0};
   Counter prompt_tokens_{0}, generation_tokens_{0}, prefix_queries_{0}, prefix_hits_{0};
   std::atomic<double> running_{0}, waiting_{0}, kv_usage_{0}, seam_{0}, layers_{0}, imbalance_{0};
+  std::atomic<bool> measured_{false};
+  std::atomic<double> step_seconds_[2] = {}, step_error_[2] = {};  // [Layout]
+  std::atomic<double> regret_{0}, price_{0}, budget_{0};
   std::atomic<int> imbalance_layer_{-1};  // −1: no experts
   Histogram iteration_tokens_, first_token_, inter_token_, e2e_, queue_, prefill_, decode_, inference_, switch_seconds_;
   Histogram request_prompt_, request_generation_, request_max_generation_, request_max_tokens_, request_n_;

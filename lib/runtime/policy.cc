@@ -117,18 +117,21 @@ class ThresholdPolicy final : public Policy {
 
 }  // namespace
 
-std::unique_ptr<Policy> make_policy(const PolicyConfig& config, const PolicyLimits& limits) {
+std::unique_ptr<Policy> make_policy(const PolicyConfig& config, const PolicyLimits& limits, const CostModel* costs) {
   constexpr int kMaxWindow = 1 << 20;
   if (!(config.threshold >= 0)) fail(Code::kInvalidArgument, "policy threshold is {}, must be at least 0", config.threshold);
   if (config.window_steps < 0 || config.window_steps > kMaxWindow)
     fail(Code::kInvalidArgument, "policy window is {} steps, must be from 0 to {}", config.window_steps, kMaxWindow);
   if (std::isnan(config.cooldown_s)) fail(Code::kInvalidArgument, "policy cooldown is {} s, must be a number", config.cooldown_s);
+  if (!(config.explore >= 0 && config.explore <= 0.5)) fail(Code::kInvalidArgument, "policy_explore is {}, must be from 0 to 0.5", config.explore);
+  static const CostModel kNothingLearned;
   switch (config.kind) {
     case PolicyKind::kManual: return std::make_unique<ManualPolicy>();
     case PolicyKind::kThreshold:
       if (config.variant < ThresholdVariant::kDecode || config.variant > ThresholdVariant::kRollout)
         fail(Code::kInvalidArgument, "threshold variant {} is not known", static_cast<int>(config.variant));
       return std::make_unique<ThresholdPolicy>(config, limits);
+    case PolicyKind::kMeasured: return make_measured_policy(config, limits, costs != nullptr ? *costs : kNothingLearned);
   }
   fail(Code::kInvalidArgument, "policy kind {} is not known", static_cast<int>(config.kind));
 }

@@ -9,10 +9,12 @@
 
 #include "lib/layout/types.h"
 #include "lib/runtime/event.h"
+#include "lib/runtime/regret.h"
+#include "lib/runtime/step_costs.h"
 
 namespace moebius {
 
-enum class PolicyKind : int32_t { kManual = 0, kThreshold = 1 };
+enum class PolicyKind : int32_t { kManual = 0, kThreshold = 1, kMeasured = 2 };
 
 // The paper's three thresholds: what is counted, the limit for P ranks, over how many steps, and the pause after a switch.
 enum class ThresholdVariant : int32_t {
@@ -28,6 +30,7 @@ struct PolicyConfig {
   int32_t window_steps = 0; // 0: the variant's
   double cooldown_s = -1;   // negative: the variant's
   bool shadow = false;      // decide and record, but do not switch
+  double explore = 0.01;    // measured: share of the time that may be spent elsewhere than the rule says; 0: never
 };
 
 struct LoadSample {
@@ -37,12 +40,23 @@ struct LoadSample {
   int64_t prefill_tokens = 0;  // to be computed before their requests' next tokens
   Layout layout = Layout::kTp;
   bool switching = false;
+  bool inside = false;      // the seam is held there by the host
+  StepLoad last;            // what the last step held
+  double last_seconds = 0;  // what it took; 0: none has run since the last sample, or in both layouts
+  Costs price{};            // predicted, of a switch to each from the other, with the requests that there are
+  int64_t remaining_tokens = 0, longest_remaining = 0;  // of running requests, by their max_tokens: in all, and of one
 };
 
 struct Decision {
   Layout to = Layout::kTp;
   bool shadow = false;
   Reason record;
+};
+
+// What the last decision, or not deciding, rested on.
+struct PolicyFigures {
+  Estimate step[2];  // [Layout] of the last step
+  double regret_s = 0, price_s = 0, budget_s = 0;
 };
 
 class Policy {
@@ -55,6 +69,8 @@ class Policy {
   // A switch to `to` that it asked for was refused or rolled back: no cooldown is spent, but the same is not asked for again at
   // once.
   virtual void on_failed(Layout to, std::string_view why) = 0;
+  // Null: it rests on no costs.
+  virtual const PolicyFigures* figures() const { return nullptr; }
 };
 
 // What bounds the load that a policy can see.
@@ -63,7 +79,9 @@ struct PolicyLimits {
   int max_batch = 64, max_queue = 65536;
 };
 
-// Throws kInvalidArgument on values out of range, and on a threshold that no load can reach.
-std::unique_ptr<Policy> make_policy(const PolicyConfig& config, const PolicyLimits& limits);
+// Throws kInvalidArgument on values out of range, and on a threshold that no load can reach. The costs are read by `observe` alone, and
+// outlive the policy; null: for checking only.
+std::unique_ptr<Policy> make_policy(const PolicyConfig& config, const PolicyLimits& limits, const CostModel* costs = nullptr);
+std::unique_ptr<Policy> make_measured_policy(const PolicyConfig& config, const PolicyLimits& limits, const CostModel& costs);
 
 }  // namespace moebius

@@ -13,9 +13,9 @@ constexpr double kPrefillRows = 256, kAttended = 16384;
 constexpr double kDriftPerSecond = 0.01 / 60, kMostDrift = 0.3;
 // Process noise of one sample. The scale's, 0.5 %, remembers some 20 samples of 10 % noise; each other term's, 0.05 % of a step, lets shapes change.
 constexpr double kScaleNoise = 0.005, kTermNoise = 5e-4;
-// Innovations are clipped at two standard deviations, which leaves 1/1.3 of a normal variance; beyond four a step was disturbed and teaches
-// nothing, unless such steps are the rule (kChange).
-constexpr double kClip = 2, kReject = 4, kClippedVariance = 1.3, kNoiseRate = 0.05, kFirstNoise = 0.1 * 0.1, kLeastNoise = 0.01 * 0.01;
+// A step that is off by more than two standard deviations is taken to be so noisy that it is off by two: the further off, the less it
+// teaches. Clipping there leaves 1/1.3 of a normal variance.
+constexpr double kClip = 2, kClippedVariance = 1.3, kNoiseRate = 0.05, kFirstNoise = 0.1 * 0.1, kLeastNoise = 0.01 * 0.01;
 // The mean of some twenty innovations is off by 0.8 standard deviations, five of its own: the machine has changed. Its scale is open
 // again, as far as the last innovation goes.
 constexpr double kBiasRate = 0.05, kChange = 0.8, kReopened = 0.5, kMostReopened = 20;
@@ -94,23 +94,22 @@ void StepCurve::learn(const StepLoad& load, double seconds, double now_s) {
   const Terms x = terms_of(load);
   const double expected = std::max(dot(mean_, x), kLeastSeconds), opened = std::pow(kTermNoise * expected, 2);
   for (int i = 0; i < kTerms; ++i) covariance_[i][i] = std::max(covariance_[i][i], std::min(prior_[i], covariance_[i][i] + opened));
-  const double unknown = variance(x);
-  const double total = unknown + noise_ * expected * expected;
-  const double innovation = seconds - expected, sigma = std::sqrt(total), most = kClip * sigma;
-  const double clipped = std::clamp(innovation, -std::min(most, 0.5 * expected), most);  // a step never takes no time
+  const double unknown = variance(x), usual = unknown + noise_ * expected * expected;
+  const double innovation = seconds - expected, clipped = std::clamp(innovation, -kClip * std::sqrt(usual), kClip * std::sqrt(usual));
   noise_ += kNoiseRate * (std::max(0.0, kClippedVariance * clipped * clipped - unknown) / (expected * expected) - noise_);
   noise_ = std::max(noise_, kLeastNoise);
-  bias_ += kBiasRate * (clipped / sigma - bias_);
+  bias_ += kBiasRate * (clipped / std::sqrt(usual) - bias_);
   if (std::fabs(bias_) >= kChange) {
-    bias_ = 0;
     scale_is_open(std::clamp(std::fabs(innovation) / expected, kReopened, kMostReopened));
+    bias_ = 0;
     return;
   }
-  if (std::fabs(innovation) > kReject * sigma) return;
 
+  const double total = std::max(usual, std::pow(innovation / kClip, 2));
+  const double correction = std::max(innovation, -0.5 * expected) / total;  // no step takes no time
   Terms gain;  // not yet divided by `total`
   for (int i = 0; i < kTerms; ++i) gain[i] = dot(covariance_[i], x);
-  for (int i = 0; i < kTerms; ++i) mean_[i] = std::max(i == 0 ? kLeastSeconds : 0.0, mean_[i] + gain[i] * clipped / total);
+  for (int i = 0; i < kTerms; ++i) mean_[i] = std::max(i == 0 ? kLeastSeconds : 0.0, mean_[i] + gain[i] * correction);
   for (int i = 0; i < kTerms; ++i)
     for (int j = 0; j < kTerms; ++j) covariance_[i][j] -= gain[i] * gain[j] / total;
 }
@@ -150,7 +149,7 @@ bool StepCurve::restore(const std::array<double, kState>& state, double now_s) {
   return true;
 }
 
-void CostModel::on_mixed_step(Layout to, const StepLoad& load, double seconds, double now_s) {
+void CostModel::on_step_under_way(Layout to, const StepLoad& load, double seconds, double now_s) {
   const Estimate there = step(to, load, now_s);
   if (there.seen()) delay_s_ += seconds - there.seconds;
 }

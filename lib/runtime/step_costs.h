@@ -23,7 +23,7 @@ struct Estimate {
 };
 
 // Seconds of a step: piecewise linear in decode rows with knots at powers of two, and linear in the other two; every coefficient at least 0,
-// since more work is never faster. A Kalman filter whose innovations are clipped (a step that was disturbed counts little), and
+// since more work is never faster. A Kalman filter in which a step that was disturbed counts little, and
 // whose process noise scales the whole curve (a machine that got slower is slower everywhere) and reopens what was not seen for long.
 class StepCurve {
  public:
@@ -58,7 +58,7 @@ class CostModel {
  public:
   void on_step(Layout layout, const StepLoad& load, double seconds, double now_s) { curve(layout).learn(load, seconds, now_s); }
   // A step while a switch to `to` is under way: what it took beyond a step there is part of the switch's price.
-  void on_mixed_step(Layout to, const StepLoad& load, double seconds, double now_s);
+  void on_step_under_way(Layout to, const StepLoad& load, double seconds, double now_s);
   void on_switch_started() { delay_s_ = 0; }
   // It has arrived: bytes written, and the time that it took from steps.
   void on_switch(Layout to, int64_t bytes, double seconds);

@@ -490,7 +490,10 @@ void Switcher::copy_blocks(const CopyPoint& point, int to, Part& done) {
 }
 
 std::pair<int64_t, int64_t> Switcher::bytes_to(Layout to) const {
-  const Range items = to == Layout::kTp ? Range{seam_, num_layers_} : Range{0, seam_};
+  return bytes_of(to, to == Layout::kTp ? Range{seam_, num_layers_} : Range{0, seam_});
+}
+
+std::pair<int64_t, int64_t> Switcher::bytes_of(Layout to, Range items) const {
   int64_t weights = 0;
   for (int64_t i = items.begin; i < items.end; ++i)
     for (const std::vector<int64_t>& ends : ends_[static_cast<int>(to)][static_cast<size_t>(i)])

@@ -85,6 +85,8 @@ class Switcher {
   bool fits(int target, Reason* reason);
   // Bytes that a switch to a pure layout would write now, and those to a new owner.
   std::pair<int64_t, int64_t> bytes_to(Layout to) const;
+  // Bytes that one from the other pure layout would write, wherever the seam is.
+  int64_t bytes_across(Layout to) const { return bytes_of(to, {0, num_layers_}).first; }
   double copy_rate() const { return copy_rate_; }  // bytes per second of the copies so far
 
   // Of the last or present switch: weights and KV apart. Seconds are of the slowest thread, summed over regions.
@@ -111,6 +113,7 @@ class Switcher {
   struct alignas(64) Copied {  // by one thread in one region
     Part weights, kv;
   };
+  std::pair<int64_t, int64_t> bytes_of(Layout to, Range items) const;
   bool choose_homes(Reason* reason);
   Sequence& victim_for() const;
   void open(Layout to);

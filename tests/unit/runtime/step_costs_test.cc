@@ -153,7 +153,7 @@ TEST_CASE("a switch that takes many steps costs what it took from them and what 
   const StepLoad load{8, 0, 1000};
   for (int i = 0; i < 50; ++i) costs.on_step(Layout::kEp, load, 0.010, i);
   costs.on_switch_started();
-  for (int i = 0; i < 20; ++i) costs.on_mixed_step(Layout::kEp, load, 0.015, 50);
+  for (int i = 0; i < 20; ++i) costs.on_step_under_way(Layout::kEp, load, 0.015, 50);
   costs.on_switch(Layout::kEp, 1 << 20, 0.05);
   CHECK(costs.price(Layout::kEp, 1 << 20) == Approx(0.05 + 20 * 0.005).epsilon(0.01));
   costs.on_switch_started();
