@@ -66,17 +66,17 @@ std::string read_costs(const std::filesystem::path& file, const std::string& key
     if (!version.is_number_integer() || version.get<int64_t>() != kVersion) fail(Code::kCorruptModel, "'moebius_costs' is not {}", kVersion);
     const nlohmann::json& had = member(tree.root(), "key");
     if (!had.is_string() || had.get_ref<const std::string&>() != key)
-      return fmt::format("{}: it is of {}, this engine is {}: not used", file.string(), had.dump(), quoted(key));
+      return fmt::format("{}: it is of {}, this engine is {}: not used, and left as it is", file.string(), had.dump(), quoted(key));
     costs = parse(tree.root(), now_s);
   } catch (const Error& e) {
-    return fmt::format("{}: no learned costs: {}", file.string(), e.what());
+    return fmt::format("{}: no learned costs, left as it is: {}", file.string(), e.what());
   }
   return "";
 }
 
 void write_costs(const std::filesystem::path& file, const std::string& key, const CostModel& costs) {
   const auto state = [&](Layout l) { return costs.curve(l).seen() ? fmt::format("[{}]", fmt::join(costs.curve(l).state(), ",")) : "null"; };
-  const std::filesystem::path part = fmt::format("{}.{}.part", file.string(), getpid());
+  const std::filesystem::path part = fmt::format("{}.{}-{}.part", file.string(), getpid(), static_cast<const void*>(&costs));
   {
     std::ofstream out(part, std::ios::binary | std::ios::trunc);
     out << fmt::format("{{\"moebius_costs\":{},\"key\":{},\n\"curves\":{{\"tp\":{},\n\"ep\":{}}},\n\"switch_corrections\":[{}]}}\n", kVersion, quoted(key),

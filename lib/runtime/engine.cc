@@ -224,7 +224,9 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
   if (!config_.policy_file.empty()) {
     costs_key_ = costs_key(files, model_, config_, threads_, device_->ops());
     const double now = seconds_between(Clock::time_point{}, Clock::now());
-    if (const std::string warning = read_costs(config_.policy_file, costs_key_, now, costs_); !warning.empty()) log(LogLevel::kWarning, "policy", warning);
+    const std::string warning = read_costs(config_.policy_file, costs_key_, now, costs_);
+    keeps_costs_ = warning.empty();  // a file that is not this engine's is not written over
+    if (!keeps_costs_) log(LogLevel::kWarning, "policy", warning);
   }
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
   metrics_info_ = {files.label(), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
@@ -248,7 +250,7 @@ Engine::Impl::~Impl() {
 }
 
 void Engine::Impl::keep_costs() noexcept {
-  if (config_.policy_file.empty()) return;
+  if (!keeps_costs_ || !(costs_.curve(Layout::kTp).seen() || costs_.curve(Layout::kEp).seen())) return;
   try {
     write_costs(config_.policy_file, costs_key_, costs_);
   } catch (const std::exception& e) {

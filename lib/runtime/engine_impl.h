@@ -196,6 +196,7 @@ class Engine::Impl {
   std::vector<int32_t> expert_rows_;      // [experts] of readings_.choices
   CostModel costs_;              // learned whatever the policy is
   std::string costs_key_;        // with a policy_file: what they hold for
+  bool keeps_costs_ = false;     // there
   StepLoad last_load_;           // of the last step that ran in one layout
   double last_seconds_ = 0;      // that it took; 0 once the policy has seen it
   std::unique_ptr<Policy> policy_;

@@ -18,10 +18,11 @@ constexpr double kWorstFactor = 4;
 constexpr double kHoldMargin = 0.25;
 constexpr uint64_t kHoldSteps = 256;
 
-struct Text {
-  FixedText<31> value;
-  explicit Text(const Estimate& e) : value(e.seen() ? FixedText<31>::of("{:.3f} ms ±{:.0f} %", e.seconds * 1e3, std::min(999.0, e.relative * 100)) : FixedText<31>("unknown")) {}
-};
+using EstimateText = FixedText<31>;
+EstimateText text_of(const Estimate& e) {
+  if (!e.seen()) return "unknown";
+  return EstimateText::of("{:.3f} ms ±{:.0f} %", e.seconds * 1e3, std::min(999.0, e.relative * 100));
+}
 
 class MeasuredPolicy final : public Policy {
  public:
@@ -102,8 +103,8 @@ class MeasuredPolicy final : public Policy {
     const Reason again = std::exchange(failure_, {});
     return {path_.here(), shadow_,
             Reason::of("measured: running {}, waiting {}, to prefill {}: tp {}, ep {}, regret {:.3f} of price {:.3f} ms, budget {:.3f} ms: {} → {}{}{}",
-                       load.running, load.waiting, load.prefill_tokens, Text(estimate(Layout::kTp)).value.view(),
-                       Text(estimate(Layout::kEp)).value.view(), before.rule().regret() * 1e3, round_trip(load.price) * 1e3, before.budget() * 1e3,
+                       load.running, load.waiting, load.prefill_tokens, text_of(estimate(Layout::kTp)).view(),
+                       text_of(estimate(Layout::kEp)).view(), before.rule().regret() * 1e3, round_trip(load.price) * 1e3, before.budget() * 1e3,
                        name_of(before.here()), name_of(path_.here()), why, again.view())};
   }
 

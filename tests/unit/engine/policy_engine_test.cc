@@ -1,6 +1,10 @@
 // Policies and wishes on a real engine: each becomes a switch, a refusal or a record, and none changes a bit.
 #include <chrono>
+#include <filesystem>
+#include <fstream>
 #include <thread>
+
+#include <unistd.h>
 
 #include "tests/unit/engine/harness.h"
 
@@ -308,6 +312,162 @@ TEST_CASE("a switch that was rolled back is not tried again at every step") {
   engine.impl().switcher().hook = nullptr;
   for (int i = 0; i < 20; ++i) engine.step();  // one has finished: the load has moved
   CHECK(engine.stats().switches == 1);
+}
+
+// ---- the policy measured: what it decides is tested on simulated machines (runtime/measured_policy_test.cc)
+
+namespace {
+
+PolicyConfig measured(double explore) {
+  PolicyConfig p;
+  p.kind = PolicyKind::kMeasured;
+  p.explore = explore;
+  return p;
+}
+
+// As if steps of up to eight rows had taken so long in this layout.
+void teach(Engine& engine, Layout layout, double seconds) {
+  const double now = std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+  for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(layout, {1.0 + i % 8, 0, 20.0 * (1 + i % 8)}, seconds, now);
+}
+
+void run(Engine& engine, int steps) {
+  for (int i = 0; i < steps; ++i) engine.step();
+}
+
+void submit_four(Engine& engine, int max_tokens) {
+  for (int i = 0; i < 4; ++i) engine.submit(greedy_request("m" + std::to_string(i), prompt_of(40 + i, 12), max_tokens));
+}
+
+struct TempFile {
+  std::filesystem::path path = std::filesystem::temp_directory_path() / fmt::format("moebius-costs-{}", getpid());
+  ~TempFile() { std::filesystem::remove(path); }
+};
+
+}  // namespace
+
+TEST_CASE("costs of both layouts and of switches are learned from what is run, whatever the policy, and measured shows them") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.stall_budget_ms = GENERATE(0.0, 1e-6);
+  Engine engine(kQwen, config);
+  submit_four(engine, 150);
+  run(engine, 30);
+  const CostModel& costs = engine.impl().costs();
+  CHECK(costs.curve(Layout::kTp).seen());
+  CHECK_FALSE(costs.curve(Layout::kEp).seen());
+  CHECK_THAT(engine.metrics_text(), !Catch::Contains("policy_step_seconds"));
+  engine.request_switch(Layout::kEp);
+  for (int i = 0; i < 60 && engine.stats().seam != 0; ++i) engine.step();
+  run(engine, 10);
+  CHECK(costs.curve(Layout::kEp).seen());
+  CHECK(of(costs.corrections(), Layout::kEp) > 0);
+  CHECK(of(costs.corrections(), Layout::kTp) == 0);
+  engine.set_policy(measured(0));
+  run(engine, 2);
+  const std::string text = engine.metrics_text();
+  for (const char* line : {"moebius_policy_step_seconds{model_name=\"tiny-qwen3-moe\",engine=\"0\",mode=\"tp\"} ",
+                           "moebius_policy_step_seconds{model_name=\"tiny-qwen3-moe\",engine=\"0\",mode=\"ep\"} ", "moebius_policy_step_error{",
+                           "moebius_policy_regret_seconds{", "moebius_policy_price_seconds{", "moebius_policy_budget_seconds{"})
+    CHECK_THAT(text, Catch::Contains(line));
+}
+
+TEST_CASE("measured switches where the other layout's steps cost less, says by which numbers, and changes no bit") {
+  const Script script = decaying();
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  Engine engine(kQwen, config);
+  teach(engine, Layout::kEp, 1e-9);  // no machine is that fast
+  engine.set_policy(measured(0));
+  for (const ScriptedRequest& r : script.requests) engine.submit(r.spec);
+  Outcome got;
+  std::map<uint64_t, std::vector<int32_t>> tokens;
+  for (int i = 0; i < 200; ++i) engine.step();
+  drain(engine, got);
+  for (const Event& e : got.events)
+    if (e.type == EventType::kToken) tokens[e.request].push_back(e.token);
+  for (size_t i = 0; i < script.requests.size(); ++i) CHECK(tokens[i + 1] == expected.outputs.at(script.requests[i].spec.id).tokens);
+  const std::vector<Event> decisions = events_of(got, EventType::kDecision);
+  REQUIRE(!decisions.empty());
+  CHECK(decisions[0].to == Layout::kEp);
+  CHECK_THAT(decisions[0].reason, Catch::Contains("measured: running ") && Catch::Contains("regret ") && Catch::Contains("of price ") && Catch::Contains("tp → ep"));
+  CHECK(events_of(got, EventType::kSwitchFinished).at(0).to == Layout::kEp);
+}
+
+TEST_CASE("measured stays where steps cost less") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  teach(engine, Layout::kEp, 1000);  // seconds
+  engine.set_policy(measured(0.01));
+  submit_four(engine, 150);
+  run(engine, 150);
+  CHECK(engine.stats().switches == 0);
+}
+
+TEST_CASE("a switch that measured asks for and that does not fit is not asked for at every step") {
+  EngineConfig config = tight_config();
+  Engine engine(kQwen, config);
+  submit_tight(engine);
+  run(engine, 4);
+  REQUIRE(engine.stats().running == 3);
+  teach(engine, Layout::kEp, 1e-9);
+  engine.set_policy(measured(0));
+  run(engine, 40);
+  CHECK(engine.stats().refusals == 1);
+  CHECK(engine.stats().switches == 0);
+}
+
+TEST_CASE("learned costs are kept in a file for the next engine of the same kind; another's, a broken one and none teach nothing") {
+  const TempFile file;
+  std::string warnings;
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.policy_file = file.path.string();
+  config.log = [&](LogLevel level, const char*, const std::string& message) {
+    if (level == LogLevel::kWarning) warnings += message + "\n";
+  };
+  const auto knows_tp = [&](const EngineConfig& c, int steps) {
+    warnings.clear();
+    Engine engine(kQwen, c);
+    const bool knows = engine.impl().costs().curve(Layout::kTp).seen();
+    if (steps > 0) submit_four(engine, steps);
+    run(engine, steps);
+    return knows;
+  };
+  CHECK_FALSE(knows_tp(config, 20));  // there is no file yet
+  CHECK(warnings == "");
+  CHECK(std::filesystem::exists(file.path));
+  CHECK(knows_tp(config, 0));
+  CHECK(warnings == "");
+  EngineConfig other = config;
+  other.ranks = 4;
+  other.policy_file = file.path.string();
+  std::ifstream in(file.path);
+  const std::string text{std::istreambuf_iterator<char>(in), {}};
+  CHECK_FALSE(knows_tp(other, 0));
+  CHECK(knows_tp(config, 0));  // the file is as it was
+  CHECK_FALSE(knows_tp(other, 5));
+  CHECK_THAT(warnings, Catch::Contains("not used, and left as it is") && Catch::Contains("4 ranks of 1 threads") && Catch::Contains("2 ranks of 1 threads"));
+  const std::string broken[] = {"",
+                                "{",
+                                "[1]",
+                                "null",
+                                text.substr(0, text.size() / 2),
+                                "{\"moebius_costs\":2}",
+                                "{\"moebius_costs\":1}",
+                                [&] { std::string t = text; return t.replace(t.find("\"tp\":["), 6, "\"tp\":[1,"); }(),
+                                [&] { std::string t = text; return t.replace(t.find("\"tp\":["), 6, "\"tp\":[-"); }(),
+                                [&] { std::string t = text; return t.replace(t.find("corrections\":["), 14, "corrections\":[-1,"); }(),
+                                std::string(2 << 20, ' ')};
+  for (const std::string& b : broken) {
+    std::ofstream(file.path, std::ios::trunc) << b;
+    INFO(b.substr(0, 60));
+    CHECK_FALSE(knows_tp(config, 0));
+    CHECK_THAT(warnings, Catch::Contains("no learned costs") && Catch::Contains(file.path.string()));
+    CHECK(std::filesystem::file_size(file.path) == b.size());
+  }
+  config.policy_file = "/nowhere/costs";
+  CHECK_FALSE(knows_tp(config, 5));
+  CHECK_THAT(warnings, Catch::Contains("/nowhere/costs") && Catch::Contains("cannot be written"));
+  for (const auto& entry : std::filesystem::directory_iterator(file.path.parent_path()))
+    CHECK(entry.path().string().rfind(file.path.string() + ".", 0) != 0);  // no part is left
 }
 
 }  // namespace moebius::test

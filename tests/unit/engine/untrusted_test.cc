@@ -145,10 +145,11 @@ TEST_CASE("settings out of range are refused with key, value and range") {
   refused("stall_budget_ms", "nan", [&](EngineConfig& c) { c.stall_budget_ms = nan; });
   refused("wait_deadline_ms", "nan", [&](EngineConfig& c) { c.wait_deadline_ms = nan; });
   refused("wait_deadline_ms", "-1", [](EngineConfig& c) { c.wait_deadline_ms = -1; });
-  for (PolicyKind kind : {PolicyKind::kManual, PolicyKind::kThreshold}) {
+  for (PolicyKind kind : {PolicyKind::kManual, PolicyKind::kThreshold, PolicyKind::kMeasured}) {
     refused("threshold", "nan", [&](EngineConfig& c) { c.policy = {kind, {}, nan}; });
     refused("threshold", "-1", [&](EngineConfig& c) { c.policy = {kind, {}, -1}; });
     refused("cooldown", "nan", [&](EngineConfig& c) { c.policy = {kind, {}, 0, 0, nan}; });
+    refused("policy_explore", "nan", [&](EngineConfig& c) { c.policy.explore = nan; });
     refused("window", "2147483647", [&](EngineConfig& c) { c.policy = {kind, {}, 0, INT32_MAX}; });
   }
   EngineConfig config = tp_config();

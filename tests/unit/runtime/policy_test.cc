@@ -198,8 +198,28 @@ TEST_CASE("every metric has its name and type, and every histogram its buckets")
     CHECK_THAT(text, Catch::Contains("moebius_" + line + "\n"));
 }
 
+TEST_CASE("what a policy's decisions rest on is shown while it rests on costs; a layout never seen has no step there") {
+  Metrics m;
+  PolicyFigures figures;
+  figures.step[0] = {0.008, 0.03};
+  figures.regret_s = 0.06;
+  figures.price_s = 0.09;
+  figures.budget_s = 0.5;
+  m.set_policy(&figures);
+  const std::string text = m.text({"m"}), l = "{model_name=\"m\",engine=\"0\"";
+  for (const std::string& line : {"step_seconds" + l + ",mode=\"tp\"} 0.008", "step_error" + l + ",mode=\"tp\"} 0.03", "regret_seconds" + l + "} 0.06",
+                                  "price_seconds" + l + "} 0.09", "budget_seconds" + l + "} 0.5"})
+    CHECK_THAT(text, Catch::Contains("moebius_policy_" + line + "\n"));
+  CHECK_THAT(text, !Catch::Contains("policy_step_seconds" + l + ",mode=\"ep\"}"));
+  m.set_policy(nullptr);
+  CHECK_THAT(m.text({"m"}), !Catch::Contains("moebius_policy_"));
+}
+
 TEST_CASE("metrics are well-formed Prometheus text") {
   Metrics m;
+  PolicyFigures figures;
+  figures.step[0] = figures.step[1] = {0.01, 0.1};
+  m.set_policy(&figures);
   m.on_step(17);
   m.on_first_token(0.03);
   m.on_inter_token(1e9);

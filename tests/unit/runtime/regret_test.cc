@@ -39,7 +39,10 @@ struct Totals {
   int moves = 0;
 };
 
-Totals run(const Load& load, const Costs& price, int steps, uint64_t seed, Advice advice, double price_spread = 0) {
+// Prices above the given ones, by a factor that the path and a number from 0 to 1 decide.
+using Rise = std::function<double(const Path& path, double uniform)>;
+
+Totals run(const Load& load, const Costs& price, int steps, uint64_t seed, Advice advice, const Rise& rise = nullptr) {
   std::mt19937_64 random(seed);
   std::uniform_real_distribution<double> uniform(0, 1);
   Path path(Layout::kTp);
@@ -47,7 +50,7 @@ Totals run(const Load& load, const Costs& price, int steps, uint64_t seed, Advic
   Totals t;
   for (int i = 0; i < steps; ++i) {
     const Costs step = load(i, path, random);
-    const double here = of(step, path.here()), scale = 1 + price_spread * uniform(random);
+    const double here = of(step, path.here()), scale = rise ? rise(path, uniform(random)) : 1;
     const Costs now = {price[0] * scale, price[1] * scale};
     const double income = advice == Advice::kNone ? 0 : kIncome * here;
     t.path += here;
@@ -136,22 +139,30 @@ TEST_CASE("the rule, and whoever deviates from it within the budget, stay within
         INFO("seed " << s << ", " << n.name << ", advice " << static_cast<int>(advice) << ", prices " << price[0] << " and " << price[1] << ", moves "
                      << t.moves << ", best " << t.hindsight);
         REQUIRE(t.path <= bound(t, price) * (1 + 1e-9));
-        if (advice == Advice::kNone && t.hindsight > 20 * trip) worst = std::max(worst, t.path / t.hindsight);
+        if (advice == Advice::kNone && t.hindsight > 20 * trip && widest < trip / 50) worst = std::max(worst, t.path / t.hindsight);
       }
   }
   INFO("worst ratio " << worst);
-  CHECK(worst > 2.5);  // the adversaries deserve the name
+  CHECK(worst > 2.9);  // the adversaries deserve the name
+  CHECK(worst < 3.1);
 }
 
-TEST_CASE("prices that vary by a factor cost that factor at most") {
-  for (uint64_t s = seed(); s < seed() + 100; ++s)
-    for (double spread : {0.2, 1.0})
-      for (const Costs& price : {Costs{3, 3}, Costs{1, 9}})
-        for (const Named& n : loads(price, 0.2)) {
-          const Totals t = run(n.load, price, 3000, s, Advice::kNone, spread);
-          INFO("seed " << s << ", " << n.name << ", spread " << spread);
-          REQUIRE(t.path <= (1 + spread) * bound(t, price) * (1 + 1e-9));
-        }
+TEST_CASE("prices that vary by a factor, at random or to the rule's disadvantage, cost that factor at most") {
+  for (double most : {1.2, 2.0})
+    for (const Costs& price : {Costs{3, 3}, Costs{1, 9}}) {
+      const double trip = round_trip(price);
+      const Rise rises[] = {[=](const Path&, double u) { return 1 + (most - 1) * u; },
+                            [=](const Path& path, double u) { return path.rule().regret() < u * most * trip ? most : 1; },
+                            [=](const Path& path, double) { return path.rule().regret() < (most - 0.05) * trip ? most : 1; },
+                            [=](const Path& path, double) { return path.here() == Layout::kTp ? most : 1; }};
+      for (const Rise& rise : rises)
+        for (uint64_t s = seed(); s < seed() + 30; ++s)
+          for (const Named& n : loads(price, 0.2)) {
+            const Totals t = run(n.load, price, 3000, s, Advice::kNone, rise);
+            INFO("seed " << s << ", " << n.name << ", factor " << most << ", rise " << &rise - rises << ", best " << t.hindsight);
+            REQUIRE(t.path <= most * bound(t, price) * (1 + 1e-9));
+          }
+    }
 }
 
 TEST_CASE("learned costs that are wrong by a factor lose that factor at most") {
