@@ -126,6 +126,8 @@ const Key kKeys[] = {
     FLAG_KEY(policy.shadow, "policy_shadow", "0", "decide and record, but do not switch"),
     Key{"policy_explore", "0.01", "measured: share of the time that may be spent elsewhere than its rule says, to learn or ahead of it; 0: none",
         SetF64([](EngineConfig& c, double v) { c.policy.explore = v; }), "experimental"},
+    Key{"policy_calibrate_ms", "0", "time at start-up for dummy requests in both layouts, which teach their costs, unless policy_file has them; 0: none",
+        SetF64([](EngineConfig& c, double v) { c.policy_calibrate_ms = v; }), "experimental"},
     Key{"policy_file", "", "where the learned costs are read from and, when the engine is destroyed, written to; empty: nowhere",
         SetStr([](EngineConfig& c, const std::string& v) { c.policy_file = v; }), "experimental"},
 };

@@ -50,8 +50,8 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
       ->capture_default_str();
   app.add_option("--prefix-cache", prefix_cache, "share KV pages of equal prefixes (1 or 0)")->capture_default_str();
   app.add_flag("--preempt-to-fit", preempt_to_fit, "a switch that does not fit preempts requests instead of being refused");
-  app.add_option("--policy", policy, "who decides on switches: manual or threshold")
-      ->check(CLI::IsMember({"manual", "threshold"}))
+  app.add_option("--policy", policy, "who decides on switches: manual, threshold or measured")
+      ->check(CLI::IsMember({"manual", "threshold", "measured"}))
       ->capture_default_str();
   app.add_option("--policy-variant", policy_variant, "what the threshold counts: decode, prefill or rollout")
       ->check(CLI::IsMember({"decode", "prefill", "rollout"}))
@@ -64,6 +64,13 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
       ->check(at_least(0))
       ->default_str("the variant's");
   app.add_flag("--policy-shadow", policy_shadow, "decide and record, but do not switch");
+  app.add_option("--policy-explore", policy_explore, "measured: share of the time that may be spent elsewhere than its rule says")
+      ->check(CLI::Range(0.0, 0.5))
+      ->capture_default_str();
+  app.add_option("--policy-calibrate-ms", policy_calibrate_ms, "measured: time at start-up that teaches the costs of both layouts")
+      ->check(at_least(0))
+      ->capture_default_str();
+  app.add_option("--policy-file", policy_file, "measured: where learned costs are read from, and written to at the end");
 }
 
 moebius_cpp::Config EngineOptions::config() const {
@@ -76,6 +83,7 @@ moebius_cpp::Config EngineOptions::config() const {
   c.set("device", device).set("communicator", communicator);
   c.set("policy", policy).set("policy_variant", policy_variant).set("policy_window_steps", policy_window_steps).set("policy_shadow", policy_shadow);
   c.set_real("policy_threshold", policy_threshold).set_real("policy_cooldown_s", policy_cooldown_s);
+  c.set_real("policy_explore", policy_explore).set_real("policy_calibrate_ms", policy_calibrate_ms).set("policy_file", policy_file);
   if (!mode.empty()) c.set("mode", mode);
   if (!isa.empty()) c.set("isa", isa);
   return c;

@@ -31,10 +31,11 @@ CLI::Validator at_least(int64_t least);
 
 // Unset flags keep the library's defaults.
 struct EngineOptions {
-  std::string model, layout = "tp", device = "cpu", communicator = "peer", mode, isa, policy = "manual", policy_variant = "decode";
+  std::string model, layout = "tp", device = "cpu", communicator = "peer", mode, isa, policy = "manual", policy_variant = "decode",
+      policy_file;
   int64_t ranks = 1, threads = 0, memory_bytes = 0, slices_per_expert = 0, chunk_tokens = 512, max_batch = 64, seed = 0, page_tokens = 16,
           kv_tokens = 0, max_queue = 65536, policy_window_steps = 0;
-  double stall_budget_ms = 0, policy_threshold = 0, policy_cooldown_s = -1;
+  double stall_budget_ms = 0, policy_threshold = 0, policy_cooldown_s = -1, policy_explore = 0.01, policy_calibrate_ms = 0;
   bool prefix_cache = true, preempt_to_fit = false, policy_shadow = false;
 
   void add_to(CLI::App& app, bool model_required);

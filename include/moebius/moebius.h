@@ -108,10 +108,10 @@ MOEBIUS_API void moebius_error_destroy(moebius_error *err);              /* NULL
  * Keys: ranks, threads, layout ("tp", "ep"), memory_bytes, kv_tokens, isa, slices_per_expert, page_tokens, chunk_tokens,
  * max_batch, max_queue, max_context, prefix_cache, seed, stall_budget_ms, preempt_to_fit, wait_deadline_ms, dummy_weights,
  * mode ("exact", "fast"), policy ("manual", "threshold", "measured"), policy_variant ("decode", "prefill", "rollout"),
- * policy_threshold, policy_window_steps, policy_cooldown_s, policy_shadow, policy_explore, policy_file, engine_id; for devices: device
- * ("cpu", "cuda"), device_ids, communicator ("peer", "nccl"), rank_processes, two_shot_bytes, capture_steps, streams, nccl_comms.
- * moebius_config_key enumerates them with types, defaults, meaning and stability. An unknown key is MOEBIUS_E_INVALID_ARGUMENT and
- * names a near one, if there is any. */
+ * policy_threshold, policy_window_steps, policy_cooldown_s, policy_shadow, policy_explore, policy_calibrate_ms, policy_file,
+ * engine_id; for devices: device ("cpu", "cuda"), device_ids, communicator ("peer", "nccl"), rank_processes, two_shot_bytes,
+ * capture_steps, streams, nccl_comms. moebius_config_key enumerates them with types, defaults, meaning and stability. An unknown key is
+ * MOEBIUS_E_INVALID_ARGUMENT and names a near one, if there is any. */
 
 MOEBIUS_API moebius_status moebius_config_create(moebius_config **out_config, moebius_error **err); /* every key has its default */
 MOEBIUS_API void moebius_config_destroy(moebius_config *config);                                    /* engines made of it stay */
@@ -333,7 +333,7 @@ MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius
 MOEBIUS_API moebius_status moebius_engine_hold_seam(moebius_engine *engine, int32_t seam, moebius_error **err);
 /* 0: a switch moves everything at once; else the time that each step may lend to it. */
 MOEBIUS_API moebius_status moebius_engine_set_stall_budget(moebius_engine *engine, double ms, moebius_error **err);
-/* Takes the policy_* keys of the config but policy_file, which counts when an engine is made; costs that were learned stay.
+/* Takes the policy_* keys of the config but policy_calibrate_ms and policy_file, which count when an engine is made; learned costs stay.
  * INVALID_ARGUMENT: a value out of range, or a threshold that max_batch keeps out of reach. */
 MOEBIUS_API moebius_status moebius_engine_set_policy(moebius_engine *engine, const moebius_config *config, moebius_error **err);
 

@@ -44,9 +44,9 @@ int threads_per_rank(const EngineConfig& config, const ModelConfig& model) {
   return config.threads;
 }
 
-namespace {
-
 PolicyLimits policy_limits(const EngineConfig& c) { return {c.ranks, c.max_batch, c.max_queue}; }
+
+namespace {
 
 void check_config(const EngineConfig& c) {
   const auto in_range = [](const char* key, auto value, auto least, auto most) {
@@ -66,6 +66,7 @@ void check_config(const EngineConfig& c) {
   in_range("slices_per_expert", c.slices_per_expert, 0, 1 << 20);
   if (!(c.stall_budget_ms >= 0)) fail(Code::kInvalidArgument, "stall_budget_ms is {}, must be at least 0", c.stall_budget_ms);
   if (!(c.wait_deadline_ms > 0)) fail(Code::kInvalidArgument, "wait_deadline_ms is {}, must be above 0", c.wait_deadline_ms);
+  if (!(c.policy_calibrate_ms >= 0)) fail(Code::kInvalidArgument, "policy_calibrate_ms is {}, must be at least 0", c.policy_calibrate_ms);
   in_range("page_tokens", c.page_tokens, static_cast<int>(kTile), 1 << 16);
   if (c.page_tokens % kTile != 0) fail(Code::kInvalidArgument, "page_tokens is {}, must be a multiple of {}", c.page_tokens, kTile);
   if (!c.mode.empty() && c.mode != "exact" && c.mode != "fast") fail(Code::kInvalidArgument, "mode is '{}', must be exact or fast", c.mode);
@@ -465,20 +466,25 @@ void Engine::Impl::count_moved(const Event& event) {
   stats_.bytes_moved += event.bytes;
 }
 
+// Of a switch from one layout to the other; one that was turned, or began or ended inside, has another price.
+void Engine::Impl::learn_price(const Event& event) {
+  if (event.type == EventType::kSwitchStarted) costs_.on_switch_started();
+  const bool inside = event.seam > 0 && event.seam < model_.shape.num_layers();
+  if (event.type == EventType::kSwitchFinished && event.from != event.to && !inside) costs_.on_switch(event.to, event.bytes, event.seconds);
+}
+
 void Engine::Impl::emit(Event&& event) {
   event.step = step_;
   event.time_ns = ns_of(Clock::now());
+  learn_price(event);
+  if (calibrating_) return;
   if (config_.log) log_event(event);
   switch (event.type) {
-    case EventType::kSwitchStarted:
-      costs_.on_switch_started();
-      break;
     case EventType::kSwitchFinished:
       count_moved(event);
       if (event.seam > 0 && event.seam < model_.shape.num_layers()) break;  // held inside: no layout has been reached
       if (event.from == event.to && event.bytes == 0) break;  // asked for the layout that serves already
       metrics_.on_switch(event.from, event.to, event.seconds);
-      if (event.from != event.to) costs_.on_switch(event.to, event.bytes, event.seconds);
       ++stats_.switches;
       policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
       break;
@@ -1374,7 +1380,15 @@ Engine::Engine(const ModelFiles& files, const EngineConfig& config)
     : impl_([&] {
         const FloatingPointMode mode;  // tables and weights are made in it too
         return std::make_shared<Impl>(files, config);
-      }()) {}
+      }()) {
+  if (!(config.policy_calibrate_ms > 0)) return;
+  try {
+    impl_->calibrate();
+  } catch (...) {
+    if (impl_->world().dead()) impl_->world().keep_alive(impl_);
+    throw;
+  }
+}
 
 Engine::~Engine() {
   impl_->stop();

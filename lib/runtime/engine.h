@@ -53,6 +53,7 @@ struct EngineConfig {
   bool preempt_to_fit = false;     // a switch that does not fit preempts requests instead of being refused
   double wait_deadline_ms = 30000; // every wait of one rank for another
   PolicyConfig policy;
+  double policy_calibrate_ms = 0;  // time at start-up for dummy requests in both layouts, unless the file has the costs; 0: none
   std::string policy_file;         // learned costs are read from it and, when the engine is destroyed, written to it; empty: nowhere
   int engine_id = 0;               // label `engine` of the metrics
   bool dummy_weights = false;      // seeded random weights, config.json only (benchmarks)

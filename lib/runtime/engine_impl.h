@@ -29,6 +29,7 @@ namespace moebius {
 
 // What an engine fixes before it is made; moebius-inspect plans by it without one.
 EngineConfig complete(EngineConfig config, const ModelConfig& model);            // checked, with the defaults that the model gives
+PolicyLimits policy_limits(const EngineConfig& config);
 int threads_per_rank(const EngineConfig& config, const ModelConfig& model);      // of a complete config; checks the ranks
 WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, Device& device);
 int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config);
@@ -71,6 +72,7 @@ class Engine::Impl {
   void set_policy(const PolicyConfig& policy);
   SwitchEstimate estimate_switch(Layout to);
   void update_weights(const ModelFiles& files, bool partial);
+  void calibrate();  // before anything else is asked of it
   EngineStats stats() const;
   std::string metrics_text() const;
   ModelInfo model() const;
@@ -95,6 +97,9 @@ class Engine::Impl {
  private:
   void compare_ranks();
   void keep_costs() noexcept;
+  int most_dummies() const;
+  void serve_dummies(Clock::time_point until);
+  void learn_price(const Event& event);
   void refuse_if_failed() const;
   void refuse_if_mixed() const;
   void refuse_if_busy() const;
@@ -195,6 +200,7 @@ class Engine::Impl {
   MetricsInfo metrics_info_;
   std::vector<int32_t> expert_rows_;      // [experts] of readings_.choices
   CostModel costs_;              // learned whatever the policy is
+  bool calibrating_ = false;     // no event is emitted, nothing is logged
   std::string costs_key_;        // with a policy_file: what they hold for
   bool keeps_costs_ = false;     // there
   StepLoad last_load_;           // of the last step that ran in one layout

@@ -2,6 +2,7 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 #include <thread>
 
 #include <unistd.h>
@@ -468,6 +469,49 @@ TEST_CASE("learned costs are kept in a file for the next engine of the same kind
   CHECK_THAT(warnings, Catch::Contains("/nowhere/costs") && Catch::Contains("cannot be written"));
   for (const auto& entry : std::filesystem::directory_iterator(file.path.parent_path()))
     CHECK(entry.path().string().rfind(file.path.string() + ".", 0) != 0);  // no part is left
+}
+
+TEST_CASE("calibration teaches both curves and both prices, and leaves no other trace; a file that has them makes it needless") {
+  const Layout start = GENERATE(Layout::kTp, Layout::kEp);
+  const TempFile file;
+  const auto script = [](Engine& engine) {
+    std::string out;
+    submit_four(engine, 20);
+    run(engine, 40);
+    Outcome events;
+    drain(engine, events);
+    for (const Event& e : events.events) out += fmt::format("{} {} {} {} {}, ", static_cast<int>(e.type), e.step, e.request, e.token, e.seam);
+    return out;
+  };
+  const auto counters = [](const Engine& engine) {  // of the metrics: what counts no time
+    std::string out;
+    std::istringstream lines(engine.metrics_text());
+    for (std::string line; std::getline(lines, line);)
+      if (line[0] != '#' && line.find("seconds") == std::string::npos) out += line + "\n";
+    return out;
+  };
+  EngineConfig config = small_config(2, 1, start);
+  Engine plain(kQwen, config);
+  config.policy_calibrate_ms = 300;
+  config.policy_file = file.path.string();
+  std::string log;
+  config.log = [&](LogLevel, const char* category, const std::string& message) { log += std::string(category) + ": " + message + "\n"; };
+  {
+    Engine engine(kQwen, config);
+    for (Layout l : {Layout::kTp, Layout::kEp}) {
+      CHECK(engine.impl().costs().curve(l).seen());
+      CHECK(of(engine.impl().costs().corrections(), l) > 0);
+      CHECK(engine.impl().costs().step(l, {2, 0, 80}, 0).relative < 0.5);
+    }
+    CHECK_THAT(log, !Catch::Contains("switch:"));
+    CHECK(counters(engine) == counters(plain));
+    CHECK(script(engine) == script(plain));
+    CHECK(counters(engine) == counters(plain));
+    CHECK(engine.stats().seam == (start == Layout::kTp ? engine.model().num_layers : 0));
+  }
+  config.policy_calibrate_ms = 1e9;
+  Engine again(kQwen, config);
+  CHECK(again.impl().costs().curve(Layout::kTp).seen());
 }
 
 }  // namespace moebius::test

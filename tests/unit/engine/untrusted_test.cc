@@ -149,6 +149,7 @@ TEST_CASE("settings out of range are refused with key, value and range") {
     refused("threshold", "nan", [&](EngineConfig& c) { c.policy = {kind, {}, nan}; });
     refused("threshold", "-1", [&](EngineConfig& c) { c.policy = {kind, {}, -1}; });
     refused("cooldown", "nan", [&](EngineConfig& c) { c.policy = {kind, {}, 0, 0, nan}; });
+    refused("policy_calibrate_ms", "nan", [&](EngineConfig& c) { c.policy_calibrate_ms = nan; });
     refused("policy_explore", "nan", [&](EngineConfig& c) { c.policy.explore = nan; });
     refused("window", "2147483647", [&](EngineConfig& c) { c.policy = {kind, {}, 0, INT32_MAX}; });
   }
