@@ -40,7 +40,7 @@ void Engine::Impl::serve_dummies(Clock::time_point until) {
     while (scheduler_.tokens_to_prefill() > 0 && in_time());
     for (int i = 0; i < kStepsOfSize && in_time(); ++i) step();
   }
-  for (uint64_t number : numbers) cancel(number);
+  for (uint64_t number : numbers) cancel(number, -1);
   step();
 }
 
@@ -53,7 +53,9 @@ void Engine::Impl::calibrate() {
   for (Layout layout : {start, other(start)}) {
     aim(layout == Layout::kTp ? switcher_.num_layers() : 0);
     step();
-    serve_dummies(Clock::now() + clamped_ms(config_.policy_calibrate_ms / 2));
+    const auto until = Clock::now() + clamped_ms(config_.policy_calibrate_ms / 2);
+    do serve_dummies(until);
+    while (Clock::now() < until);
   }
   aim(start == Layout::kTp ? switcher_.num_layers() : 0);
   step();

@@ -501,7 +501,7 @@ TEST_CASE("calibration teaches both curves and both prices, and leaves no other 
     for (Layout l : {Layout::kTp, Layout::kEp}) {
       CHECK(engine.impl().costs().curve(l).seen());
       CHECK(of(engine.impl().costs().corrections(), l) > 0);
-      CHECK(engine.impl().costs().step(l, {2, 0, 80}, 0).relative < 0.5);
+      CHECK(engine.impl().costs().step(l, {1, 0, 40}, 0).relative < 0.9);  // a batch of one has its steps however short the time
     }
     CHECK_THAT(log, !Catch::Contains("switch:"));
     CHECK(counters(engine) == counters(plain));
