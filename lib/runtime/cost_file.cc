@@ -54,8 +54,13 @@ std::string quoted(const std::string& text) { return nlohmann::json(text).dump(-
 }  // namespace
 
 std::string read_costs(const std::filesystem::path& file, const std::string& key, double now_s, CostModel& costs) {
+  std::error_code error;
+  const auto type = std::filesystem::status(file, error).type();
+  if (type == std::filesystem::file_type::not_found) return "";
+  if (type != std::filesystem::file_type::regular)  // a FIFO would be waited for
+    return fmt::format("{}: no learned costs: it is no file that can be read: {}", file.string(), error ? error.message() : "not a regular one");
   std::ifstream in(file, std::ios::binary);
-  if (!in) return std::filesystem::exists(file) ? fmt::format("{}: cannot be read", file.string()) : "";
+  if (!in) return fmt::format("{}: no learned costs: it cannot be read", file.string());
   std::string text(kMaxBytes + 1, '\0');
   in.read(text.data(), static_cast<std::streamsize>(text.size()));
   text.resize(static_cast<size_t>(in.gcount()));

@@ -105,11 +105,11 @@ void StepCurve::learn(const StepLoad& load, double seconds, double now_s) {
     return;
   }
 
-  const double total = std::max(usual, std::pow(innovation / kClip, 2));
-  const double correction = std::max(innovation, -0.5 * expected) / total;  // no step takes no time
+  // Nor does an estimate more than halve at once: no step takes no time.
+  const double total = std::max({usual, std::pow(innovation / kClip, 2), unknown * -innovation / (0.5 * expected)});
   Terms gain;  // not yet divided by `total`
   for (int i = 0; i < kTerms; ++i) gain[i] = dot(covariance_[i], x);
-  for (int i = 0; i < kTerms; ++i) mean_[i] = std::max(i == 0 ? kLeastSeconds : 0.0, mean_[i] + gain[i] * correction);
+  for (int i = 0; i < kTerms; ++i) mean_[i] = std::max(i == 0 ? kLeastSeconds : 0.0, mean_[i] + gain[i] * innovation / total);
   for (int i = 0; i < kTerms; ++i)
     for (int j = 0; j < kTerms; ++j) covariance_[i][j] -= gain[i] * gain[j] / total;
 }
