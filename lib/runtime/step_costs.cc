@@ -105,7 +105,7 @@ void StepCurve::learn(const StepLoad& load, double seconds, double now_s) {
     return;
   }
 
-  // Nor does an estimate more than halve at once: no step takes no time.
+  // What is far off is noise (kClip), and an estimate halves at most: no step takes no time.
   const double total = std::max({usual, std::pow(innovation / kClip, 2), unknown * -innovation / (0.5 * expected)});
   Terms gain;  // not yet divided by `total`
   for (int i = 0; i < kTerms; ++i) gain[i] = dot(covariance_[i], x);
@@ -140,8 +140,8 @@ bool StepCurve::restore(const std::array<double, kState>& state, double now_s) {
     for (double& v : row) v = *at++;
   for (int i = 0; i < kTerms; ++i) {
     made.prior_[i] = std::max(made.prior_[i], made.covariance_[i][i]);
-    for (int j = 0; j < kTerms; ++j)  // as a covariance is
-      if (made.covariance_[i][i] < 0 || made.covariance_[i][j] != made.covariance_[j][i]) return false;
+    for (int j = 0; j < kTerms; ++j)  // as a covariance is, but for rounding
+      if (made.covariance_[i][i] < -1e-9 * state[0] * state[0] || made.covariance_[i][j] != made.covariance_[j][i]) return false;
   }
   made.scale_is_open(kRestored);
   made.last_s_ = now_s;
