@@ -111,7 +111,7 @@ const Key kKeys[] = {
     FLAG_KEY(dummy_weights, "dummy_weights", "0", "seeded random weights; only config.json is read"),
     Key{"mode", "", "exact: equal bits whatever the layout; fast: sums in any order; empty: exact on the cpu, fast on devices",
         SetStr([](EngineConfig& c, const std::string& v) { c.mode = v; })},
-    Key{"policy", "manual", "who decides on switches: manual, threshold or measured", SetStr([](EngineConfig& c, const std::string& v) {
+    Key{"policy", "measured", "who decides on switches: manual (the host alone), threshold or measured", SetStr([](EngineConfig& c, const std::string& v) {
           c.policy.kind = one_of<PolicyKind>(
               "policy", v, {{"manual", PolicyKind::kManual}, {"threshold", PolicyKind::kThreshold}, {"measured", PolicyKind::kMeasured}});
         })},

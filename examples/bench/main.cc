@@ -18,6 +18,7 @@
 
 #include "examples/bench/floor.h"
 #include "examples/bench/profile.h"
+#include "examples/common/shapes.h"
 #include "lib/comm/waits.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
@@ -26,6 +27,7 @@
 namespace moebius::bench {
 namespace {
 
+using moebius_examples::ShapeFolder;
 using nlohmann::json;
 
 struct Options {
@@ -37,40 +39,6 @@ struct Options {
   int max_switch_steps = 200;
   int context = 64, tokens = 512, vocab = 151936;
   int64_t memory_bytes = 0;
-};
-
-struct Shape {
-  int layers, hidden, experts, top_k, intermediate, heads, kv_heads, head_dim, vocab;
-};
-const std::map<std::string, Shape> kShapes = {
-    {"s", {8, 512, 64, 8, 256, 16, 4, 64, 32000}},
-    {"m", {16, 1024, 64, 8, 512, 16, 4, 64, 32000}},
-    {"qwen3-30b-a3b", {48, 2048, 128, 8, 768, 32, 4, 128, 151936}},
-    {"qwen3-235b-a22b", {94, 4096, 128, 8, 1536, 64, 4, 128, 151936}},
-};
-
-// A folder with the config.json of a bench shape, removed at the end.
-class ShapeFolder {
- public:
-  ShapeFolder(const std::string& name_of_shape, int layers) {
-    const Shape& shape = kShapes.at(name_of_shape);
-    char name[] = "/tmp/moebius-bench-XXXXXX";
-    if (mkdtemp(name) == nullptr) throw std::runtime_error("cannot make a temporary folder");
-    path_ = name;
-    const json config = {{"architectures", {"Qwen3MoeForCausalLM"}}, {"model_type", "qwen3_moe"}, {"hidden_act", "silu"},
-                         {"num_hidden_layers", layers > 0 ? layers : shape.layers}, {"hidden_size", shape.hidden}, {"num_experts", shape.experts},
-                         {"num_experts_per_tok", shape.top_k}, {"moe_intermediate_size", shape.intermediate},
-                         {"intermediate_size", 2 * shape.intermediate}, {"num_attention_heads", shape.heads}, {"num_key_value_heads", shape.kv_heads},
-                         {"head_dim", shape.head_dim}, {"vocab_size", shape.vocab}, {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6},
-                         {"rope_theta", 1e6}, {"norm_topk_prob", true}, {"tie_word_embeddings", false}, {"decoder_sparse_step", 1},
-                         {"mlp_only_layers", json::array()}};
-    std::ofstream(path_ + "/config.json") << config;
-  }
-  ~ShapeFolder() { std::filesystem::remove_all(path_); }
-  const std::string& path() const { return path_; }
-
- private:
-  std::string path_;
 };
 
 double median(std::vector<double> x) {
@@ -101,6 +69,7 @@ class Bench {
     c.slices_per_expert = o_.slices;
     c.memory_bytes = o_.memory_bytes;
     c.prefix_cache = false;
+    c.policy.kind = PolicyKind::kManual;
     c.max_batch = max_batch;
     c.dummy_weights = o_.model.empty() || o_.dummy;
     c.mode = o_.mode;
@@ -587,7 +556,7 @@ int run(int argc, char** argv) {
       "heads × 64, vocabulary 32,000; s = 8 layers, hidden 512,\nintermediate 256, else the same; qwen3-30b-a3b and qwen3-235b-a22b are those of the models. Weights of a shape are seeded random ones."};
   app.require_subcommand(1);
   const auto common = [&](CLI::App* sub) {
-    sub->add_option("--shape", o.shape, "shape with dummy weights: s, m, qwen3-30b-a3b, qwen3-235b-a22b")->check(CLI::IsMember(kShapes))->capture_default_str();
+    sub->add_option("--shape", o.shape, "shape with dummy weights: s, m, qwen3-30b-a3b, qwen3-235b-a22b")->check(CLI::IsMember(moebius_examples::shape_names()))->capture_default_str();
     sub->add_option("--layers", o.layers, "layers of the shape (0: all)")->check(CLI::Range(0, 1000))->capture_default_str();
     sub->add_option("--model", o.model, "a model folder instead of a shape")->default_str("none");
     sub->add_flag("--dummy", o.dummy, "with --model: seeded random weights, only config.json is read");

@@ -36,6 +36,7 @@ std::chrono::milliseconds milliseconds(double seconds) {
 }
 
 void Options::add_to(CLI::App& app) {
+  engine.policy = "measured";
   engine.add_to(app, true);
   app.remove_option(app.get_option("--max-queue"));  // here --max-waiting
   app.add_option("--host", host, "address to listen on")->capture_default_str();

@@ -24,7 +24,7 @@ enum class ThresholdVariant : int32_t {
 };
 
 struct PolicyConfig {
-  PolicyKind kind = PolicyKind::kManual;
+  PolicyKind kind = PolicyKind::kMeasured;
   ThresholdVariant variant = ThresholdVariant::kDecode;
   double threshold = 0;     // 0: the variant's, for P ranks
   int32_t window_steps = 0; // 0: the variant's

@@ -35,6 +35,7 @@ struct Message {
 moebius_cpp::Engine small_engine(int ranks = 2) {
   moebius_cpp::Config c;
   c.set("ranks", int64_t{ranks}).set("threads", int64_t{1}).set("kv_tokens", int64_t{4096}).set("max_batch", int64_t{8});
+  c.set("policy", std::string("manual"));
   return moebius_cpp::Engine(kModel, c);
 }
 
@@ -506,7 +507,7 @@ TEST_CASE("priority, deadline_ms and keep_logits have their effect") {
 // Three requests of 21 pages: TP's 80 pages hold them, EP's two homes of 40 do not.
 TEST_CASE("the record of a switch that is asked for again is whole, down to the shortage that stands last") {
   moebius_cpp::Config c;
-  c.set("ranks", int64_t{2}).set("threads", int64_t{1}).set("kv_tokens", int64_t{80 * 16});
+  c.set("ranks", int64_t{2}).set("threads", int64_t{1}).set("kv_tokens", int64_t{80 * 16}).set("policy", std::string("manual"));
   moebius_cpp::Engine engine(kModel, c);
   for (int i = 0; i < 3; ++i) {
     moebius_cpp::Request r(std::vector<int32_t>(330, 10 + i));

@@ -57,7 +57,7 @@ std::vector<float> logits_of(moebius_cpp::Engine& engine) {
 moebius_cpp::Config config_of(moebius_layout layout) {
   moebius_cpp::Config c;
   c.set("ranks", int64_t{2}).set("threads", int64_t{1}).set("kv_tokens", int64_t{1024});
-  c.set("layout", std::string(layout == MOEBIUS_LAYOUT_TP ? "tp" : "ep"));
+  c.set("layout", std::string(layout == MOEBIUS_LAYOUT_TP ? "tp" : "ep")).set("policy", std::string("manual"));
   return c;
 }
 

@@ -11,7 +11,11 @@ JSON = {'Content-Type': 'application/json'}
 
 
 class Server:
+    """Whose layout changes when the test says, unless it names a policy."""
+
     def __init__(self, program, model, *flags):
+        if '--policy' not in flags:
+            flags += '--policy', 'manual'
         self.process = subprocess.Popen([program, '--model', model, '--port', '0', *map(str, flags)], stdout=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().strip()
         if not re.fullmatch(r'http://127\.0\.0\.1:[0-9]+', self.url):
