@@ -68,7 +68,8 @@ class Scales {
     if (log_x_)
       for (double v = std::exp2(std::ceil(std::log2(x_least_) - 1e-9)); v <= x_most_ * 1.001; v *= 2) ticks.push_back(v);
     else
-      for (double step = round_step(x_most_ - x_least_, 10), v = std::ceil(x_least_ / step) * step; v <= x_most_ * 1.0001; v += step) ticks.push_back(v);
+      for (double step = round_step(x_most_ - x_least_, 10), v = std::ceil(x_least_ / step) * step; v <= x_most_ * 1.0001; v += step)
+        ticks.push_back(v);
     return ticks;
   }
   double y_step = 1, y_most = 1;
@@ -83,7 +84,8 @@ std::string axes(const Chart& c, const Scales& s) {
   const double bottom = c.height - kBottom;
   std::string out;
   for (double v = 0; v <= s.y_most + s.y_step / 2; v += s.y_step) {
-    out += fmt::format(R"svg(<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>)svg", v > 0 ? "grid" : "axis", kLeft, kWidth - kRight, s.y(v), s.y(v));
+    out += fmt::format(R"svg(<line class="{}" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>)svg", v > 0 ? "grid" : "axis", kLeft,
+                       kWidth - kRight, s.y(v), s.y(v));
     out += fmt::format(R"svg(<text x="{}" y="{:.1f}" text-anchor="end">{}</text>)svg", kLeft - 8, s.y(v) + 4, number(v));
   }
   for (double v : s.x_ticks()) {
@@ -105,8 +107,8 @@ std::string drawn(const Series& series, const Scales& s) {
   }
   std::string out;
   if (series.filled)
-    out += fmt::format(R"svg(<path d="{}L{:.1f} {:.1f}L{:.1f} {:.1f}Z" fill="var(--{})" opacity=".14"/>)svg", d, s.x(series.points.back().first), s.y(0),
-                       s.x(series.points.front().first), s.y(0), series.color);
+    out += fmt::format(R"svg(<path d="{}L{:.1f} {:.1f}L{:.1f} {:.1f}Z" fill="var(--{})" opacity=".14"/>)svg", d,
+                       s.x(series.points.back().first), s.y(0), s.x(series.points.front().first), s.y(0), series.color);
   return out + fmt::format(R"svg(<path class="line" d="{}" stroke="var(--{})"/>)svg", d, series.color) + dots;
 }
 
@@ -116,11 +118,20 @@ std::string escaped(const std::string& text) {
   std::string out;
   for (char c : text) {
     switch (c) {
-      case '<': out += "&lt;"; break;
-      case '>': out += "&gt;"; break;
-      case '&': out += "&amp;"; break;
-      case '"': out += "&quot;"; break;
-      default: out += c;
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '&':
+        out += "&amp;";
+        break;
+      case '"':
+        out += "&quot;";
+        break;
+      default:
+        out += c;
     }
   }
   return out;
@@ -129,7 +140,8 @@ std::string escaped(const std::string& text) {
 std::string figure(const Chart& c) {
   const Scales s(c);
   std::string out = "<figure><figcaption>" + escaped(c.title);
-  for (const Series& series : c.series) out += fmt::format(R"svg(<span style="--c:var(--{})">{}</span>)svg", series.color, escaped(series.name));
+  for (const Series& series : c.series)
+    out += fmt::format(R"svg(<span style="--c:var(--{})">{}</span>)svg", series.color, escaped(series.name));
   out += fmt::format(R"svg(</figcaption><svg viewBox="0 0 {} {}" role="img">)svg", kWidth, c.height) + axes(c, s);
   for (const Series& series : c.series) out += drawn(series, s);
   double last = -100;
@@ -144,9 +156,11 @@ std::string figure(const Chart& c) {
 }
 
 std::string page(const std::string& title, const std::string& body) {
-  return fmt::format("<!doctype html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">"
-                     "<title>{}</title><link rel=\"icon\" href=\"data:,\"><style>{}</style></head>\n<body><main>\n{}</main></body></html>\n",
-                     escaped(title), kStyle, body);
+  return fmt::format(
+      "<!doctype html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width, "
+      "initial-scale=1\">"
+      "<title>{}</title><link rel=\"icon\" href=\"data:,\"><style>{}</style></head>\n<body><main>\n{}</main></body></html>\n",
+      escaped(title), kStyle, body);
 }
 
 }  // namespace moebius_examples

@@ -39,12 +39,25 @@ ShapeFolder::ShapeFolder(const std::string& name_of_shape, int layers) {
   std::string name = (std::filesystem::temp_directory_path() / "moebius-shape-XXXXXX").string();
   if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("cannot make a temporary folder " + name);
   path_ = name;
-  const json config = {{"architectures", {"Qwen3MoeForCausalLM"}}, {"model_type", "qwen3_moe"}, {"hidden_act", "silu"},
-                       {"num_hidden_layers", layers > 0 ? layers : shape.layers}, {"hidden_size", shape.hidden}, {"num_experts", shape.experts},
-                       {"num_experts_per_tok", shape.top_k}, {"moe_intermediate_size", shape.intermediate},
-                       {"intermediate_size", 2 * shape.intermediate}, {"num_attention_heads", shape.heads}, {"num_key_value_heads", shape.kv_heads},
-                       {"head_dim", shape.head_dim}, {"vocab_size", shape.vocab}, {"max_position_embeddings", 32768}, {"rms_norm_eps", 1e-6},
-                       {"rope_theta", 1e6}, {"norm_topk_prob", true}, {"tie_word_embeddings", false}, {"decoder_sparse_step", 1},
+  const json config = {{"architectures", {"Qwen3MoeForCausalLM"}},
+                       {"model_type", "qwen3_moe"},
+                       {"hidden_act", "silu"},
+                       {"num_hidden_layers", layers > 0 ? layers : shape.layers},
+                       {"hidden_size", shape.hidden},
+                       {"num_experts", shape.experts},
+                       {"num_experts_per_tok", shape.top_k},
+                       {"moe_intermediate_size", shape.intermediate},
+                       {"intermediate_size", 2 * shape.intermediate},
+                       {"num_attention_heads", shape.heads},
+                       {"num_key_value_heads", shape.kv_heads},
+                       {"head_dim", shape.head_dim},
+                       {"vocab_size", shape.vocab},
+                       {"max_position_embeddings", 32768},
+                       {"rms_norm_eps", 1e-6},
+                       {"rope_theta", 1e6},
+                       {"norm_topk_prob", true},
+                       {"tie_word_embeddings", false},
+                       {"decoder_sparse_step", 1},
                        {"mlp_only_layers", json::array()}};
   std::ofstream(path_ + "/config.json") << config;
 }

@@ -12,8 +12,8 @@ double mean(const std::vector<double>& x) {
   return x.empty() ? 0 : std::accumulate(x.begin(), x.end(), 0.0) / static_cast<double>(x.size());
 }
 
-// The least k for which fewer than k of n fair coins show heads with a probability above 2.5 %: the interval goes from the k-th least to the
-// k-th largest value, or is all of them.
+// The least k for which fewer than k of n fair coins show heads with a probability above 2.5 %: the interval goes from the k-th least to
+// the k-th largest value, or is all of them.
 size_t order(size_t n) {
   double p = std::pow(0.5, static_cast<double>(n)), below = 0;
   for (size_t k = 0; k < n; ++k) {
@@ -29,7 +29,8 @@ double time_of(const Run& run, double tokens) {
   StepSample before;
   for (const StepSample& s : run.steps) {
     if (static_cast<double>(s.tokens) >= tokens && s.tokens > before.tokens)
-      return before.at_s + (s.at_s - before.at_s) * (tokens - static_cast<double>(before.tokens)) / static_cast<double>(s.tokens - before.tokens);
+      return before.at_s +
+             (s.at_s - before.at_s) * (tokens - static_cast<double>(before.tokens)) / static_cast<double>(s.tokens - before.tokens);
     before = s;
   }
   return before.at_s;
@@ -46,7 +47,8 @@ Costs costs_of(const std::vector<const Run*>& runs) {
     for (const Run* run : runs) {
       const double stretch = static_cast<double>(run->tokens) / kPrices, begin = stretch * static_cast<double>(k);
       step.push_back((k + 1 == kPrices ? run->seconds : time_of(*run, begin + stretch)) - (k == 0 ? 0 : time_of(*run, begin)));
-      const auto asked = std::find_if(run->prices.begin(), run->prices.end(), [&](const auto& p) { return static_cast<double>(p.first) >= begin; });
+      const auto asked =
+          std::find_if(run->prices.begin(), run->prices.end(), [&](const auto& p) { return static_cast<double>(p.first) >= begin; });
       if (asked != run->prices.end()) price.push_back(asked->second);
     }
     costs.step_s[k] = median(step).value;

@@ -76,8 +76,9 @@ class Study {
         if (!choice.fixed && round == 0) choice.start = layout_of(o_.engine.layout);
         Run run = serve(engine_, load, choice, ++salt_);
         const Figures f = figures_of(run, {1e-3 * o_.target_first_ms, 1e-3 * o_.target_gap_ms});
-        fmt::print(stderr, "{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n", concurrency > 0 ? fmt::format("{} at a time, ", concurrency) : "", round,
-                   o_.rounds, choice.name, run.tokens, run.seconds, f.switches);
+        fmt::print(stderr, "{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",
+                   concurrency > 0 ? fmt::format("{} at a time, ", concurrency) : "", round, o_.rounds, choice.name, run.tokens,
+                   run.seconds, f.switches);
         if (!choice.fixed && concurrency > 0) choice.start = run.end;
         if (round == 0) continue;
         if (o_.format == "json") print_run(f, choice.name, round, concurrency);
@@ -105,7 +106,10 @@ class Study {
   }
 
   json base() const {
-    return {{"load", o_.kind}, {"model", o_.shape.empty() ? o_.engine.model : o_.shape}, {"ranks", o_.engine.ranks}, {"threads", o_.engine.threads}};
+    return {{"load", o_.kind},
+            {"model", o_.shape.empty() ? o_.engine.model : o_.shape},
+            {"ranks", o_.engine.ranks},
+            {"threads", o_.engine.threads}};
   }
 
   void print_run(const Figures& f, const std::string& choice, int64_t round, int64_t concurrency) const {
@@ -133,7 +137,10 @@ class Study {
 
   void write_page() const {
     std::ofstream out(o_.html);
-    out << page_of(fmt::format("Moebius: {}", o_.kind), fmt::format("{}, {} ranks; {} rounds, choices in turn; medians of them.", base()["model"].get<std::string>(), o_.engine.ranks, o_.rounds), done_);
+    out << page_of(fmt::format("Moebius: {}", o_.kind),
+                   fmt::format("{}, {} ranks; {} rounds, choices in turn; medians of them.", base()["model"].get<std::string>(),
+                               o_.engine.ranks, o_.rounds),
+                   done_);
     out.close();
     if (!out) throw std::runtime_error("cannot write " + o_.html);
   }
@@ -150,9 +157,12 @@ void add_flags(CLI::App& app, Options& o) {
   o.engine.add_to(app, false);
   app.remove_option(app.get_option("--policy"));
   app.get_option("--layout")->description("layout in which policies start: tp or ep");
-  app.add_option("--shape", o.shape, "a shape with seeded random weights instead of a model")->check(CLI::IsMember(shape_names()))->default_str("none");
+  app.add_option("--shape", o.shape, "a shape with seeded random weights instead of a model")
+      ->check(CLI::IsMember(shape_names()))
+      ->default_str("none");
   app.add_flag("--dummy", o.dummy, "seeded random weights; of the model's folder only config.json is read");
-  app.add_option("--load", o.kind, "rollout (all at once), points (so many at a time), poisson, bursty, steps (a high and a low rate in turn)")
+  app.add_option("--load", o.kind,
+                 "rollout (all at once), points (so many at a time), poisson, bursty, steps (a high and a low rate in turn)")
       ->check(CLI::IsMember({"rollout", "points", "poisson", "bursty", "steps"}))
       ->capture_default_str();
   app.add_option("--choices", o.choices, "who decides on the layout: tp, ep (which stay), measured, threshold")
@@ -163,22 +173,37 @@ void add_flags(CLI::App& app, Options& o) {
   app.add_option("--prompts", o.load.prompts, "prompts")->check(CLI::Range(1, 1000000))->capture_default_str();
   app.add_option("--samples", o.load.samples, "samples of each prompt, which share it")->check(CLI::Range(1, 10000))->capture_default_str();
   app.add_option("--prompt-tokens", o.load.prompt.median, "median of prompts' lengths")->check(at_least(1))->capture_default_str();
-  app.add_option("--prompt-sigma", o.load.prompt.sigma, "of the log-normal distribution of prompts' lengths")->check(CLI::Range(0.0, 5.0))->capture_default_str();
+  app.add_option("--prompt-sigma", o.load.prompt.sigma, "of the log-normal distribution of prompts' lengths")
+      ->check(CLI::Range(0.0, 5.0))
+      ->capture_default_str();
   app.add_option("--max-prompt-tokens", o.load.prompt.most, "longest prompt")->check(at_least(1))->capture_default_str();
   app.add_option("--answer-tokens", o.load.answer.median, "median of answers' lengths")->check(at_least(1))->capture_default_str();
-  app.add_option("--answer-sigma", o.load.answer.sigma, "of the log-normal distribution of answers' lengths")->check(CLI::Range(0.0, 5.0))->capture_default_str();
-  app.add_option("--max-tokens", o.load.answer.most, "longest answer: what the engine is told of each")->check(at_least(1))->capture_default_str();
-  app.add_option("--concurrency", o.concurrency, "points: requests at a time")->check(CLI::Range(1, 100000))->delimiter(',')->capture_default_str();
+  app.add_option("--answer-sigma", o.load.answer.sigma, "of the log-normal distribution of answers' lengths")
+      ->check(CLI::Range(0.0, 5.0))
+      ->capture_default_str();
+  app.add_option("--max-tokens", o.load.answer.most, "longest answer: what the engine is told of each")
+      ->check(at_least(1))
+      ->capture_default_str();
+  app.add_option("--concurrency", o.concurrency, "points: requests at a time")
+      ->check(CLI::Range(1, 100000))
+      ->delimiter(',')
+      ->capture_default_str();
   app.add_option("--seconds", o.seconds, "points: about how long a run takes")->check(CLI::Range(0.01, 3600.0))->capture_default_str();
   app.add_option("--rate", o.load.rate, "requests a second that arrive")->check(CLI::Range(1e-3, 1e6))->capture_default_str();
   app.add_option("--low-rate", o.load.low_rate, "steps: in every other period")->check(CLI::Range(1e-3, 1e6))->capture_default_str();
   app.add_option("--period-s", o.load.period_s, "steps: seconds of a period")->check(CLI::Range(1e-3, 1e6))->capture_default_str();
-  app.add_option("--variation", o.load.variation, "bursty: coefficient of variation of the gaps between arrivals")->check(CLI::Range(0.1, 100.0))->default_str("4");
+  app.add_option("--variation", o.load.variation, "bursty: coefficient of variation of the gaps between arrivals")
+      ->check(CLI::Range(0.1, 100.0))
+      ->default_str("4");
   app.add_option("--target-first-ms", o.target_first_ms, "goodput: to the first token at most")->check(at_least(0))->capture_default_str();
-  app.add_option("--target-gap-ms", o.target_gap_ms, "goodput: a token at most, on average over an answer")->check(at_least(0))->capture_default_str();
+  app.add_option("--target-gap-ms", o.target_gap_ms, "goodput: a token at most, on average over an answer")
+      ->check(at_least(0))
+      ->capture_default_str();
   app.add_option("--load-seed", o.load.seed, "seed of the load")->capture_default_str();
   app.add_option("--seed", o.engine.seed, "seed of the engine")->capture_default_str();
-  app.add_option("--format", o.format, "table or json (a row a run, then a summary)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
+  app.add_option("--format", o.format, "table or json (a row a run, then a summary)")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->capture_default_str();
   app.add_option("--html", o.html, "writes a page with charts of the last round to this file")->default_str("none");
 }
 
@@ -205,7 +230,9 @@ int main(int argc, char** argv) {
   using namespace moebius_examples;
   return run_program("moebius-rollout", [&] {
     Options o;
-    CLI::App app{"Serves one load under each choice of layout, in turn and in one engine, and compares them. Results go to stdout, progress to stderr."};
+    CLI::App app{
+        "Serves one load under each choice of layout, in turn and in one engine, and compares them. Results go to stdout, progress to "
+        "stderr."};
     add_flags(app, o);
     parse_or_exit(app, argc, argv);
     complete(app, o);

@@ -24,7 +24,9 @@ Median median_over(const std::vector<Figures>& figures, Get get) {
   return median(std::move(x));
 }
 
-std::string spread(const Median& m, int digits) { return fmt::format("{:.{}f} [{:.{}f}, {:.{}f}]", m.value, digits, m.low, digits, m.high, digits); }
+std::string spread(const Median& m, int digits) {
+  return fmt::format("{:.{}f} [{:.{}f}, {:.{}f}]", m.value, digits, m.low, digits, m.high, digits);
+}
 
 struct Column {
   const char* name;
@@ -35,9 +37,16 @@ std::string milliseconds(const Comparison& c, const std::string& choice) {
   return fmt::format("{:.1f}", 1e3 * median_over(c.figures.at(choice), [](const Figures& f) { return f.*Member; }).value);
 }
 const Column kColumns[] = {
-    {"seconds", [](const Comparison& c, const std::string& n) { return fmt::format("{:.2f}", median_over(c.figures.at(n), [](const Figures& f) { return f.seconds; }).value); }},
-    {"tokens/s", [](const Comparison& c, const std::string& n) { return fmt::format("{:.1f}", median_over(c.figures.at(n), [](const Figures& f) { return f.tokens_per_second; }).value); }},
-    {"of the better [95 %]", [](const Comparison& c, const std::string& n) { return c.better.empty() ? "" : spread(ratio_to_better(c, n), 3); }},
+    {"seconds",
+     [](const Comparison& c, const std::string& n) {
+       return fmt::format("{:.2f}", median_over(c.figures.at(n), [](const Figures& f) { return f.seconds; }).value);
+     }},
+    {"tokens/s",
+     [](const Comparison& c, const std::string& n) {
+       return fmt::format("{:.1f}", median_over(c.figures.at(n), [](const Figures& f) { return f.tokens_per_second; }).value);
+     }},
+    {"of the better [95 %]",
+     [](const Comparison& c, const std::string& n) { return c.better.empty() ? "" : spread(ratio_to_better(c, n), 3); }},
     {"first ms: mean", milliseconds<&Figures::first_mean_s>},
     {"p50", milliseconds<&Figures::first_p50_s>},
     {"p99", milliseconds<&Figures::first_p99_s>},
@@ -45,15 +54,22 @@ const Column kColumns[] = {
     {"p50", milliseconds<&Figures::gap_p50_s>},
     {"p99", milliseconds<&Figures::gap_p99_s>},
     {"most", milliseconds<&Figures::gap_max_s>},
-    {"goodput/s", [](const Comparison& c, const std::string& n) { return fmt::format("{:.2f}", median_over(c.figures.at(n), [](const Figures& f) { return f.goodput; }).value); }},
-    {"switches", [](const Comparison& c, const std::string& n) { return fmt::format("{:.0f}", median_over(c.figures.at(n), [](const Figures& f) { return f.switches; }).value); }},
+    {"goodput/s",
+     [](const Comparison& c, const std::string& n) {
+       return fmt::format("{:.2f}", median_over(c.figures.at(n), [](const Figures& f) { return f.goodput; }).value);
+     }},
+    {"switches",
+     [](const Comparison& c, const std::string& n) {
+       return fmt::format("{:.0f}", median_over(c.figures.at(n), [](const Figures& f) { return f.switches; }).value);
+     }},
 };
 
 std::string hindsight_text(const Comparison& c) {
   if (!c.hindsight_s) return "";
   std::string text = fmt::format("best schedule in hindsight: {:.3f} s", *c.hindsight_s);
   for (const std::string& name : c.choices)
-    text += fmt::format("; {} {:.3f} of it", name, median_over(c.figures.at(name), [](const Figures& f) { return f.seconds; }).value / *c.hindsight_s);
+    text += fmt::format("; {} {:.3f} of it", name,
+                        median_over(c.figures.at(name), [](const Figures& f) { return f.seconds; }).value / *c.hindsight_s);
   return text;
 }
 
@@ -61,8 +77,8 @@ std::string hindsight_text(const Comparison& c) {
 std::string timelines(const Run& run) {
   const size_t stretches = std::clamp<size_t>(run.steps.size() / 4, 1, 300);
   const double width = std::max(run.seconds, 1e-9) / static_cast<double>(stretches);
-  Series running{"running", "tp", {}, false, true}, waiting{"waiting", "second", {}}, rate{"generated", "good", {}, false, true}, gap{"longest", "bad", {}},
-      seam{"layers in tensor parallelism", "tp", {}, true, true};
+  Series running{"running", "tp", {}, false, true}, waiting{"waiting", "second", {}}, rate{"generated", "good", {}, false, true},
+      gap{"longest", "bad", {}}, seam{"layers in tensor parallelism", "tp", {}, true, true};
   StepSample last = run.steps.front();
   last.tokens = 0;
   int64_t tokens = 0;
@@ -116,7 +132,8 @@ std::string html_table(const Comparison& c) {
 }
 
 std::string curves(const std::vector<Comparison>& points) {
-  Chart speed{"Tokens per second", "requests at a time", "tokens/s", {}, {}, true, 0, 260}, ratio{"Of the better layout", "requests at a time", "ratio", {}, {}, true, 0, 200};
+  Chart speed{"Tokens per second", "requests at a time", "tokens/s", {}, {}, true, 0, 260},
+      ratio{"Of the better layout", "requests at a time", "ratio", {}, {}, true, 0, 200};
   for (const std::string& choice : points.front().choices) {
     Series s{choice, color_of(choice), {}, false, false, true}, r = s;
     for (const Comparison& c : points) {
@@ -143,20 +160,30 @@ Median ratio_to_better(const Comparison& c, const std::string& choice) {
 std::string table_of(const Comparison& c) {
   std::string out = c.concurrency > 0 ? fmt::format("{} at a time\n", c.concurrency) : "";
   out += fmt::format("  {:10}", "");
-  for (const Column& column : kColumns) out += fmt::format(" {:>{}}", column.name, std::max<size_t>(std::string_view(column.name).size(), 10));
+  for (const Column& column : kColumns)
+    out += fmt::format(" {:>{}}", column.name, std::max<size_t>(std::string_view(column.name).size(), 10));
   for (const std::string& choice : c.choices) {
     out += fmt::format("\n  {:10}", choice);
-    for (const Column& column : kColumns) out += fmt::format(" {:>{}}", column.text(c, choice), std::max<size_t>(std::string_view(column.name).size(), 10));
+    for (const Column& column : kColumns)
+      out += fmt::format(" {:>{}}", column.text(c, choice), std::max<size_t>(std::string_view(column.name).size(), 10));
   }
   const std::string hindsight = hindsight_text(c);
   return out + "\n" + (hindsight.empty() ? "" : "  " + hindsight + "\n");
 }
 
 json row_of(const Figures& f) {
-  return {{"seconds", f.seconds}, {"tokens_per_second", f.tokens_per_second}, {"first_token_mean_seconds", f.first_mean_s},
-          {"first_token_p50_seconds", f.first_p50_s}, {"first_token_p99_seconds", f.first_p99_s}, {"gap_mean_seconds", f.gap_mean_s},
-          {"gap_p50_seconds", f.gap_p50_s}, {"gap_p99_seconds", f.gap_p99_s}, {"gap_max_seconds", f.gap_max_s}, {"goodput", f.goodput},
-          {"switches", f.switches}, {"switch_seconds", f.switch_s}};
+  return {{"seconds", f.seconds},
+          {"tokens_per_second", f.tokens_per_second},
+          {"first_token_mean_seconds", f.first_mean_s},
+          {"first_token_p50_seconds", f.first_p50_s},
+          {"first_token_p99_seconds", f.first_p99_s},
+          {"gap_mean_seconds", f.gap_mean_s},
+          {"gap_p50_seconds", f.gap_p50_s},
+          {"gap_p99_seconds", f.gap_p99_s},
+          {"gap_max_seconds", f.gap_max_s},
+          {"goodput", f.goodput},
+          {"switches", f.switches},
+          {"switch_seconds", f.switch_s}};
 }
 
 json summary_of(const Comparison& c, const std::string& choice) {

@@ -44,7 +44,8 @@ class Server {
     while (ended_ < load_.asked.size()) {
       submit_due();
       if (submitted_ == ended_) {
-        std::this_thread::sleep_until(begin_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(load_.asked[submitted_].at_s)));
+        std::this_thread::sleep_until(
+            begin_ + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(load_.asked[submitted_].at_s)));
         continue;
       }
       engine_.step();
@@ -58,7 +59,9 @@ class Server {
 
  private:
   double now_s() const { return seconds_of(std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count()); }
-  double seconds_of(int64_t time_ns) const { return 1e-9 * static_cast<double>(time_ns - begin_.time_since_epoch() / std::chrono::nanoseconds(1)); }
+  double seconds_of(int64_t time_ns) const {
+    return 1e-9 * static_cast<double>(time_ns - begin_.time_since_epoch() / std::chrono::nanoseconds(1));
+  }
 
   void submit_due() {
     const double now = now_s();
@@ -89,7 +92,8 @@ class Server {
 
   void take(const moebius_event& e, double& longest) {
     if (e.type == MOEBIUS_EVENT_TOKEN) return take_token(e, longest);
-    if (e.type == MOEBIUS_EVENT_FINISHED && e.finish_reason == MOEBIUS_FINISH_ERROR) throw std::runtime_error(std::string("a request failed: ") + e.reason);
+    if (e.type == MOEBIUS_EVENT_FINISHED && e.finish_reason == MOEBIUS_FINISH_ERROR)
+      throw std::runtime_error(std::string("a request failed: ") + e.reason);
     const bool failed = e.type == MOEBIUS_EVENT_SWITCH_REFUSED || e.type == MOEBIUS_EVENT_ROLLED_BACK;
     const bool moved = e.type == MOEBIUS_EVENT_SWITCH_FINISHED;
     if (moved || failed || e.type == MOEBIUS_EVENT_DECISION)

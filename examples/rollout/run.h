@@ -21,8 +21,8 @@ struct Choice {
 struct StepSample {  // after a step; times in seconds from the beginning
   double at_s = 0;
   int32_t running = 0, waiting = 0, seam = 0;
-  int64_t tokens = 0;   // generated until then
-  double gap_s = 0;     // the longest that a request had waited for its next token, of those that got one
+  int64_t tokens = 0;  // generated until then
+  double gap_s = 0;    // the longest that a request had waited for its next token, of those that got one
 };
 
 struct Answer {

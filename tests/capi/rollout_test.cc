@@ -150,20 +150,25 @@ TEST_CASE("the best schedule in hindsight takes each stretch where it is cheaper
 }
 
 TEST_CASE("the program serves every load under every choice") {
-  const std::string model = "--model '" + std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe' --ranks 2 --threads 1 --rounds 1 --format json ";
+  const std::string model =
+      "--model '" + std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe' --ranks 2 --threads 1 --rounds 1 --format json ";
   const std::string small = "--prompts 3 --samples 2 --prompt-tokens 9 --answer-tokens 6 --max-tokens 20 ";
   const std::string html = (std::filesystem::temp_directory_path() / ("moebius-rollout-" + std::to_string(getpid()) + ".html")).string();
-  for (const std::string load : {"rollout", "points --concurrency 1,3 --seconds 0.02", "poisson --rate 200", "bursty --rate 200", "steps --rate 300 --low-rate 60 --period-s 0.02"}) {
+  for (const std::string load : {"rollout", "points --concurrency 1,3 --seconds 0.02", "poisson --rate 200", "bursty --rate 200",
+                                 "steps --rate 300 --low-rate 60 --period-s 0.02"}) {
     INFO(load);
-    const Program p = program(model + small + "--load " + load + " --choices tp,ep,measured,threshold --policy-variant rollout --policy-threshold 4 --html " + html);
+    const Program p = program(model + small + "--load " + load +
+                              " --choices tp,ep,measured,threshold --policy-variant rollout --policy-threshold 4 --html " + html);
     REQUIRE(p.status == 0);
     std::istringstream lines(p.out);
     std::map<std::string, int> rows;
     for (std::string line; std::getline(lines, line);) {
       const json row = json::parse(line);
       ++rows[row.at("what").get<std::string>() + " " + row.at("choice").get<std::string>()];
-      if (row["what"] == "run") CHECK((row.at("tokens_per_second") > 0 && row.at("first_token_p99_seconds") >= row.at("first_token_p50_seconds")));
-      else CHECK(row.at("ratio_to_better").at("median") > 0);
+      if (row["what"] == "run")
+        CHECK((row.at("tokens_per_second") > 0 && row.at("first_token_p99_seconds") >= row.at("first_token_p50_seconds")));
+      else
+        CHECK(row.at("ratio_to_better").at("median") > 0);
     }
     const int points = load.rfind("points", 0) == 0 ? 2 : 1;
     for (const char* choice : {"tp", "ep", "measured", "threshold"})
