@@ -5,3 +5,10 @@
 #else
 #include <catch2/catch.hpp>
 #endif
+
+// Sanitizers make a test 10 to 50 times slower: long sweeps are shorter there.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif

@@ -25,7 +25,9 @@ json parse_strictly(const std::string& text, const std::string& where) {
   try {
     return json::parse(text, callback);
   } catch (const json::exception& e) {
-    throw BadInput(fmt::format("{}: is not valid JSON: {}", where, e.what()));
+    const std::string what = e.what();  // "[json.exception.parse_error.101] parse error at line 1, column 2: …"
+    const size_t code = what.find("] ");
+    throw BadInput(fmt::format("{} is not valid JSON: {}", where, what.substr(code == std::string::npos ? 0 : code + 2)));
   }
 }
 

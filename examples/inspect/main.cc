@@ -306,7 +306,7 @@ int run(int argc, char** argv) {
       "copies. Reads config.json, and the headers of the weights where they are. That something does not fit or match is a result (exit 0); what\n"
       "does not fit is shown with a single page of KV. Plans with the library's inner parts, for ranks on the CPU; on another device\n"
       "the workspace differs."};
-  app.add_option("--model", o.model, "model folder: config.json; *.safetensors are compared with it where they are")->required();
+  app.add_option("--model,model", o.model, "model folder: config.json; *.safetensors are compared with it where they are")->required();
   app.add_option("--ranks", e.ranks, "ranks that share the model")->check(CLI::Range(1, 64))->capture_default_str();
   app.add_option("--threads", e.threads, "computing threads per rank, each with scratch of its own (0: cores ÷ ranks)")->check(CLI::Range(0, 4096))->capture_default_str();
   app.add_option("--memory-bytes", e.memory_bytes, "per rank, weights + KV (0: weights + KV for max-batch requests of min(context, 4096) tokens)")

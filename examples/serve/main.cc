@@ -140,6 +140,7 @@ void serve(Options options) {
   if (port <= 0)
     throw BadInput(fmt::format("cannot listen on {} port {}: is it taken, or the address not this machine's?", options.host, options.port));
 
+  if (!std::filesystem::is_directory(options.engine.model)) throw BadInput(fmt::format("--model '{}': no such directory", options.engine.model));
   const auto tokenizer = before_running([&] { return moebius_cpp::Tokenizer(options.engine.model); });
   const ChatTemplate chat(options.engine.model, options.chat_template);
   auto config = before_running([&] { return options.engine.config(); });

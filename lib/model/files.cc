@@ -36,7 +36,7 @@ class RegularFile final : public ModelFile {
 FolderFiles::FolderFiles(std::filesystem::path folder) : folder_(std::move(folder)) {
   std::error_code error;
   if (!std::filesystem::is_directory(folder_, error))
-    fail(Code::kNotFound, "{}: no such directory; a model is a folder with config.json and *.safetensors", folder_.string());
+    fail(Code::kNotFound, "'{}': no such directory; a model is a folder with config.json and *.safetensors", folder_.string());
 }
 
 std::string FolderFiles::label() const {

@@ -33,10 +33,10 @@ std::unique_ptr<Device> open_device(const EngineConfig& config) {
   const bool nccl = config.communicator == "nccl";
   if (!nccl && config.communicator != "peer") fail(Code::kInvalidArgument, "communicator is '{}', must be peer or nccl", config.communicator);
   if (config.device == "cpu") {
-    if (!config.device_ids.empty()) fail(Code::kInvalidArgument, "device_ids are of another device than the cpu");
-    if (nccl) fail(Code::kInvalidArgument, "communicator nccl is of another device than the cpu");
-    if (config.rank_processes) fail(Code::kInvalidArgument, "rank_processes is of another device than the cpu");
-    if (!config.streams.empty() || !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "streams and nccl_comms are of another device than the cpu");
+    if (!config.device_ids.empty()) fail(Code::kInvalidArgument, "device_ids name devices of a module; device is cpu");
+    if (nccl) fail(Code::kInvalidArgument, "communicator nccl joins ranks on devices; device is cpu, whose communicator is peer");
+    if (config.rank_processes) fail(Code::kInvalidArgument, "rank_processes is for ranks on devices; device is cpu");
+    if (!config.streams.empty() || !config.nccl_comms.empty()) fail(Code::kInvalidArgument, "streams and nccl_comms are of ranks on devices; device is cpu");
     return std::make_unique<CpuDevice>(config.ranks, cpu_ops(config.isa), config.allocator);
   }
   if (config.allocator) fail(Code::kUnsupported, "an allocator is of the cpu's memory; device '{}' allocates its own", config.device);

@@ -150,7 +150,7 @@ TEST_CASE("config keys are enumerated; an unknown one names the nearest, a wrong
   moebius_engine* engine = nullptr;
   Message refused;
   CHECK(moebius_engine_create(MOEBIUS_TEST_DATA "/tiny-qwen3-moe", other.get(), &engine, &refused.error) == MOEBIUS_E_INVALID_ARGUMENT);
-  CHECK_THAT(refused.text(), Catch::Contains("streams and nccl_comms are of another device than the cpu"));
+  CHECK_THAT(refused.text(), Catch::Contains("streams and nccl_comms are of ranks on devices; device is cpu"));
   CHECK(moebius_config_set_i64(c.get(), "ranks", -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
 }
 

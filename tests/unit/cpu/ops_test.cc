@@ -340,6 +340,7 @@ TEST_CASE("attention is right, and the same bits for any pages, chunks and lanes
     const Ops& ops = cpu_ops(isa);
     auto scratch = scratch_for(ops);
     for (const auto& [dim, heads, kv_heads] : {std::array<int, 3>{16, 4, 2}, {64, 8, 2}, {80, 3, 3}, {128, 2, 1}, {24, 26, 1}}) {
+      if (kSanitized && dim != 24 && dim != 80) continue;
       const int64_t length = 600;  // three splits
       Random random;
       const auto q = random.bf16s(length * heads * dim);
@@ -387,7 +388,8 @@ TEST_CASE("attention is right, and the same bits for any pages, chunks and lanes
             REQUIRE(std::fabs(to_float(whole[static_cast<size_t>((row * heads + h) * dim + d)]) - exact) <= std::fabs(exact) * 0x1p-8 + size * 1e-5);
           }
         }
-      for (int page : {32, 64, 256, 512, 1024}) CHECK(whole == run(page, {{0, 600}}, 2));
+      for (int page : {32, 64, 256, 512, 1024})
+        if (!kSanitized || page == 256) CHECK(whole == run(page, {{0, 600}}, 2));
       CHECK(whole == run(16, {{0, 600}}, 3));
       CHECK(whole == run(32, {{0, 1}, {1, 6}, {7, 250}, {257, 1}, {258, 342}}, 2));
       std::vector<std::pair<int, int>> one_by_one;

@@ -64,6 +64,7 @@ inline uint64_t seed() {
 // Runs body(random) `cases` times, each with a generator of its own; context names the case in a failure.
 template <class F>
 void repeat(int cases, F&& body) {
+  if (kSanitized) cases /= 8;
   fmt::print("MOEBIUS_SEED={}: {} random cases\n", seed(), cases);
   for (int i = 0; i < cases; ++i) {
     INFO("MOEBIUS_SEED=" << seed() << ", case " << i);
