@@ -127,7 +127,7 @@ uint64_t seed() {
 
 TEST_CASE("the rule, and whoever deviates from it within the budget, stay within the bound of the best schedule in hindsight") {
   double worst = 0;
-  for (uint64_t s = seed(); s < seed() + 300; ++s) {
+  for (uint64_t s = seed(); s < seed() + (kSanitized ? 20 : 300); ++s) {
     std::mt19937_64 random(s);
     std::uniform_real_distribution<double> u(0, 1);
     const double trip = std::exp(4 * u(random)), share = u(random) < 0.2 ? 0.01 : u(random);
@@ -156,7 +156,7 @@ TEST_CASE("prices that vary by a factor, at random or to the rule's disadvantage
                             [=](const Path& path, double) { return path.rule().regret() < (most - 0.05) * trip ? most : 1; },
                             [=](const Path& path, double) { return path.here() == Layout::kTp ? most : 1; }};
       for (const Rise& rise : rises)
-        for (uint64_t s = seed(); s < seed() + 30; ++s)
+        for (uint64_t s = seed(); s < seed() + (kSanitized ? 3 : 30); ++s)
           for (const Named& n : loads(price, 0.2)) {
             const Totals t = run(n.load, price, 3000, s, Advice::kNone, rise);
             INFO("seed " << s << ", " << n.name << ", factor " << most << ", rise " << &rise - rises << ", best " << t.hindsight);
@@ -167,7 +167,7 @@ TEST_CASE("prices that vary by a factor, at random or to the rule's disadvantage
 
 TEST_CASE("learned costs that are wrong by a factor lose that factor at most") {
   constexpr double kError = 0.2;  // of either cost and of the prices
-  for (uint64_t s = seed(); s < seed() + 100; ++s) {
+  for (uint64_t s = seed(); s < seed() + (kSanitized ? 10 : 100); ++s) {
     std::mt19937_64 random(s);
     std::uniform_real_distribution<double> u(-kError, kError);
     const Costs price = {2, 4}, believed_price = {price[0] * (1 + u(random)), price[1] * (1 + u(random))};
