@@ -13,7 +13,7 @@ import moebius  # noqa: E402
 
 
 def engine(**config):
-    return moebius.Engine(MODEL, **{'ranks': 2, 'threads': 1, 'kv_tokens': 4096, 'max_batch': 8, **config})
+    return moebius.Engine(MODEL, **{'ranks': 2, 'threads': 1, 'kv_tokens': 4096, 'max_batch': 8, 'policy': 'manual', **config})
 
 
 class Binding(unittest.TestCase):

@@ -125,7 +125,7 @@ TEST_CASE("while the own thread is idle a policy still sees the load fall, and o
   engine.start();
   CHECK(seam_after(2) == engine.model().num_layers);
   CHECK(engine.stats().running == 0);
-  engine.set_policy({});
+  engine.set_policy({PolicyKind::kManual});
   engine.request_switch(Layout::kEp);
   CHECK(seam_after(3) == 0);
   engine.set_policy(config.policy);
@@ -202,7 +202,7 @@ TEST_CASE("a policy can be set while requests run") {
   engine.step();
   CHECK(engine.stats().switches == 1);
   CHECK(engine.stats().seam == 0);
-  engine.set_policy({});
+  engine.set_policy({PolicyKind::kManual});
   for (int i = 0; i < 5; ++i) engine.step();
   CHECK(engine.stats().switches == 1);
   PolicyConfig bad;
@@ -216,7 +216,7 @@ TEST_CASE("a refused switch is not asked for at every step, and spends no cooldo
   config.policy.cooldown_s = 1000;
   Engine engine(kQwen, config);
   const std::vector<uint64_t> ids = submit_tight(engine);
-  engine.set_policy({});  // all three run first
+  engine.set_policy({PolicyKind::kManual});  // all three run first
   for (int i = 0; i < 4; ++i) engine.step();
   REQUIRE(engine.stats().running == 3);
   engine.set_policy(config.policy);

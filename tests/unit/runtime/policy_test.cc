@@ -51,7 +51,7 @@ PolicyConfig threshold(ThresholdVariant v) {
 }  // namespace
 
 TEST_CASE("manual never decides") {
-  Feeder f(PolicyConfig{});
+  Feeder f({PolicyKind::kManual});
   CHECK(f.steps_to_decide(100, 100000, 100000, 100000) == -1);
 }
 
