@@ -691,8 +691,9 @@ TEST_CASE("a host sees the library's log, its threads, and gives it memory") {
   struct Host {
     std::mutex mutex;
     std::vector<std::string> lines;
-    int starting = 0, ending = 0, blocks = 0;
-    size_t bytes = 0;
+    int starting = 0, ending = 0;
+    std::atomic<int> blocks{0};  // several threads allocate at once
+    std::atomic<size_t> bytes{0};
   } host;
   moebius_cpp::Config c;
   c.set("ranks", int64_t{2}).set("threads", int64_t{2}).set("kv_tokens", int64_t{1024});
