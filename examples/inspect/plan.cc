@@ -4,6 +4,8 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "lib/base/error.h"
 #include "lib/cpu/cpu_ops.h"
@@ -81,6 +83,21 @@ MemoryPlan plan_least(const ModelConfig& model, EngineConfig config, bool own_me
   config.memory_bytes = 0;
   config.kv_tokens = 1;
   return plan_memory(model, config, own_memory);
+}
+
+MemoryPlan plan_slices(const SliceTable& table, int ranks, int64_t kv_slice_bytes, int64_t memory_bytes, int64_t beside_bytes) {
+  const Owners tp = tp_owners(table, ranks), ep = ep_owners(table, ranks);
+  const Capacity capacity =
+      plan_capacity(table, tp, ep, kv_slice_bytes, std::vector<int64_t>(static_cast<size_t>(ranks), memory_bytes - beside_bytes));
+  ArenaPlan arena = plan_arena(table, tp, ep, kv_slice_bytes, capacity.tp_pages, capacity.ep_pages);
+  TransferPlan to_tp = plan_transfer(arena, Layout::kEp), to_ep = plan_transfer(arena, Layout::kTp);
+  return {std::move(arena), std::move(to_tp), std::move(to_ep), memory_bytes, 0, 0};
+}
+
+int64_t planned_workspace_bytes(const ModelConfig& model, const EngineConfig& asked) {
+  const EngineConfig config = complete(asked, model);
+  CountingDevice device(config.ranks, cpu_ops(config.isa), true);
+  return workspace_bytes(device, workspace_shape(model, config, threads_per_rank(config, model), device), model, config);
 }
 
 }  // namespace moebius::inspect

@@ -23,4 +23,9 @@ MemoryPlan plan_memory(const ModelConfig& model, const EngineConfig& config, boo
 // The same with a single page of KV and no limit: what every rank needs at least is its memory_bytes.
 MemoryPlan plan_least(const ModelConfig& model, EngineConfig config, bool own_memory);
 
+// The same of slices that are not as lib/tensor/packed.h keeps them: an arena filled to memory_bytes − beside_bytes. Without workspace.
+MemoryPlan plan_slices(const SliceTable& table, int ranks, int64_t kv_slice_bytes, int64_t memory_bytes, int64_t beside_bytes);
+// What activations take of a rank's memory.
+int64_t planned_workspace_bytes(const ModelConfig& model, const EngineConfig& config);
+
 }  // namespace moebius::inspect
