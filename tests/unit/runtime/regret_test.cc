@@ -9,26 +9,13 @@
 
 #include <fmt/format.h>
 
+#include "lib/runtime/hindsight.h"
 #include "tests/catch.h"
 
 namespace moebius {
 namespace {
 
 constexpr double kIncome = 0.02;  // of each step's time
-
-// The least cost of any schedule: work functions of both ends, starting in TP.
-class Hindsight {
- public:
-  explicit Hindsight(const Costs& price) : price_(price), best_{0, price[1]} {}
-  void add(const Costs& step) {
-    for (size_t x : {0u, 1u}) best_[x] += step[x];
-    best_ = {std::min(best_[0], best_[1] + price_[0]), std::min(best_[1], best_[0] + price_[1])};
-  }
-  double cost() const { return std::min(best_[0], best_[1]); }
-
- private:
-  Costs price_, best_;
-};
 
 // Sees where the path is, which an adversary uses.
 using Load = std::function<Costs(int step, const Path& path, std::mt19937_64& random)>;
@@ -46,7 +33,7 @@ Totals run(const Load& load, const Costs& price, int steps, uint64_t seed, Advic
   std::mt19937_64 random(seed);
   std::uniform_real_distribution<double> uniform(0, 1);
   Path path(Layout::kTp);
-  Hindsight hindsight(price);
+  Hindsight hindsight(Layout::kTp, price);
   Totals t;
   for (int i = 0; i < steps; ++i) {
     const Costs step = load(i, path, random);
@@ -56,7 +43,7 @@ Totals run(const Load& load, const Costs& price, int steps, uint64_t seed, Advic
     t.path += here;
     t.income += income;
     t.widest = std::max(t.widest, std::abs(step[0] - step[1]));
-    hindsight.add(step);
+    hindsight.add(step, price);
     path.add(step, now, income, 4 * round_trip(now));
     const Layout before = path.here();
     if (path.rule_moves(now)) path.follow_rule(now);
@@ -173,12 +160,12 @@ TEST_CASE("learned costs that are wrong by a factor lose that factor at most") {
     const Costs price = {2, 4}, believed_price = {price[0] * (1 + u(random)), price[1] * (1 + u(random))};
     for (const Named& n : loads(price, 0.2)) {
       Path path(Layout::kTp);
-      Hindsight hindsight(price);
+      Hindsight hindsight(Layout::kTp, price);
       double cost = 0;
       for (int i = 0; i < 3000; ++i) {
         const Costs step = n.load(i, path, random), believed = {step[0] * (1 + u(random)), step[1] * (1 + u(random))};
         cost += of(step, path.here());
-        hindsight.add(step);
+        hindsight.add(step, price);
         path.add(believed, believed_price, 0, 0);
         if (path.rule_moves(believed_price) && path.follow_rule(believed_price)) cost += of(price, path.here());
       }
