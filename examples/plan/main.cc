@@ -1,0 +1,125 @@
+// moebius-plan: predicts a model on a cluster. Links the library's inner parts: slices, arena, transfer plans, scheduler, switcher and policy
+// are the engine's own; kernels and links are models.
+#include <csignal>
+#include <cstdio>
+#include <fstream>
+#include <optional>
+#include <string>
+
+#include <fmt/format.h>
+#include <CLI/CLI.hpp>
+
+#include "examples/plan/fit.h"
+#include "examples/plan/published.h"
+#include "examples/plan/shipped.h"
+#include "examples/plan/study.h"
+#include "examples/plan/sweep.h"
+
+namespace moebius::plan {
+namespace {
+
+struct Options {
+  std::string config = "qwen3-235b-a22b", cluster = "8xh200", workload = "rollout", format = "table", html, fit, fit_shape;
+  Settings settings;
+  double skew = kDefaultSkew;
+  bool list = false, published = false, sweep = false;
+};
+
+// Every result has one way out.
+void print(const Options& o, const nlohmann::ordered_json& result, const std::string& table) {
+  fmt::print("{}", o.format == "json" ? result.dump() + "\n" : table);
+}
+
+void run(const Options& o) {
+  if (o.list) {
+    for (const Shipped& s : kModels) fmt::print("model {}\n", s.name);
+    for (const Shipped& s : kClusters) fmt::print("cluster {}\n", s.name);
+    return;
+  }
+  if (o.published) {
+    const nlohmann::ordered_json rows = published();
+    return print(o, rows, table_of_published(rows));
+  }
+  const Cluster cluster = read_cluster(o.cluster);
+  if (!o.fit.empty()) {
+    const nlohmann::ordered_json result = fit(o.fit, cluster, o.fit_shape);
+    return print(o, result, table_of_fit(result));
+  }
+  std::optional<Workload> workload;
+  if (o.workload != "none") workload = read_workload(o.workload);
+  const Model model = read_model(o.config);
+  if (o.sweep) {
+    const nlohmann::ordered_json result = sweep(model, cluster, o.settings, workload, o.format == "json");
+    return print(o, result, table_of_sweep(result));
+  }
+  const Prediction prediction(model, cluster, o.settings, o.skew);
+  const nlohmann::ordered_json result = study(prediction, workload);
+  if (!o.html.empty()) {
+    std::ofstream out(o.html);
+    out << page_of(result);
+    if (!out.flush()) throw std::runtime_error("cannot write " + o.html);
+  }
+  print(o, result, table_of(result));
+}
+
+int start(int argc, char** argv) {
+  Options o;
+  Settings& s = o.settings;
+  CLI::App app{
+      "Predicts a MoE model on a cluster: what fits, the step time of TP and EP over the number of requests, the crossover, what a switch takes,\n"
+      "and what switching gains for a workload. Everything that it prints is simulated. Slices, arena, transfer plans, scheduler, switcher and\n"
+      "policy are the engine's own, run in simulated time; kernels and links are models (docs/plan.md)."};
+  app.add_option("--config", o.config, "model: a shipped one (--list), a config.json, or a folder with one")->capture_default_str();
+  app.add_option("--cluster", o.cluster, "cluster: a shipped one (--list), or a JSON file")->capture_default_str();
+  app.add_option("--ranks", s.ranks,
+                 "ranks that share the model (0: the cluster's); the cluster's devices hold as many replicas as they have room for")
+      ->check(CLI::Range(0, 64))
+      ->capture_default_str();
+  app.add_option("--memory-bytes", s.memory_bytes, "planned with on each device (0: 90 % of what it has)")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 50))
+      ->capture_default_str();
+  app.add_option("--slices-per-expert", s.slices_per_expert, "cuts of each MLP (0: the default rule, or what so many ranks need)")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--page-tokens", s.page_tokens, "tokens of a KV page, a multiple of 16")->check(CLI::Range(1, 1 << 16))->capture_default_str();
+  app.add_option("--chunk-tokens", s.chunk_tokens, "prompt tokens that a step takes over all requests")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  app.add_option("--max-batch", s.max_batch, "running requests of a replica")->check(CLI::Range(1, 1 << 16))->capture_default_str();
+  app.add_option("--workload", o.workload, "what is asked of it: rollout, bursts, steady, a JSON file, or none")->capture_default_str();
+  app.add_option("--routing-skew", o.skew, "how unevenly experts are hit: deviation of the logarithm of their weights; 0: evenly")
+      ->check(CLI::Range(0.0, 4.0))
+      ->capture_default_str();
+  app.add_flag("--sweep", o.sweep, "some 10,000 variants of the cluster and the load by the step model; the workload for two of them");
+  app.add_flag("--published", o.published, "predictions beside published figures, with the error; says which figures were fitted");
+  app.add_option("--fit", o.fit, "JSON lines of moebius-bench: fits the cluster's efficiencies to half of them and judges by the other half");
+  app.add_option("--fit-shape", o.fit_shape, "with --fit: fit on rows of this shape only, judge by the others");
+  app.add_flag("--list", o.list, "names of shipped models and clusters");
+  app.add_option("--format", o.format, "table, or json (one object)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
+  app.add_option("--html", o.html, "writes the result as one page that needs nothing else");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : 2;
+  }
+  run(o);
+  return 0;
+}
+
+}  // namespace
+}  // namespace moebius::plan
+
+int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);
+  try {
+    const int status = moebius::plan::start(argc, argv);
+    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
+    return status;
+  } catch (const moebius::Error& e) {
+    fmt::print(stderr, "moebius-plan: {}\n", e.what());
+    return 2;
+  } catch (const std::exception& e) {
+    fmt::print(stderr, "moebius-plan: {}\n", e.what());
+    return 1;
+  }
+}
