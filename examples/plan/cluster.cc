@@ -36,6 +36,7 @@ Cluster parse_cluster(const std::string& text, const std::string& name) {
   if (f.has("efficiency")) {
     const Facts e = f.facts("efficiency");
     c.efficiency = {e.number("memory", 0.01, 1), e.number("matrix", 0.01, 1), e.number("link", 0.01, 1)};
+    c.efficiency.copy = e.number_or("copy", c.efficiency.link, 0.01, 1);
     e.refuse_others();
   }
   for (const nlohmann::json& s : f.at("sources")) {
@@ -52,6 +53,7 @@ Exchanges::Exchanges(const Cluster& c, int ranks) : ranks_(ranks) {
   const int here = std::min(ranks, c.devices_per_node);
   latency_s_ = ranks > here ? c.between.latency_s : c.inside.latency_s;
   all_to_all_s_ = c.all_to_all_s;
+  copying_ = c.efficiency.copy / c.efficiency.link;
   inside_rate_ = c.inside.bandwidth * c.efficiency.link;
   between_rate_ = c.between.bandwidth * c.efficiency.link;
   leaving_ = ranks > 1 ? static_cast<double>(ranks - here) / (ranks - 1) : 0;
@@ -60,7 +62,7 @@ Exchanges::Exchanges(const Cluster& c, int ranks) : ranks_(ranks) {
 // Both links work at once.
 double Exchanges::move(double bytes) const { return std::max(bytes * (1 - leaving_) / inside_rate_, bytes * leaving_ / between_rate_); }
 
-double Exchanges::link_rate() const { return 1 / move(1); }
+double Exchanges::copy_rate() const { return copying_ / move(1); }
 
 double Exchanges::all_reduce(double bytes) const {
   if (ranks_ == 1) return 0;

@@ -16,7 +16,7 @@ struct Link {
 
 // Shares of the cluster's peak numbers that are reached; the only things that are ever fitted.
 struct Efficiencies {
-  double memory = 1, matrix = 1, link = 1;
+  double memory = 1, matrix = 1, link = 1, copy = 1;  // link: by a step's exchanges; copy: of a link, by a switch
 };
 
 struct Cluster {
@@ -47,14 +47,14 @@ class Exchanges {
   // Every rank gets so many bytes, evenly from the others: by reading them after a barrier, or by messages to each.
   double collect(double bytes) const;
   double all_to_all(double bytes) const;
-  double link_rate() const;  // bytes per second that a rank gets when all others send to it
+  double copy_rate() const;  // bytes per second that a rank gets in a switch
 
  private:
   double rounds(int n) const { return ranks_ > 1 ? n * latency_s_ : 0; }
   double move(double bytes) const;
 
   int ranks_;
-  double latency_s_, all_to_all_s_, inside_rate_, between_rate_, leaving_;
+  double latency_s_, all_to_all_s_, copying_, inside_rate_, between_rate_, leaving_;
 };
 
 }  // namespace moebius::plan

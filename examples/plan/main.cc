@@ -97,6 +97,12 @@ int start(int argc, char** argv) {
   app.add_flag("--list", o.list, "names of shipped models and clusters");
   app.add_option("--format", o.format, "table, or json (one object)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
   app.add_option("--html", o.html, "writes the result as one page that needs nothing else");
+  for (const char* mode : {"--sweep", "--published", "--fit", "--list"}) {
+    app.get_option(mode)->excludes(app.get_option("--html"));  // of a plan alone
+    for (const char* other : {"--sweep", "--published", "--fit", "--list"})
+      if (std::string(mode) < other) app.get_option(mode)->excludes(app.get_option(other));
+  }
+  app.get_option("--fit-shape")->needs(app.get_option("--fit"));
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -79,7 +79,7 @@ SwitchModel::SwitchModel(const inspect::MemoryPlan& memory, const Cluster& clust
   const ArenaPlan& arena = memory.arena;
   const int ranks = arena.ranks(), layers = arena.num_layers();
   const Exchanges exchanges(cluster, ranks);
-  rate_ = exchanges.link_rate();
+  rate_ = exchanges.copy_rate();
   // One before the first layer, one after each; its kernels start anew.
   fences_s_ = ranks > 1 ? (layers + 1) * (cluster.launch_s + exchanges.collect(0)) : 0;
   for (Layout to : {Layout::kTp, Layout::kEp}) {

@@ -57,7 +57,7 @@ void add_qwen3_235b(json& rows) {
 
   const Cluster cluster = as_published("8xh200");
   const SwitchModel switches(plan, cluster, 16);
-  rows.push_back(row(group, "weights, EP → TP", "ms", 152, 1e3 * switches.seconds(Layout::kTp, 0), true, "link efficiency of every NVLink cluster"));
+  rows.push_back(row(group, "weights, EP → TP", "ms", 152, 1e3 * switches.seconds(Layout::kTp, 0), true, "copy efficiency of every NVLink cluster"));
   rows.push_back(row(group, "weights, TP → EP", "ms", 152, 1e3 * switches.seconds(Layout::kEp, 0), false,
                      "attention comes back too; the direction of 152 ms is not published"));
   const double full = static_cast<double>(arena.tp_pages() * 16);

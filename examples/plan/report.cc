@@ -16,6 +16,10 @@ double number(const json& v) { return v.get<double>(); }
 std::string gib(const json& bytes) { return fmt::format("{:.1f} GiB", number(bytes) / (1 << 30)); }
 std::string mib(const json& bytes) { return fmt::format("{:.1f} MiB", number(bytes) / (1 << 20)); }
 
+std::string rate(const json& v) {
+  return number(v) < 1e12 ? fmt::format("{:.1f} GB/s", number(v) / 1e9) : fmt::format("{:.2f} TB/s", number(v) / 1e12);
+}
+
 std::string model_line(const json& s) {
   const json& m = s["model"];
   return fmt::format("{}: {} layers, hidden {}, {} experts of which a row takes {}, {} query and {} KV heads", text(m["name"]),
@@ -26,11 +30,11 @@ std::string model_line(const json& s) {
 std::string cluster_line(const json& s) {
   const json &c = s["cluster"], &e = c["efficiency"];
   return fmt::format(
-      "{}: {} device{} of {:.0f} GB, {:.2f} TB/s, {:.1f} TFLOP/s, links {:.0f} GB/s a direction; efficiencies memory {:.2f}, matrix {:.2f}, link "
+      "{}: {} device{} of {:.0f} GB, {}, {:.1f} TFLOP/s, links {:.0f} GB/s a direction; efficiencies memory {:.2f}, matrix {:.2f}, link "
       "{:.2f}",
-      text(c["name"]), c["devices"].get<int>(), c["devices"].get<int>() == 1 ? "" : "s", number(c["memory_bytes"]) / 1e9,
-      number(c["memory_bandwidth"]) / 1e12, number(c["matrix_flops"]) / 1e12, number(c["link_bandwidth"]) / 1e9, number(e["memory"]),
-      number(e["matrix"]), number(e["link"]));
+      text(c["name"]), c["devices"].get<int>(), c["devices"].get<int>() == 1 ? "" : "s", number(c["memory_bytes"]) / 1e9, rate(c["memory_bandwidth"]),
+      number(c["matrix_flops"]) / 1e12, number(c["link_bandwidth"]) / 1e9, number(e["memory"]), number(e["matrix"]), number(e["link"]),
+      number(e["copy"]));
 }
 
 using Rows = std::vector<std::vector<std::string>>;

@@ -85,8 +85,7 @@ TEST_CASE("every shipped model on every shipped cluster is planned, or refused a
     for (const char* cluster : {"8xh200", "8xh100", "8xa100", "8xb200", "2xcpu", "2core-zen5", "nvl72", "4x8xh100"}) {
       CHECK(list.out.find(std::string("model ") + model + "\n") != std::string::npos);
       CHECK(list.out.find(std::string("cluster ") + cluster + "\n") != std::string::npos);
-      const json r =
-          report(std::string("--workload none --config ") + model + " --cluster " + cluster + " --max-batch 256");
+      const json r = report(std::string("--workload none --config ") + model + " --cluster " + cluster + " --max-batch 256");
       CHECK(r["fits"] == (r["least_memory_bytes"] <= r["memory_bytes"]));
     }
 }
@@ -127,6 +126,9 @@ TEST_CASE("bad usage and bad input are status 2, on stderr, and no result") {
                                                      {"--cluster /no/such", "/no/such"},
                                                      {"--config /no/such", "/no/such"},
                                                      {"--format xml", "xml"},
+                                                     {"--published --html page.html", "--html"},
+                                                     {"--published --sweep", "--sweep"},
+                                                     {"--fit-shape s", "--fit"},
                                                      {"--ranks 9", "9 ranks"},
                                                      {"--page-tokens 8", "page_tokens"},
                                                      {"--cluster " + cluster, "cluster.json: devices_per_node"},
