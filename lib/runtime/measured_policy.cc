@@ -53,11 +53,13 @@ class MeasuredPolicy final : public Policy {
  private:
   const Estimate& estimate(Layout l) const { return figures_.step[static_cast<size_t>(l)]; }
 
-  // As the rule sees steps: what its other layout costs is taken to be as bad as it may be.
+  // As the rule sees steps: what its other layout costs is taken to be as bad as it may be, and not to be less where it is not known.
   Costs believed(const Estimate& tp, const Estimate& ep) const {
     Costs c{tp.seconds, ep.seconds};
-    const size_t elsewhere = static_cast<size_t>(other(path_.rule().at()));
-    c[elsewhere] *= 1 + (elsewhere == 0 ? tp : ep).relative;
+    const size_t at = static_cast<size_t>(path_.rule().at()), elsewhere = 1 - at;
+    const double relative = (elsewhere == 0 ? tp : ep).relative;
+    c[elsewhere] *= 1 + relative;
+    if (relative > kKnown) c[elsewhere] = std::max(c[elsewhere], c[at]);
     return c;
   }
 

@@ -327,10 +327,10 @@ PolicyConfig measured(double explore) {
   return p;
 }
 
-// As if steps of up to eight rows had taken so long in this layout.
-void teach(Engine& engine, Layout layout, double seconds) {
+// As if steps of up to eight rows, of so many tokens each, had taken so long in this layout.
+void teach(Engine& engine, Layout layout, double seconds, double context = 20) {
   const double now = std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
-  for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(layout, {1.0 + i % 8, 0, 20.0 * (1 + i % 8)}, seconds, now);
+  for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(layout, {1.0 + i % 8, 0, context * (1 + i % 8)}, seconds, now);
 }
 
 void run(Engine& engine, int steps) {
@@ -378,7 +378,7 @@ TEST_CASE("measured switches where the other layout's steps cost less, says by w
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   EngineConfig config = small_config(2, 1, Layout::kTp);
   Engine engine(kQwen, config);
-  teach(engine, Layout::kEp, 1e-9);  // no machine is that fast
+  teach(engine, Layout::kEp, 1e-6);  // no machine is that fast
   engine.set_policy(measured(0));
   for (const ScriptedRequest& r : script.requests) engine.submit(r.spec);
   Outcome got;
@@ -410,7 +410,7 @@ TEST_CASE("a switch that measured asks for and that does not fit is not asked fo
   submit_tight(engine);
   run(engine, 4);
   REQUIRE(engine.stats().running == 3);
-  teach(engine, Layout::kEp, 1e-9);
+  teach(engine, Layout::kEp, 1e-6, 340);
   engine.set_policy(measured(0));
   run(engine, 40);
   CHECK(engine.stats().refusals == 1);
