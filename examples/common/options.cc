@@ -4,6 +4,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 
 #include <fmt/format.h>
 
@@ -16,6 +17,11 @@ CLI::Validator at_least(int64_t least) {
             return right ? std::string() : fmt::format("{} is not at least {}", text, least);
           },
           fmt::format("≥ {}", least), "at least"};
+}
+
+std::string folder_name(const std::string& dir) {
+  const auto path = std::filesystem::absolute(dir).lexically_normal();
+  return (path.has_filename() ? path : path.parent_path()).filename().string();
 }
 
 void EngineOptions::add_to(CLI::App& app, bool model_required) {

@@ -29,6 +29,9 @@ auto before_running(Body&& body) {
 // A flag's check, with a message that is shorter than CLI11's.
 CLI::Validator at_least(int64_t least);
 
+// The last part of a path, "." and a slash at its end included.
+std::string folder_name(const std::string& dir);
+
 // Unset flags keep the library's defaults.
 struct EngineOptions {
   std::string model, layout = "tp", device = "cpu", communicator = "peer", mode, isa, policy = "manual", policy_variant = "decode",

@@ -107,7 +107,7 @@ class Study {
 
   json base() const {
     return {{"load", o_.kind},
-            {"model", o_.shape.empty() ? o_.engine.model : o_.shape},
+            {"model", o_.shape.empty() ? folder_name(o_.engine.model) : o_.shape},
             {"ranks", o_.engine.ranks},
             {"threads", o_.engine.threads}};
   }

@@ -72,11 +72,6 @@ std::string key_of(const Options& options) {
   return line;
 }
 
-std::string folder_name(const std::string& dir) {
-  const auto path = std::filesystem::absolute(dir).lexically_normal();
-  return (path.has_filename() ? path : path.parent_path()).filename().string();
-}
-
 sigset_t stop_signals() {
   sigset_t set;
   sigemptyset(&set);
