@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
@@ -18,7 +17,9 @@
 
 #include "examples/bench/floor.h"
 #include "examples/bench/profile.h"
+#include "examples/common/inner_main.h"
 #include "examples/common/shapes.h"
+#include "examples/common/statistics.h"
 #include "lib/comm/waits.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
@@ -27,6 +28,7 @@
 namespace moebius::bench {
 namespace {
 
+using moebius_examples::median;
 using moebius_examples::ShapeFolder;
 using nlohmann::json;
 
@@ -40,11 +42,6 @@ struct Options {
   int context = 64, tokens = 512, vocab = 151936;
   int64_t memory_bytes = 0;
 };
-
-double median(std::vector<double> x) {
-  std::sort(x.begin(), x.end());
-  return x.empty() ? 0 : x.size() % 2 ? x[x.size() / 2] : (x[x.size() / 2 - 1] + x[x.size() / 2]) / 2;
-}
 
 class Bench {
  public:
@@ -617,19 +614,5 @@ int run(int argc, char** argv) {
 }  // namespace moebius::bench
 
 int main(int argc, char** argv) {
-  std::signal(SIGPIPE, SIG_IGN);
-  try {
-    const int status = moebius::bench::run(argc, argv);
-    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
-    return status;
-  } catch (const CLI::Error& e) {
-    fmt::print(stderr, "moebius-bench: {}\n", e.what());
-    return 2;
-  } catch (const moebius::Error& e) {
-    fmt::print(stderr, "moebius-bench: {}\n", e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "moebius-bench: {}\n", e.what());
-    return 1;
-  }
+  return moebius_examples::inner_main("moebius-bench", [&] { return moebius::bench::run(argc, argv); });
 }

@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "examples/common/options.h"
+#include "examples/common/statistics.h"
 
 namespace moebius_examples {
 namespace {
@@ -37,12 +38,6 @@ struct Result {
 };
 
 double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
-
-double percentile(std::vector<double> x, double p) {
-  if (x.empty()) return 0;
-  std::sort(x.begin(), x.end());
-  return x[std::min(x.size() - 1, static_cast<size_t>(p * static_cast<double>(x.size())))];
-}
 
 // Heavy-tailed lengths: most requests are short, a few are stragglers.
 int64_t tokens_of(int i) {

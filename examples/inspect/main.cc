@@ -1,5 +1,4 @@
 // moebius-inspect: how a checkpoint is cut into slices and laid out, and what fits. Links the library's inner parts (config, layout, planning).
-#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <optional>
@@ -9,6 +8,7 @@
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include "examples/common/inner_main.h"
 #include "examples/inspect/plan.h"
 #include "examples/inspect/report.h"
 #include "lib/base/error.h"
@@ -248,16 +248,5 @@ int run(int argc, char** argv) {
 }  // namespace moebius::inspect
 
 int main(int argc, char** argv) {
-  std::signal(SIGPIPE, SIG_IGN);
-  try {
-    const int status = moebius::inspect::run(argc, argv);
-    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
-    return status;
-  } catch (const moebius::Error& e) {
-    fmt::print(stderr, "moebius-inspect: {}\n", e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "moebius-inspect: {}\n", e.what());
-    return 1;
-  }
+  return moebius_examples::inner_main("moebius-inspect", [&] { return moebius::inspect::run(argc, argv); });
 }

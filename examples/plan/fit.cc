@@ -11,6 +11,7 @@
 #include <fmt/format.h>
 
 #include "examples/common/shapes.h"
+#include "examples/common/statistics.h"
 #include "examples/plan/facts.h"
 #include "examples/plan/step_model.h"
 #include "lib/model/json.h"
@@ -19,12 +20,7 @@ namespace moebius::plan {
 namespace {
 
 using json = nlohmann::ordered_json;
-
-double median(std::vector<double> x) {
-  std::sort(x.begin(), x.end());
-  const size_t n = x.size();
-  return n == 0 ? 0 : n % 2 == 1 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2;
-}
+using moebius_examples::median;
 
 // A shape of moebius-bench, or a model that it was given.
 Model model_of(const std::string& shape) {

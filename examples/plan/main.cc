@@ -1,6 +1,5 @@
 // moebius-plan: predicts a model on a cluster. Links the library's inner parts: slices, arena, transfer plans, scheduler, switcher and policy
 // are the engine's own; kernels and links are models.
-#include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <optional>
@@ -9,6 +8,7 @@
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
+#include "examples/common/inner_main.h"
 #include "examples/plan/fit.h"
 #include "examples/plan/published.h"
 #include "examples/plan/shipped.h"
@@ -116,16 +116,5 @@ int start(int argc, char** argv) {
 }  // namespace moebius::plan
 
 int main(int argc, char** argv) {
-  std::signal(SIGPIPE, SIG_IGN);
-  try {
-    const int status = moebius::plan::start(argc, argv);
-    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
-    return status;
-  } catch (const moebius::Error& e) {
-    fmt::print(stderr, "moebius-plan: {}\n", e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "moebius-plan: {}\n", e.what());
-    return 1;
-  }
+  return moebius_examples::inner_main("moebius-plan", [&] { return moebius::plan::start(argc, argv); });
 }

@@ -33,8 +33,7 @@ std::string cluster_line(const json& s) {
       "{}: {} device{} of {:.0f} GB, {}, {:.1f} TFLOP/s, links {:.0f} GB/s a direction; efficiencies memory {:.2f}, matrix {:.2f}, link "
       "{:.2f}",
       text(c["name"]), c["devices"].get<int>(), c["devices"].get<int>() == 1 ? "" : "s", number(c["memory_bytes"]) / 1e9, rate(c["memory_bandwidth"]),
-      number(c["matrix_flops"]) / 1e12, number(c["link_bandwidth"]) / 1e9, number(e["memory"]), number(e["matrix"]), number(e["link"]),
-      number(e["copy"]));
+      number(c["matrix_flops"]) / 1e12, number(c["link_bandwidth"]) / 1e9, number(e["memory"]), number(e["matrix"]), number(e["link"]));
 }
 
 using Rows = std::vector<std::vector<std::string>>;

@@ -217,22 +217,15 @@ class Simulation {
 
   // As Engine::Impl::observe_load.
   void observe() {
-    LoadSample load;
+    LoadSample load = sample_of(scheduler_);
     load.step = static_cast<uint64_t>(out_.steps);
     load.time_s = clock_s_ + now_s_;
-    load.running = static_cast<int32_t>(scheduler_.running().size());
-    load.waiting = static_cast<int32_t>(scheduler_.waiting().size());
-    load.prefill_tokens = scheduler_.tokens_to_prefill();
     load.layout = layout();
     load.last = last_load_;
     load.last_seconds = std::exchange(last_seconds_, 0);
     if (policy_->figures() != nullptr) {
       for (Layout to : {Layout::kTp, Layout::kEp}) load.price[static_cast<size_t>(to)] = costs_.price(to, switcher_->bytes_across(to));
-      for (const Sequence* s : scheduler_.running()) {
-        const int64_t remaining = s->request->spec.sampling.max_tokens - s->generated();
-        load.remaining_tokens += remaining;
-        load.longest_remaining = std::max(load.longest_remaining, remaining);
-      }
+      add_remaining(scheduler_, load);
     }
     const std::optional<Decision> decision = policy_->observe(load);
     if (!decision || decision->shadow) return;

@@ -163,8 +163,8 @@ Crossover crossover_of(const StepModel& steps, double context, double most) {
     const StepWork work = steps.decode(n, context);
     return steps.seconds(Layout::kTp, work) <= steps.seconds(Layout::kEp, work);
   };
-  Crossover c{tp_wins(1) ? Layout::kTp : Layout::kEp, std::nullopt};
   const bool first = tp_wins(1);
+  Crossover c{first ? Layout::kTp : Layout::kEp, std::nullopt};
   double last = 0;  // the largest power of two at which the first one wins
   for (double n = 1; n <= most; n *= 2)
     if (tp_wins(n) == first) last = n;

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "examples/common/statistics.h"
+
 namespace moebius_examples {
 namespace {
 
@@ -51,25 +53,19 @@ Costs costs_of(const std::vector<const Run*>& runs) {
           std::find_if(run->prices.begin(), run->prices.end(), [&](const auto& p) { return static_cast<double>(p.first) >= begin; });
       if (asked != run->prices.end()) price.push_back(asked->second);
     }
-    costs.step_s[k] = median(step).value;
-    costs.price_s[k] = price.empty() ? INFINITY : median(price).value;
+    costs.step_s[k] = median(step);
+    costs.price_s[k] = price.empty() ? INFINITY : median(price);
   }
   return costs;
 }
 
 }  // namespace
 
-double percentile(std::vector<double> x, double p) {
-  if (x.empty()) return 0;
-  std::sort(x.begin(), x.end());
-  return x[std::min(x.size() - 1, static_cast<size_t>(p * static_cast<double>(x.size())))];
-}
-
-Median median(std::vector<double> x) {
+Median median_with_interval(std::vector<double> x) {
   if (x.empty()) return {};
   std::sort(x.begin(), x.end());
   const size_t n = x.size(), k = order(n);
-  return {n % 2 == 1 ? x[n / 2] : (x[n / 2 - 1] + x[n / 2]) / 2, x[k - 1], x[n - k]};
+  return {median(x), x[k - 1], x[n - k]};
 }
 
 Figures figures_of(const Run& run, const Targets& targets) {

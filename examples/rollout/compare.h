@@ -8,14 +8,11 @@
 
 namespace moebius_examples {
 
-// p from 0 to 1; 0 of nothing.
-double percentile(std::vector<double> x, double p);
-
-// The median, and the interval that holds the true one with 95 % probability or more (order statistics; under six values: all of them).
+// A median, and the interval that holds the true one with 95 % probability or more (order statistics; under six values: all of them).
 struct Median {
   double value = 0, low = 0, high = 0;
 };
-Median median(std::vector<double> x);
+Median median_with_interval(std::vector<double> x);
 
 struct Targets {
   double first_s = 1, gap_s = 0.1;  // to the first token; a token, on average over an answer
@@ -26,7 +23,7 @@ struct Figures {
   double first_mean_s = 0, first_p50_s = 0, first_p99_s = 0;  // from asking to the first token
   double gap_mean_s = 0, gap_p50_s = 0, gap_p99_s = 0, gap_max_s = 0;
   double goodput = 0;  // answers a second that met both targets
-  int switches = 0;
+  double switches = 0;
   double switch_s = 0;
 };
 Figures figures_of(const Run& run, const Targets& targets);

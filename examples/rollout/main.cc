@@ -38,7 +38,7 @@ class Study {
       EngineOptions e = o.engine;
       e.policy = c.fixed ? "manual" : name;
       c.policy = e.config();
-      c.start = c.fixed ? layout_of(name) : layout_of(o.engine.layout);
+      if (c.fixed) c.start = layout_of(name);
     }
   }
 
@@ -71,9 +71,10 @@ class Study {
     Comparison c;
     c.concurrency = concurrency;
     c.choices = o_.choices;
+    for (Choice& choice : choices_)
+      if (!choice.fixed) choice.start = layout_of(o_.engine.layout);
     for (int64_t round = 0; round <= o_.rounds; ++round) {  // the first is not counted: it warms up, and a policy learns
       for (Choice& choice : choices_) {
-        if (!choice.fixed && round == 0) choice.start = layout_of(o_.engine.layout);
         Run run = serve(engine_, load, choice, ++salt_);
         const Figures f = figures_of(run, {1e-3 * o_.target_first_ms, 1e-3 * o_.target_gap_ms});
         fmt::print(stderr, "{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",
@@ -86,14 +87,7 @@ class Study {
         c.runs[choice.name].push_back(std::move(run));
       }
     }
-    std::map<std::string, double> speed;
-    for (const char* layout : {"tp", "ep"})
-      if (c.figures.count(layout) > 0) {
-        std::vector<double> x;
-        for (const Figures& f : c.figures[layout]) x.push_back(f.tokens_per_second);
-        speed[layout] = median(x).value;
-      }
-    if (speed.size() == 2) c.better = speed["tp"] >= speed["ep"] ? "tp" : "ep";
+    c.better = better_layout(c);
     if (o_.kind == "rollout") c.hindsight_s = hindsight_seconds(runs_of(c, "tp"), runs_of(c, "ep"), layout_of(o_.engine.layout));
     return c;
   }

@@ -6,6 +6,7 @@
 #include <fmt/format.h>
 
 #include "examples/common/chart.h"
+#include "examples/common/statistics.h"
 
 namespace moebius_examples {
 namespace {
@@ -17,59 +18,41 @@ const char* color_of(const std::string& choice) {
   return choice == "measured" ? "good" : "second";
 }
 
-template <class Get>
-Median median_over(const std::vector<Figures>& figures, Get get) {
+template <class T>
+std::vector<double> of_rounds(const Comparison& c, const std::string& choice, T Figures::*figure) {
   std::vector<double> x;
-  for (const Figures& f : figures) x.push_back(get(f));
-  return median(std::move(x));
+  for (const Figures& f : c.figures.at(choice)) x.push_back(static_cast<double>(f.*figure));
+  return x;
 }
 
-std::string spread(const Median& m, int digits) {
-  return fmt::format("{:.{}f} [{:.{}f}, {:.{}f}]", m.value, digits, m.low, digits, m.high, digits);
-}
-
+// Of a table: a figure's median, but for the one that compares.
 struct Column {
   const char* name;
-  std::string (*text)(const Comparison&, const std::string&);
+  double Figures::*figure;  // null: the ratio to the better layout
+  double unit;
+  int digits;
 };
-template <double Figures::*Member>
-std::string milliseconds(const Comparison& c, const std::string& choice) {
-  return fmt::format("{:.1f}", 1e3 * median_over(c.figures.at(choice), [](const Figures& f) { return f.*Member; }).value);
-}
 const Column kColumns[] = {
-    {"seconds",
-     [](const Comparison& c, const std::string& n) {
-       return fmt::format("{:.2f}", median_over(c.figures.at(n), [](const Figures& f) { return f.seconds; }).value);
-     }},
-    {"tokens/s",
-     [](const Comparison& c, const std::string& n) {
-       return fmt::format("{:.1f}", median_over(c.figures.at(n), [](const Figures& f) { return f.tokens_per_second; }).value);
-     }},
-    {"of the better [95 %]",
-     [](const Comparison& c, const std::string& n) { return c.better.empty() ? "" : spread(ratio_to_better(c, n), 3); }},
-    {"first ms: mean", milliseconds<&Figures::first_mean_s>},
-    {"p50", milliseconds<&Figures::first_p50_s>},
-    {"p99", milliseconds<&Figures::first_p99_s>},
-    {"gap ms: mean", milliseconds<&Figures::gap_mean_s>},
-    {"p50", milliseconds<&Figures::gap_p50_s>},
-    {"p99", milliseconds<&Figures::gap_p99_s>},
-    {"most", milliseconds<&Figures::gap_max_s>},
-    {"goodput/s",
-     [](const Comparison& c, const std::string& n) {
-       return fmt::format("{:.2f}", median_over(c.figures.at(n), [](const Figures& f) { return f.goodput; }).value);
-     }},
-    {"switches",
-     [](const Comparison& c, const std::string& n) {
-       return fmt::format("{:.0f}", median_over(c.figures.at(n), [](const Figures& f) { return f.switches; }).value);
-     }},
+    {"seconds", &Figures::seconds, 1, 2},           {"tokens/s", &Figures::tokens_per_second, 1, 1},
+    {"of the better [95 %]", nullptr, 1, 3},        {"first ms: mean", &Figures::first_mean_s, 1e3, 1},
+    {"p50", &Figures::first_p50_s, 1e3, 1},         {"p99", &Figures::first_p99_s, 1e3, 1},
+    {"gap ms: mean", &Figures::gap_mean_s, 1e3, 1}, {"p50", &Figures::gap_p50_s, 1e3, 1},
+    {"p99", &Figures::gap_p99_s, 1e3, 1},           {"most", &Figures::gap_max_s, 1e3, 1},
+    {"goodput/s", &Figures::goodput, 1, 2},         {"switches", &Figures::switches, 1, 0},
 };
+
+std::string cell(const Column& column, const Comparison& c, const std::string& choice) {
+  if (column.figure != nullptr) return fmt::format("{:.{}f}", column.unit * median(of_rounds(c, choice, column.figure)), column.digits);
+  if (c.better.empty()) return "";
+  const Median m = ratio_to_better(c, choice);
+  return fmt::format("{:.{}f} [{:.{}f}, {:.{}f}]", m.value, column.digits, m.low, column.digits, m.high, column.digits);
+}
 
 std::string hindsight_text(const Comparison& c) {
   if (!c.hindsight_s) return "";
   std::string text = fmt::format("best schedule in hindsight: {:.3f} s", *c.hindsight_s);
   for (const std::string& name : c.choices)
-    text += fmt::format("; {} {:.3f} of it", name,
-                        median_over(c.figures.at(name), [](const Figures& f) { return f.seconds; }).value / *c.hindsight_s);
+    text += fmt::format("; {} {:.3f} of it", name, median(of_rounds(c, name, &Figures::seconds)) / *c.hindsight_s);
   return text;
 }
 
@@ -126,7 +109,7 @@ std::string html_table(const Comparison& c) {
   for (const Column& column : kColumns) out += "<th>" + std::string(column.name) + "</th>";
   for (const std::string& choice : c.choices) {
     out += "</tr>\n<tr><td>" + escaped(choice) + "</td>";
-    for (const Column& column : kColumns) out += "<td>" + column.text(c, choice) + "</td>";
+    for (const Column& column : kColumns) out += "<td>" + cell(column, c, choice) + "</td>";
   }
   return out + "</tr></table></div>\n<p>" + hindsight_text(c) + "</p>\n";
 }
@@ -138,7 +121,7 @@ std::string curves(const std::vector<Comparison>& points) {
     Series s{choice, color_of(choice), {}, false, false, true}, r = s;
     for (const Comparison& c : points) {
       const double x = static_cast<double>(c.concurrency);
-      s.points.emplace_back(x, median_over(c.figures.at(choice), [](const Figures& f) { return f.tokens_per_second; }).value);
+      s.points.emplace_back(x, median(of_rounds(c, choice, &Figures::tokens_per_second)));
       r.points.emplace_back(x, ratio_to_better(c, choice).value);
     }
     speed.series.push_back(s);
@@ -149,12 +132,18 @@ std::string curves(const std::vector<Comparison>& points) {
 
 }  // namespace
 
+std::string better_layout(const Comparison& c) {
+  if (c.figures.count("tp") + c.figures.count("ep") < 2) return "";
+  const auto speed = [&](const char* layout) { return median(of_rounds(c, layout, &Figures::tokens_per_second)); };
+  return speed("tp") >= speed("ep") ? "tp" : "ep";
+}
+
 Median ratio_to_better(const Comparison& c, const std::string& choice) {
   if (c.better.empty()) return {1, 1, 1};
   std::vector<double> ratios;
   const std::vector<Figures>&own = c.figures.at(choice), &better = c.figures.at(c.better);
   for (size_t i = 0; i < own.size(); ++i) ratios.push_back(own[i].tokens_per_second / better[i].tokens_per_second);
-  return median(ratios);
+  return median_with_interval(ratios);
 }
 
 std::string table_of(const Comparison& c) {
@@ -165,7 +154,7 @@ std::string table_of(const Comparison& c) {
   for (const std::string& choice : c.choices) {
     out += fmt::format("\n  {:10}", choice);
     for (const Column& column : kColumns)
-      out += fmt::format(" {:>{}}", column.text(c, choice), std::max<size_t>(std::string_view(column.name).size(), 10));
+      out += fmt::format(" {:>{}}", cell(column, c, choice), std::max<size_t>(std::string_view(column.name).size(), 10));
   }
   const std::string hindsight = hindsight_text(c);
   return out + "\n" + (hindsight.empty() ? "" : "  " + hindsight + "\n");
@@ -182,14 +171,14 @@ json row_of(const Figures& f) {
           {"gap_p99_seconds", f.gap_p99_s},
           {"gap_max_seconds", f.gap_max_s},
           {"goodput", f.goodput},
-          {"switches", f.switches},
+          {"switches", static_cast<int>(f.switches)},
           {"switch_seconds", f.switch_s}};
 }
 
 json summary_of(const Comparison& c, const std::string& choice) {
   json row = {{"what", "summary"}, {"choice", choice}, {"rounds", c.figures.at(choice).size()}};
   if (c.concurrency > 0) row["concurrency"] = c.concurrency;
-  const Median speed = median_over(c.figures.at(choice), [](const Figures& f) { return f.tokens_per_second; });
+  const Median speed = median_with_interval(of_rounds(c, choice, &Figures::tokens_per_second));
   row["tokens_per_second"] = {{"median", speed.value}, {"low", speed.low}, {"high", speed.high}};
   if (!c.better.empty()) {
     const Median ratio = ratio_to_better(c, choice);

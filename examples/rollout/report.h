@@ -21,6 +21,9 @@ struct Comparison {
   std::optional<double> hindsight_s;
 };
 
+// By the median of tokens a second; empty where one of the two was not asked for.
+std::string better_layout(const Comparison& c);
+
 // Its tokens a second divided by those of the better layout in the same round; of one value where there is none.
 Median ratio_to_better(const Comparison& c, const std::string& choice);
 

@@ -624,20 +624,13 @@ void Engine::Impl::report_seam(int32_t target) {
 // What a policy that rests on costs wants to know beside them: prices, and how long the requests may stay.
 void Engine::Impl::foresee(LoadSample& load) const {
   for (Layout to : {Layout::kTp, Layout::kEp}) load.price[static_cast<size_t>(to)] = costs_.price(to, switcher_.bytes_across(to));
-  for (const Sequence* s : scheduler_.running()) {
-    const int64_t remaining = s->request->spec.sampling.max_tokens - s->generated();
-    load.remaining_tokens += remaining;
-    load.longest_remaining = std::max(load.longest_remaining, remaining);
-  }
+  add_remaining(scheduler_, load);
 }
 
 void Engine::Impl::observe_load() {
-  LoadSample load;
+  LoadSample load = sample_of(scheduler_);
   load.step = step_;
   load.time_s = seconds_between(Clock::time_point{}, Clock::now());
-  load.running = static_cast<int32_t>(scheduler_.running().size());
-  load.waiting = static_cast<int32_t>(scheduler_.waiting().size());
-  load.prefill_tokens = scheduler_.tokens_to_prefill();
   const int32_t seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
   load.layout = seam == 0 ? Layout::kEp : Layout::kTp;
   load.switching = switcher_.moving();

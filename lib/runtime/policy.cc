@@ -1,12 +1,31 @@
 #include "lib/runtime/policy.h"
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
 #include "lib/base/error.h"
+#include "lib/runtime/scheduler.h"
 
 namespace moebius {
+
+LoadSample sample_of(const Scheduler& scheduler) {
+  LoadSample load;
+  load.running = static_cast<int32_t>(scheduler.running().size());
+  load.waiting = static_cast<int32_t>(scheduler.waiting().size());
+  load.prefill_tokens = scheduler.tokens_to_prefill();
+  return load;
+}
+
+void add_remaining(const Scheduler& scheduler, LoadSample& load) {
+  for (const Sequence* s : scheduler.running()) {
+    const int64_t remaining = s->request->spec.sampling.max_tokens - s->generated();
+    load.remaining_tokens += remaining;
+    load.longest_remaining = std::max(load.longest_remaining, remaining);
+  }
+}
+
 namespace {
 
 class ManualPolicy final : public Policy {

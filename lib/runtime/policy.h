@@ -47,6 +47,12 @@ struct LoadSample {
   int64_t remaining_tokens = 0, longest_remaining = 0;  // of running requests, by their max_tokens: in all, and of one
 };
 
+class Scheduler;
+// Counts of what runs and waits; the rest is the caller's.
+LoadSample sample_of(const Scheduler& scheduler);
+// Adds how long running requests may stay.
+void add_remaining(const Scheduler& scheduler, LoadSample& load);
+
 struct Decision {
   Layout to = Layout::kTp;
   bool shadow = false;

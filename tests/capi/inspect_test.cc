@@ -1,9 +1,5 @@
 // moebius-inspect against the engine's own report, and against sizes computed by hand of models that are not here.
-#include <sys/wait.h>
-
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -12,7 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "moebius/moebius.hpp"
-#include "tests/catch.h"
+#include "tests/capi/program.h"
 
 namespace {
 
@@ -20,21 +16,9 @@ using nlohmann::json;
 
 const std::string kModel = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
 
-struct Run {
-  int status = -1;
-  std::string out;  // with stderr where it is asked for
-};
-Run run(const std::string& arguments, bool with_errors = false) {
-  FILE* pipe = popen(("'" MOEBIUS_INSPECT "' " + arguments + (with_errors ? " 2>&1" : " 2>/dev/null")).c_str(), "r");
-  REQUIRE(pipe != nullptr);
-  Run result;
-  char text[4096];
-  for (size_t n; (n = fread(text, 1, sizeof text, pipe)) > 0;) result.out.append(text, n);
-  result.status = WEXITSTATUS(pclose(pipe));
-  return result;
-}
+Output run(const std::string& arguments, bool with_errors = false) { return output_of(MOEBIUS_INSPECT, arguments, with_errors); }
 json report(const std::string& arguments) {
-  const Run r = run(arguments + " --format json");
+  const Output r = run(arguments + " --format json");
   INFO(arguments);
   REQUIRE(r.status == 0);
   return json::parse(r.out);
@@ -46,19 +30,6 @@ moebius_memory engine_memory(const moebius_cpp::Engine& engine) {
   moebius_cpp::check([&](moebius_error** e) { return moebius_engine_memory(engine.get(), &memory, e); });
   return memory;
 }
-
-class Folder {
- public:
-  Folder() {
-    char name[] = "/tmp/moebius-inspect-XXXXXX";
-    REQUIRE(mkdtemp(name) != nullptr);
-    path = name;
-  }
-  ~Folder() { std::filesystem::remove_all(path); }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  std::string path;
-};
 
 // config.json of a Qwen3-MoE model.
 void write_config(const Folder& folder, int64_t layers, int64_t hidden, int64_t neurons, int64_t heads) {
@@ -165,7 +136,7 @@ TEST_CASE("what does not fit is said with what would") {
   CHECK(report(flags + std::to_string(least - 4096) + " --ranks 4")["fits"] == false);
   CHECK(report(flags + "80000000000 --ranks 8")["fits"] == true);
   CHECK(report(flags + "1000000000 --ranks 4")["ranks_that_fit"].is_null());
-  const Run table = run(flags + "80000000000 --ranks 4 --layers");
+  const Output table = run(flags + "80000000000 --ranks 4 --layers");
   CHECK(table.status == 0);
   CHECK(table.out.find("does not fit, " + std::to_string(least - 80'000'000'000) + " bytes are missing") != std::string::npos);
   CHECK(table.out.find("or 8 ranks") != std::string::npos);
@@ -184,7 +155,7 @@ TEST_CASE("tensors that config.json does not call for are named; bad usage is st
                           "--slices-per-expert 7 --model ", "--isa sse9 --model ", "--max-context 4096 --model ", "--memory-bytes -1 --model "}) {
     const std::string arguments = std::string(bad) + (std::string(bad).ends_with("--model ") ? kModel : "");
     INFO(arguments);
-    const Run r = run(arguments);
+    const Output r = run(arguments);
     CHECK(r.status == 2);
     CHECK(r.out.empty());
     CHECK(!run(arguments, true).out.empty());

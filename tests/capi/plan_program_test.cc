@@ -1,7 +1,4 @@
 // moebius-plan, the program: what it prints is JSON where it says so, always marked as simulated; bad input is status 2 with file and key.
-#include <sys/wait.h>
-
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -9,46 +6,21 @@
 #include <unistd.h>
 #include <nlohmann/json.hpp>
 
-#include "tests/catch.h"
+#include "tests/capi/program.h"
 
 namespace {
 
 using nlohmann::json;
 
-struct Run {
-  int status = -1;
-  std::string out;  // with stderr where it is asked for
-};
-Run run(const std::string& arguments, bool with_errors = false) {
-  FILE* pipe = popen(("'" MOEBIUS_PLAN "' " + arguments + (with_errors ? " 2>&1" : " 2>/dev/null")).c_str(), "r");
-  REQUIRE(pipe != nullptr);
-  Run result;
-  char text[4096];
-  for (size_t n; (n = fread(text, 1, sizeof text, pipe)) > 0;) result.out.append(text, n);
-  result.status = WEXITSTATUS(pclose(pipe));
-  return result;
-}
+Output run(const std::string& arguments, bool with_errors = false) { return output_of(MOEBIUS_PLAN, arguments, with_errors); }
 json report(const std::string& arguments) {
-  const Run r = run(arguments + " --format json");
+  const Output r = run(arguments + " --format json");
   INFO(arguments);
   REQUIRE(r.status == 0);
   const json result = json::parse(r.out);
   CHECK(result["simulated"] == true);
   return result;
 }
-
-class Folder {
- public:
-  Folder() {
-    char name[] = "/tmp/moebius-plan-XXXXXX";
-    REQUIRE(mkdtemp(name) != nullptr);
-    path = name;
-  }
-  ~Folder() { std::filesystem::remove_all(path); }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  std::string path;
-};
 
 }  // namespace
 
@@ -67,7 +39,7 @@ TEST_CASE("a plan says what fits, what steps and switches take, and what to do")
   CHECK(r["workload"]["runs"].size() == 3);
   for (const auto& [name, served] : r["workload"]["runs"].items()) CHECK(served["tokens"] == r["workload"]["runs"]["tp"]["tokens"]);
   CHECK(r["recommendation"].get<std::string>().find("Simulated: ") == 0);
-  const Run table = run(flags + " --html " + folder.path + "/page.html");
+  const Output table = run(flags + " --html " + folder.path + "/page.html");
   CHECK(table.status == 0);
   CHECK(table.out.find("SIMULATED") == 0);
   CHECK(table.out.find(r["recommendation"].get<std::string>()) != std::string::npos);
@@ -79,7 +51,7 @@ TEST_CASE("a plan says what fits, what steps and switches take, and what to do")
 }
 
 TEST_CASE("every shipped model on every shipped cluster is planned, or refused as not fitting") {
-  const Run list = run("--list");
+  const Output list = run("--list");
   CHECK(list.status == 0);
   for (const char* model : {"qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-120b", "deepseek-v3"})
     for (const char* cluster : {"8xh200", "8xh100", "8xa100", "8xb200", "2xcpu", "2core-zen5", "nvl72", "4x8xh100"}) {
@@ -138,7 +110,7 @@ TEST_CASE("bad usage and bad input are status 2, on stderr, and no result") {
                                                      {"--fit /no/such", "/no/such"}};
   for (const auto& [arguments, named] : bad) {
     INFO(arguments);
-    const Run r = run(arguments);
+    const Output r = run(arguments);
     CHECK(r.status == 2);
     CHECK(r.out.empty());
     CHECK(run(arguments, true).out.find(named) != std::string::npos);

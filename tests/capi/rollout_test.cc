@@ -1,8 +1,5 @@
 // moebius-rollout: its loads and statistics by hand, and the program on the shipped model.
-#include <sys/wait.h>
-
 #include <cmath>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -10,8 +7,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include "examples/common/statistics.h"
 #include "examples/rollout/compare.h"
-#include "tests/catch.h"
+#include "tests/capi/program.h"
 
 using namespace moebius_examples;
 using nlohmann::json;
@@ -38,19 +36,7 @@ Run halves(double early, double late, double price) {
   return run_of(times, prices);
 }
 
-struct Program {
-  int status = -1;
-  std::string out;
-};
-Program program(const std::string& arguments, bool with_errors = false) {
-  FILE* pipe = popen(("'" MOEBIUS_ROLLOUT "' " + arguments + (with_errors ? " 2>&1" : " 2>/dev/null")).c_str(), "r");
-  REQUIRE(pipe != nullptr);
-  Program result;
-  char text[4096];
-  for (size_t n; (n = fread(text, 1, sizeof text, pipe)) > 0;) result.out.append(text, n);
-  result.status = WEXITSTATUS(pclose(pipe));
-  return result;
-}
+Output program(const std::string& arguments, bool with_errors = false) { return output_of(MOEBIUS_ROLLOUT, arguments, with_errors); }
 
 }  // namespace
 
@@ -89,7 +75,7 @@ TEST_CASE("a load is its seed's: rates, bursts, lengths and shared prompts") {
     lengths.push_back(static_cast<double>(a.asked[i].tokens));
   }
   CHECK(a.prompts == b.prompts);
-  CHECK(median(lengths).value == Approx(100).epsilon(0.03));
+  CHECK(median(lengths) == Approx(100).epsilon(0.03));
   CHECK(percentile(lengths, 0.8413) == Approx(100 * std::exp(1)).epsilon(0.05));  // one sigma above the median
   o.seed = 2;
   CHECK(make_load(o, 100).prompts != a.prompts);
@@ -110,13 +96,13 @@ TEST_CASE("steps have many arrivals in one period and few in the next") {
 }
 
 TEST_CASE("the median's interval holds the true median of 95 of 100 samples, and of few values is all of them") {
-  CHECK(median({3, 1, 2}).low == 1);
-  CHECK(median({3, 1, 2}).value == 2);
-  CHECK(median({3, 1, 2}).high == 3);
-  CHECK(median({4, 1}).value == 2.5);
-  const Median nine = median({9, 8, 7, 6, 5, 4, 3, 2, 1});  // P(fewer than 2 of 9 below the median) = 10/512
+  CHECK(median_with_interval({3, 1, 2}).low == 1);
+  CHECK(median_with_interval({3, 1, 2}).value == 2);
+  CHECK(median_with_interval({3, 1, 2}).high == 3);
+  CHECK(median_with_interval({4, 1}).value == 2.5);
+  const Median nine = median_with_interval({9, 8, 7, 6, 5, 4, 3, 2, 1});  // P(fewer than 2 of 9 below the median) = 10/512
   CHECK((nine.low == 2 && nine.value == 5 && nine.high == 8));
-  const Median eight = median({1, 2, 3, 4, 5, 6, 7, 8});  // P(none) = 1/256, P(at most one) = 9/256
+  const Median eight = median_with_interval({1, 2, 3, 4, 5, 6, 7, 8});  // P(none) = 1/256, P(at most one) = 9/256
   CHECK((eight.low == 1 && eight.high == 8));
 }
 
@@ -157,8 +143,8 @@ TEST_CASE("the program serves every load under every choice") {
   for (const std::string load : {"rollout", "points --concurrency 1,3 --seconds 0.02", "poisson --rate 200", "bursty --rate 200",
                                  "steps --rate 300 --low-rate 60 --period-s 0.02"}) {
     INFO(load);
-    const Program p = program(model + small + "--load " + load +
-                              " --choices tp,ep,measured,threshold --policy-variant rollout --policy-threshold 4 --html " + html);
+    const Output p = program(model + small + "--load " + load +
+                             " --choices tp,ep,measured,threshold --policy-variant rollout --policy-threshold 4 --html " + html);
     REQUIRE(p.status == 0);
     std::istringstream lines(p.out);
     std::map<std::string, int> rows;
@@ -184,7 +170,7 @@ TEST_CASE("the program serves every load under every choice") {
 
 TEST_CASE("bad usage is said before anything runs") {
   const auto said = [](const std::string& arguments, const std::string& text) {
-    const Program p = program(arguments, true);
+    const Output p = program(arguments, true);
     INFO(arguments << ": " << p.out);
     CHECK(p.status == 2);
     CHECK_THAT(p.out, Catch::Contains(text));
