@@ -24,13 +24,13 @@ struct IdsKey {
   std::vector<int32_t> moebius::SamplingParams::*ids;
 };
 
-int32_t narrow(const char* key, int64_t v) {
+int32_t in_32_bits(const char* key, int64_t v) {
   if (v < INT32_MIN || v > INT32_MAX) fail(Code::kInvalidArgument, "{} is {}, which does not fit 32 bits", key, v);
   return static_cast<int32_t>(v);
 }
 
 #define INT_KEY(name, field) \
-  IntKey { name, [](RequestSpec& r, int64_t v) { r.field = narrow(name, v); } }
+  IntKey { name, [](RequestSpec& r, int64_t v) { r.field = in_32_bits(name, v); } }
 
 const IntKey kInts[] = {
     INT_KEY("max_tokens", sampling.max_tokens),
@@ -40,7 +40,7 @@ const IntKey kInts[] = {
     {"logprobs",
      [](RequestSpec& r, int64_t v) {
        if (v < 0) fail(Code::kInvalidArgument, "logprobs is {}, must be at least 0 (a request without the key returns none)", v);
-       r.sampling.logprobs = narrow("logprobs", v);
+       r.sampling.logprobs = in_32_bits("logprobs", v);
      }},
     INT_KEY("priority", priority),
     {"seed", [](RequestSpec& r, int64_t v) { r.sampling.seed = static_cast<uint64_t>(v); }},

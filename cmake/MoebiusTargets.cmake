@@ -21,17 +21,15 @@ function(moebius_component name)
   target_link_libraries(moebius_${name} PUBLIC moebius_flags ${ARG_DEPENDS})
 endfunction()
 
-# moebius_test(name SOURCES … LINKS … LABELS … [ONE_THREAD]): one Catch2 executable, one CTest entry, beside which nothing else runs. ONE_THREAD:
-# other tests may; and nothing for the thread sanitizer, under which it is left out.
+# moebius_test(name SOURCES … LINKS … LABELS … [ONE_THREAD] [LONG]): one Catch2 executable, one CTest entry, beside which nothing else
+# runs. ONE_THREAD: other tests may; and nothing for the thread sanitizer, under which it is left out. LONG: with MOEBIUS_LONG_TESTS only.
 function(moebius_test name)
-  cmake_parse_arguments(ARG "ONE_THREAD" "" "SOURCES;LINKS;LABELS" ${ARGN})
-  if(ARG_ONE_THREAD AND MOEBIUS_SANITIZE MATCHES thread)
+  cmake_parse_arguments(ARG "ONE_THREAD;LONG" "" "SOURCES;LINKS;LABELS" ${ARGN})
+  if((ARG_ONE_THREAD AND MOEBIUS_SANITIZE MATCHES thread) OR (ARG_LONG AND NOT MOEBIUS_LONG_TESTS))
     return()
   endif()
   add_executable(test_${name} ${ARG_SOURCES})
   target_link_libraries(test_${name} PRIVATE moebius_test_main ${ARG_LINKS})
-  # What is tested keeps its own optimisation; tests take a third less to compile so, with sanitizers half.
-  target_compile_options(test_${name} PRIVATE $<$<CONFIG:Release>:-O1> $<$<BOOL:${MOEBIUS_SANITIZE}>:-O0>)
   target_compile_definitions(test_${name} PRIVATE
     MOEBIUS_TEST_DATA="${PROJECT_SOURCE_DIR}/tests/data" MOEBIUS_SHIPPED_MODELS="${PROJECT_SOURCE_DIR}/examples/models")
   if(NOT ARG_LABELS)

@@ -192,7 +192,7 @@ class Simulation {
 
   static StepLoad load_of(const StepWork& work, double decode_rows, double prefill_rows) {
     StepLoad load{decode_rows, prefill_rows};
-    for (const Work& w : work) load.attended += w.pairs;
+    for (const Work& w : work) load.kv_tokens += w.kv_tokens, load.attended += w.pairs;
     return load;
   }
 

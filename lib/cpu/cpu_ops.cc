@@ -34,7 +34,7 @@ std::optional<Isa> parse_isa(std::string_view name) {
 
 bool isa_available(Isa isa) {
   const auto avx512 = [] {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+    return MOEBIUS_AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
   };
   switch (isa) {
@@ -54,8 +54,10 @@ Isa best_isa() {
 const Ops& cpu_ops(Isa isa) {
   MOEBIUS_ASSERT(isa_available(isa));
   switch (isa) {
+#if MOEBIUS_AVX512
     case Isa::kAvx512Bf16: return avx512bf16::ops();
     case Isa::kAvx512: return avx512::ops();
+#endif
     case Isa::kAvx2: return avx2::ops();
     default: return portable::ops();
   }
@@ -65,7 +67,7 @@ const Ops& cpu_ops(std::string_view name) {
   if (name.empty()) return cpu_ops(best_isa());
   const std::optional<Isa> isa = parse_isa(name);
   if (!isa) fail(Code::kInvalidArgument, "isa '{}' is not known; known are avx512bf16, avx512, avx2, portable", name);
-  if (!isa_available(*isa)) fail(Code::kUnsupported, "this machine does not have what isa '{}' needs", name);
+  if (!isa_available(*isa)) fail(Code::kUnsupported, "isa '{}' is not here: the machine lacks what it needs, or this build leaves it out", name);
   return cpu_ops(*isa);
 }
 

@@ -13,10 +13,10 @@ enum class Isa { kAvx512Bf16, kAvx512, kAvx2, kPortable };
 
 const char* isa_name(Isa isa);  // avx512bf16, avx512, avx2, portable
 std::optional<Isa> parse_isa(std::string_view name);
-bool isa_available(Isa isa);  // the processor and the operating system have it
+bool isa_available(Isa isa);  // the processor and the operating system have it, and this build has its kernels
 Isa best_isa();
 const Ops& cpu_ops(Isa isa);  // isa must be available
-// By name, the best there is for an empty one. Throws Error when the name is not known or the machine lacks what it needs.
+// By name, the best there is for an empty one. Throws Error when the name is not known or the machine or the build lacks what it needs.
 const Ops& cpu_ops(std::string_view isa);
 
 }  // namespace moebius

@@ -656,7 +656,11 @@ void Engine::Impl::observe_load() {
 // Of the plan that is about to be committed.
 StepLoad Engine::Impl::load_of_step() const {
   StepLoad load{static_cast<double>(plan_.decode_rows), static_cast<double>(plan_.prefill_rows)};
-  for (const ScheduledChunk& c : plan_.chunks) load.attended += c.num_rows * (static_cast<double>(c.sequence->computed) + (c.num_rows + 1) / 2.0);
+  for (const ScheduledChunk& c : plan_.chunks) {
+    const auto computed = static_cast<double>(c.sequence->computed);
+    load.kv_tokens += computed + c.num_rows;
+    load.attended += c.num_rows * (computed + (c.num_rows + 1) / 2.0);
+  }
   return load;
 }
 

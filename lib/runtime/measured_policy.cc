@@ -134,7 +134,8 @@ class MeasuredPolicy final : public Policy {
     const double gamma = std::max(0.0, running * longest / sum - 1);
     RegretRule ahead = path_.rule();
     const auto reaches_price = [&](double rows, double steps) {
-      const StepLoad then{std::ceil(rows), 0, load.last.attended * rows / std::max(running, load.last.decode_rows)};
+      const double attended = load.last.attended / std::max(1.0, load.last.rows()) * rows;
+      const StepLoad then{std::ceil(rows), 0, attended, attended};
       const Costs c = believed(costs_.step(Layout::kTp, then, load.time_s), costs_.step(Layout::kEp, then, load.time_s));
       ahead.add({c[0] * steps, c[1] * steps}, load.price);
       return ahead.due(load.price);

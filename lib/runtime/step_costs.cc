@@ -6,8 +6,8 @@
 namespace moebius {
 namespace {
 
-// Widths of the two linear terms: their coefficients are of the order of a step then.
-constexpr double kPrefillRows = 256, kAttended = 16384;
+// Widths of the linear terms: their coefficients are of the order of a step then.
+constexpr double kPrefillRows = 256, kKvTokens = 16384, kAttended = 131072;
 
 // A curve's error grows by 1 % a minute that it is not seen, to 30 %: beyond it a machine is another machine, which exploration finds.
 constexpr double kDriftPerSecond = 0.01 / 60, kMostDrift = 0.3;
@@ -34,11 +34,12 @@ StepCurve::Terms StepCurve::terms_of(const StepLoad& load) {
   Terms x{};
   x[0] = 1;
   for (int i = 0; i + 1 < kKnots; ++i) {
-    const double into = std::max(0.0, (load.decode_rows - knot(i)) / (knot(i + 1) - knot(i)));
+    const double into = std::max(0.0, (load.rows() - knot(i)) / (knot(i + 1) - knot(i)));
     x[1 + i] = i + 2 == kKnots ? into : std::min(1.0, into);
   }
   x[kKnots] = load.prefill_rows / kPrefillRows;
-  x[kKnots + 1] = load.attended / kAttended;
+  x[kKnots + 1] = load.kv_tokens / kKvTokens;
+  x[kKnots + 2] = load.attended / kAttended;
   return x;
 }
 
@@ -50,9 +51,10 @@ void StepCurve::start(const StepLoad& load, double seconds) {
   mean_[0] = seconds;
   const auto variance_of = [&](double width, double had) { return std::pow(seconds * std::max(0.5, 0.5 * width / (1 + had)), 2); };
   prior_[0] = seconds * seconds;
-  for (int i = 0; i + 1 < kKnots; ++i) prior_[1 + i] = variance_of(knot(i + 1) - knot(i), load.decode_rows);
-  prior_[kKnots] = variance_of(kPrefillRows, load.decode_rows + load.prefill_rows);
-  prior_[kKnots + 1] = variance_of(kAttended, load.attended);
+  for (int i = 0; i + 1 < kKnots; ++i) prior_[1 + i] = variance_of(knot(i + 1) - knot(i), load.rows());
+  prior_[kKnots] = variance_of(kPrefillRows, load.rows());
+  prior_[kKnots + 1] = variance_of(kKvTokens, load.kv_tokens);
+  prior_[kKnots + 2] = variance_of(kAttended, load.attended);
   covariance_ = {};
   for (int i = 0; i < kTerms; ++i) covariance_[i][i] = prior_[i];
 }
@@ -86,6 +88,19 @@ Estimate StepCurve::predict(const StepLoad& load, double now_s) const {
   return {seconds, std::hypot(std::sqrt(variance(x)) / seconds, drift(now_s - last_s_))};
 }
 
+// Terms below their least are put there, and what goes with them after them: the most likely point of the edge.
+void StepCurve::raise_to_least() {
+  constexpr int kSweeps = 4;
+  const auto least = [](int i) { return i == 0 ? kLeastSeconds : 0.0; };
+  for (int sweep = 0; sweep < kSweeps; ++sweep)
+    for (int i = 0; i < kTerms; ++i) {
+      const double short_of = least(i) - mean_[i];
+      if (short_of <= 0 || covariance_[i][i] <= 0) continue;
+      for (int j = 0; j < kTerms; ++j) mean_[j] += short_of * (covariance_[i][j] / covariance_[i][i]);
+    }
+  for (int i = 0; i < kTerms; ++i) mean_[i] = std::max(least(i), mean_[i]);
+}
+
 void StepCurve::learn(const StepLoad& load, double seconds, double now_s) {
   if (!(seconds > 0)) return;
   if (!seen()) start(load, seconds);
@@ -109,9 +124,10 @@ void StepCurve::learn(const StepLoad& load, double seconds, double now_s) {
   const double total = std::max({usual, std::pow(innovation / kClip, 2), unknown * -innovation / (0.5 * expected)});
   Terms gain;  // not yet divided by `total`
   for (int i = 0; i < kTerms; ++i) gain[i] = dot(covariance_[i], x);
-  for (int i = 0; i < kTerms; ++i) mean_[i] = std::max(i == 0 ? kLeastSeconds : 0.0, mean_[i] + gain[i] * innovation / total);
+  for (int i = 0; i < kTerms; ++i) mean_[i] += gain[i] * innovation / total;
   for (int i = 0; i < kTerms; ++i)
     for (int j = 0; j < kTerms; ++j) covariance_[i][j] -= gain[i] * gain[j] / total;
+  raise_to_least();
 }
 
 std::array<double, StepCurve::kState> StepCurve::state() const {

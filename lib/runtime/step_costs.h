@@ -13,7 +13,9 @@ namespace moebius {
 // What a step holds.
 struct StepLoad {
   double decode_rows = 0, prefill_rows = 0;
-  double attended = 0;  // pairs of a row and a token whose KV it reads
+  double kv_tokens = 0;  // whose KV is read, once for all rows of a sequence
+  double attended = 0;   // pairs of a row and a token that it attends to; of decode rows as many as kv_tokens
+  double rows() const { return decode_rows + prefill_rows; }
 };
 
 struct Estimate {
@@ -22,13 +24,14 @@ struct Estimate {
   bool seen() const { return relative < std::numeric_limits<double>::infinity(); }
 };
 
-// Seconds of a step: piecewise linear in decode rows with knots at powers of two, and linear in the other two; every coefficient at least 0,
-// since more work is never faster. A Kalman filter in which a step that was disturbed counts little, and
-// whose process noise scales the whole curve (a machine that got slower is slower everywhere) and reopens what was not seen for long.
+// Seconds of a step: piecewise linear in rows with knots at powers of two (some ten rows reach most experts, whoever they belong to), and
+// linear in the rest: what a prompt's rows cost beyond (they stand on one home), KV read, pairs. Every coefficient is at least 0, since more
+// work is never faster. A Kalman filter in which a step that was disturbed counts little, and whose process noise scales the whole curve (a
+// machine that got slower is slower everywhere) and reopens what was not seen for long.
 class StepCurve {
  public:
-  static constexpr int kKnots = 14;              // decode rows 0, 1, 2, 4 … 4096; the last segment goes on
-  static constexpr int kTerms = kKnots + 2;      // at 0 rows, what each segment adds, prefill, attention
+  static constexpr int kKnots = 14;              // rows 0, 1, 2, 4 … 4096; the last segment goes on
+  static constexpr int kTerms = kKnots + 3;      // at 0 rows, what each segment adds, prompts' rows, KV tokens, pairs
   static constexpr int kState = kTerms + kTerms * kTerms + 2;
 
   void learn(const StepLoad& load, double seconds, double now_s);
@@ -45,6 +48,7 @@ class StepCurve {
   void start(const StepLoad& load, double seconds);
   double variance(const Terms& x) const;
   void scale_is_open(double relative);
+  void raise_to_least();
 
   double unit_ = 0;           // seconds of the first step; 0: none yet
   double noise_ = 0;          // relative variance of a step

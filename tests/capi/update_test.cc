@@ -12,10 +12,10 @@
 
 namespace {
 
-const std::string kModel = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
+const std::string kShipped = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
 
 std::string file(const char* name) {
-  std::ifstream in(kModel + "/" + name, std::ios::binary);
+  std::ifstream in(kShipped + "/" + name, std::ios::binary);
   return std::string(std::istreambuf_iterator<char>(in), {});
 }
 
@@ -78,7 +78,7 @@ TEST_CASE("weights from files in memory, from tensors and from a folder give the
   files.add("config.json", config.data(), config.size()).add("model.safetensors", w.bytes.data(), w.bytes.size());
   add_tensors(tensors, w, [](size_t, const std::string&) { return true; });
   for (moebius_layout layout : {MOEBIUS_LAYOUT_TP, MOEBIUS_LAYOUT_EP}) {
-    moebius_cpp::Engine engine(kModel, config_of(layout)), fresh(files, config_of(layout));
+    moebius_cpp::Engine engine(kShipped, config_of(layout)), fresh(files, config_of(layout));
     const std::vector<float> old = logits_of(engine), expected = logits_of(fresh);
     REQUIRE(old != expected);
     for (int i = 0; i < 2; ++i) {
@@ -86,7 +86,7 @@ TEST_CASE("weights from files in memory, from tensors and from a folder give the
       CHECK(logits_of(engine) == expected);
       engine.request_switch(layout == MOEBIUS_LAYOUT_TP ? MOEBIUS_LAYOUT_EP : MOEBIUS_LAYOUT_TP);
       CHECK(logits_of(engine) == expected);
-      engine.update_weights(kModel);
+      engine.update_weights(kShipped);
       CHECK(logits_of(engine) == old);
     }
     for (size_t half : {0, 1}) {
@@ -103,7 +103,7 @@ TEST_CASE("weights from files in memory, from tensors and from a folder give the
 
 TEST_CASE("tensors that are missing, have another shape or are not what they say are refused, and the engine goes on with the old ones") {
   const Weights w = changed();
-  moebius_cpp::Engine engine(kModel, config_of(MOEBIUS_LAYOUT_TP));
+  moebius_cpp::Engine engine(kShipped, config_of(MOEBIUS_LAYOUT_TP));
   const std::vector<float> old = logits_of(engine);
   const auto source_of = [&](const std::string& without) {
     moebius_cpp::Source s("trained");

@@ -61,10 +61,12 @@ inline uint64_t seed() {
   return text != nullptr ? std::strtoull(text, nullptr, 10) : 20241124;
 }
 
+inline constexpr int kThinned = kSanitized ? 8 : 1;  // one case of so many runs
+
 // Runs body(random) `cases` times, each with a generator of its own; context names the case in a failure.
 template <class F>
 void repeat(int cases, F&& body) {
-  if (kSanitized) cases /= 8;
+  cases /= kThinned;
   fmt::print("MOEBIUS_SEED={}: {} random cases\n", seed(), cases);
   for (int i = 0; i < cases; ++i) {
     INFO("MOEBIUS_SEED=" << seed() << ", case " << i);

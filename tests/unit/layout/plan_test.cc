@@ -84,7 +84,7 @@ TEST_CASE("ten thousand random plans pass the verifier and copy exactly the slic
     unequal += c.counts.cuts % c.ranks != 0 || c.counts.head_groups % c.ranks != 0;
     placed += !c.placement.empty();
   });
-  CHECK((replicated > 500 && unequal > 500 && placed > 500));  // the cases are what they should be
+  CHECK(std::min({replicated, unequal, placed}) > 500 / kThinned);  // the cases are what they should be
 }
 
 TEST_CASE("with one rank nothing moves") {

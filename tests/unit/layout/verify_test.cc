@@ -60,7 +60,8 @@ TEST_CASE("the verifier says of any displaced region what trying every seam says
     REQUIRE(accepted(arena) == safe);
     ++(safe ? harmless : spoilt);
   });
-  CHECK((spoilt > 500 && harmless > 200));
+  CHECK(spoilt > 500 / kThinned);
+  CHECK(harmless > 200 / kThinned);
 }
 
 TEST_CASE("the verifier catches a lead that is 64 bytes short, on any rank") {

@@ -14,8 +14,6 @@ namespace {
 using Catch::Contains;
 using nlohmann::json;
 
-const std::string kData = MOEBIUS_TEST_DATA;
-
 json config_json(const std::string& model) { return json::parse(std::ifstream(kData + "/" + model + "/config.json")); }
 
 std::string refusal(json config, const json& changes) {

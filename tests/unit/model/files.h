@@ -16,6 +16,8 @@
 
 namespace moebius::test {
 
+inline const std::string kData = MOEBIUS_TEST_DATA;
+
 class TempFolder {
  public:
   TempFolder() {

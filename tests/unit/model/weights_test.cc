@@ -16,8 +16,6 @@ namespace {
 using Catch::Contains;
 using nlohmann::json;
 
-const std::string kData = MOEBIUS_TEST_DATA;
-
 std::vector<bf16> whole(const MatrixReader& m, int64_t rows, int64_t columns) {
   std::vector<bf16> out(static_cast<size_t>(rows * columns));
   m.read({0, rows}, {0, columns}, out.data());

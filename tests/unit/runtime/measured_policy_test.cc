@@ -25,17 +25,17 @@ PolicyConfig measured(double explore = 0.01) {
 }
 
 // A machine whose step costs are known, with noise; what it serves is told step by step.
-class Machine {
+class SimulatedEngine {
  public:
   using Truth = std::function<double(Layout, double rows)>;
-  explicit Machine(Truth truth, PolicyConfig config = measured(), uint64_t seed = 1)
+  explicit SimulatedEngine(Truth truth, PolicyConfig config = measured(), uint64_t seed = 1)
       : truth_(std::move(truth)), random_(seed), policy(make_policy(config, {2, 512}, &costs)) {}
 
   // Both curves at these loads, and both directions' prices.
   void teach(std::initializer_list<double> rows) {
     for (int i = 0; i < 100; ++i)
       for (double r : rows)
-        for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_step(l, {r, 0, 500 * r}, noisy(truth_(l, r)), now);
+        for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_step(l, {r, 0, 500 * r, 500 * r}, noisy(truth_(l, r)), now);
     for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_switch(l, kBytes, of(price, l));
   }
 
@@ -66,7 +66,7 @@ class Machine {
       }
     }
     if (decision) last_decision = *decision;
-    last_ = {static_cast<double>(work.running), 0, 500.0 * work.running};
+    last_ = {static_cast<double>(work.running), 0, 500.0 * work.running, 500.0 * work.running};
     for (size_t l : {0u, 1u}) true_costs[l] = truth_(static_cast<Layout>(l), work.running);
     last_seconds_ = noisy(of(true_costs, layout));
     costs.on_step(layout, last_, last_seconds_, now);
@@ -113,7 +113,7 @@ double tp_wins(Layout l, double rows) { return (l == Layout::kTp ? 1 : 1.5) * (5
 }  // namespace
 
 TEST_CASE("it moves when the other layout would have saved the way there and back, and says by which numbers") {
-  Machine m(crossing, measured(0));
+  SimulatedEngine m(crossing, measured(0));
   m.teach({4, 32});
   // A step of 32 rows takes 12 ms in TP and 10 in EP: 30 steps save 60 ms, and what EP's cost is uncertain by a few more.
   const int steps = m.steps_to_decide(100, {32, 3, 100000});
@@ -128,12 +128,12 @@ TEST_CASE("it moves when the other layout would have saved the way there and bac
 }
 
 TEST_CASE("without exploring it never leaves a layout for one that it has not seen") {
-  Machine m(crossing, measured(0));
+  SimulatedEngine m(crossing, measured(0));
   CHECK(m.steps_to_decide(20000, {32}) == -1);
 }
 
 TEST_CASE("exploring waits for a budget that holds the way there and back and a bad visit, then it stays where steps are cheaper") {
-  Machine m(crossing);
+  SimulatedEngine m(crossing);
   const int steps = m.steps_to_decide(100000, {32});
   REQUIRE(steps > 0);
   CHECK_THAT(m.last_decision.record, Catch::Contains("ep unknown") && Catch::Contains("to learn its costs"));
@@ -145,7 +145,7 @@ TEST_CASE("exploring waits for a budget that holds the way there and back and a 
 
 TEST_CASE("where one layout always wins it spends no more than the budget on finding out") {
   for (double noise : {0.0, 0.1}) {
-    Machine m(tp_wins);
+    SimulatedEngine m(tp_wins);
     m.noise = noise;
     double best = 0, most = 0;
     for (int i = 0; i < 100000; ++i) {
@@ -162,7 +162,7 @@ TEST_CASE("where one layout always wins it spends no more than the budget on fin
 }
 
 TEST_CASE("a refusal spends no regret, is not repeated at every step, and is named by the next decision") {
-  Machine m(crossing, measured(0));
+  SimulatedEngine m(crossing, measured(0));
   m.teach({8, 32, 64});
   m.refuse = true;
   REQUIRE(m.steps_to_decide(100, {32}) > 0);
@@ -177,7 +177,7 @@ TEST_CASE("a refusal spends no regret, is not repeated at every step, and is nam
 TEST_CASE("in shadow it records what it would do, there and back, and neither moves nor explores") {
   PolicyConfig c = measured();
   c.shadow = true;
-  Machine m(crossing, c);
+  SimulatedEngine m(crossing, c);
   m.teach({4, 32});
   REQUIRE(m.steps_to_decide(100, {32}) > 0);
   CHECK(m.last_decision.shadow);
@@ -186,13 +186,13 @@ TEST_CASE("in shadow it records what it would do, there and back, and neither mo
   REQUIRE(m.steps_to_decide(200, {4}) > 0);
   CHECK(m.last_decision.to == Layout::kTp);
   CHECK(m.layout == Layout::kTp);
-  Machine blind(crossing, c);
+  SimulatedEngine blind(crossing, c);
   CHECK(blind.steps_to_decide(50000, {32}) == -1);
 }
 
 TEST_CASE("known work that pays for a switch moves it ahead of the rule; work that ends too soon does not") {
   for (int64_t longest : {10, 4000}) {
-    Machine m(crossing);
+    SimulatedEngine m(crossing);
     m.teach({2, 4, 8, 16, 32});
     for (int i = 0; i < 1000; ++i) m.step({8});  // fills the budget where TP is right
     REQUIRE(m.layout == Layout::kTp);
@@ -211,7 +211,7 @@ TEST_CASE("known work that pays for a switch moves it ahead of the rule; work th
 }
 
 TEST_CASE("when what was known does not come true it goes back, and the budget bounds the loss") {
-  Machine m(crossing);
+  SimulatedEngine m(crossing);
   m.teach({4, 32});
   double best = 0, least = 1;
   for (int i = 0; i < 50000; ++i) {
@@ -226,7 +226,7 @@ TEST_CASE("when what was known does not come true it goes back, and the budget b
 }
 
 TEST_CASE("a switch by the host is followed, and with one rank nothing is ever decided") {
-  Machine m(crossing, measured(0));
+  SimulatedEngine m(crossing, measured(0));
   m.teach({4, 32});
   m.layout = Layout::kEp;
   CHECK(m.steps_to_decide(1000, {32}) == -1);
@@ -253,7 +253,7 @@ TEST_CASE("with learned costs it stays within the bound with its factors, and in
                          {"ramp", [](int i) { return 1 + i / 400 % 100; }}};
   for (const Named& load : loads)
     for (uint64_t seed = 1; seed <= (kSanitized ? 1 : 3); ++seed) {
-      Machine m(crossing, measured(), seed);
+      SimulatedEngine m(crossing, measured(), seed);
       m.noise = 0.1;
       Costs best{0, m.price[1]};
       double widest = 0, served = 0;
