@@ -82,18 +82,20 @@ TEST_CASE("a model with more heads than one projection reads is refused, one wit
 }
 
 TEST_CASE("the rotary table holds the positions that are served, not all that the model was made for, and is counted") {
+  constexpr int kPositions = kSanitized ? 512 : 4096;
   EngineConfig config = tp_config();
+  config.kv_tokens = kPositions;
   const ChangedModel model(kQwen, {{"max_position_embeddings", int64_t{1} << 31}});
   const int64_t before = peak_bytes();
   Engine engine(model.path(), config);
   CHECK(peak_bytes() - before < 200 << 20);
   CHECK(engine.model().max_context == int64_t{1} << 31);
-  CHECK_THROWS_WITH(engine.submit(greedy_request("a", prompt_of(1, 4000), 200)), Contains("KV pages"));
-  const RequestSpec longest = greedy_request("a", prompt_of(1, 4000), 96);  // kv_tokens is 4,096
+  CHECK_THROWS_WITH(engine.submit(greedy_request("a", prompt_of(1, kPositions - 96), 200)), Contains("KV pages"));
+  const RequestSpec longest = greedy_request("a", prompt_of(1, kPositions - 96), 96);
   const Outcome there = Runner(engine).run({{{longest}}, {}});
   CHECK(there.outputs.at("a").tokens.size() == 96);
-  config.max_context = 1024;
-  CHECK(engine.memory().shared_bytes - Engine(kQwen, config).memory().shared_bytes == (4096 - 1024) * 32 * 4);
+  config.max_context = kPositions / 4;
+  CHECK(engine.memory().shared_bytes - Engine(kQwen, config).memory().shared_bytes == (kPositions - kPositions / 4) * 32 * 4);
 }
 
 TEST_CASE("memory_bytes covers the rotary table") {

@@ -111,6 +111,7 @@ TEST_CASE("7: a hundred thousand tensors on one range, and more tensors than are
   std::string header = "{" + entry("t0", "F32", "256", "0,1024");
   for (int i = 1; i < 100000; ++i) header += "," + entry("t" + std::to_string(i), "F32", "256", "0,1024");
   CHECK_THAT(refusal_of_header(header + "}", 1024), Contains("overlap") && Contains("begins at byte 0") && Contains("ends at 1024"));
+  if (kSanitized) return;  // a minute
   // Of no bytes they are no overlap; their number is bounded all the same.
   header = "{" + entry("t0", "U8", "0", "0,0");
   for (int i = 1; i <= 1000000; ++i) header += "," + entry("t" + std::to_string(i), "U8", "0", "0,0");
