@@ -22,10 +22,11 @@ function(moebius_component name)
 endfunction()
 
 # moebius_test(name SOURCES … LINKS … LABELS … [ONE_THREAD] [LONG]): one Catch2 executable, one CTest entry, beside which nothing else
-# runs. ONE_THREAD: other tests may; and nothing for the thread sanitizer, under which it is left out. LONG: with MOEBIUS_LONG_TESTS only.
+# runs. ONE_THREAD: other tests may; and nothing for the thread sanitizer, under which it is left out. LONG: with a sanitizer only where
+# MOEBIUS_LONG_TESTS is on.
 function(moebius_test name)
   cmake_parse_arguments(ARG "ONE_THREAD;LONG" "" "SOURCES;LINKS;LABELS" ${ARGN})
-  if((ARG_ONE_THREAD AND MOEBIUS_SANITIZE MATCHES thread) OR (ARG_LONG AND NOT MOEBIUS_LONG_TESTS))
+  if((ARG_ONE_THREAD AND MOEBIUS_SANITIZE MATCHES thread) OR (ARG_LONG AND MOEBIUS_SANITIZE AND NOT MOEBIUS_LONG_TESTS))
     return()
   endif()
   add_executable(test_${name} ${ARG_SOURCES})

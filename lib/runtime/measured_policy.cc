@@ -132,10 +132,10 @@ class MeasuredPolicy final : public Policy {
     constexpr int kPieces = 8;
     const double running = load.running, longest = static_cast<double>(load.longest_remaining), sum = static_cast<double>(load.remaining_tokens);
     const double gamma = std::max(0.0, running * longest / sum - 1);
+    const double context = load.last.attended / std::max(1.0, load.last.rows());
     RegretRule ahead = path_.rule();
     const auto reaches_price = [&](double rows, double steps) {
-      const double attended = load.last.attended / std::max(1.0, load.last.rows()) * rows;
-      const StepLoad then{std::ceil(rows), 0, attended, attended};
+      const StepLoad then = StepLoad::decode(std::ceil(rows), context * rows);
       const Costs c = believed(costs_.step(Layout::kTp, then, load.time_s), costs_.step(Layout::kEp, then, load.time_s));
       ahead.add({c[0] * steps, c[1] * steps}, load.price);
       return ahead.due(load.price);

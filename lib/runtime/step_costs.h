@@ -15,6 +15,7 @@ struct StepLoad {
   double decode_rows = 0, prefill_rows = 0;
   double kv_tokens = 0;  // whose KV is read, once for all rows of a sequence
   double attended = 0;   // pairs of a row and a token that it attends to; of decode rows as many as kv_tokens
+  static StepLoad decode(double rows, double kv_tokens) { return {rows, 0, kv_tokens, kv_tokens}; }
   double rows() const { return decode_rows + prefill_rows; }
 };
 

@@ -330,10 +330,7 @@ PolicyConfig measured(double explore) {
 // As if steps of up to eight rows, of so many tokens each, had taken so long in this layout.
 void teach(Engine& engine, Layout layout, double seconds, double context = 20) {
   const double now = std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
-  for (int i = 0; i < 400; ++i) {
-    const double rows = 1 + i % 8;
-    engine.impl().costs().on_step(layout, {rows, 0, context * rows, context * rows}, seconds, now);
-  }
+  for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(layout, StepLoad::decode(1 + i % 8, context * (1 + i % 8)), seconds, now);
 }
 
 void run(Engine& engine, int steps) {

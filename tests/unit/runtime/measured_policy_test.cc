@@ -35,7 +35,7 @@ class SimulatedEngine {
   void teach(std::initializer_list<double> rows) {
     for (int i = 0; i < 100; ++i)
       for (double r : rows)
-        for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_step(l, {r, 0, 500 * r, 500 * r}, noisy(truth_(l, r)), now);
+        for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_step(l, StepLoad::decode(r, 500 * r), noisy(truth_(l, r)), now);
     for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_switch(l, kBytes, of(price, l));
   }
 
@@ -66,7 +66,7 @@ class SimulatedEngine {
       }
     }
     if (decision) last_decision = *decision;
-    last_ = {static_cast<double>(work.running), 0, 500.0 * work.running, 500.0 * work.running};
+    last_ = StepLoad::decode(work.running, 500.0 * work.running);
     for (size_t l : {0u, 1u}) true_costs[l] = truth_(static_cast<Layout>(l), work.running);
     last_seconds_ = noisy(of(true_costs, layout));
     costs.on_step(layout, last_, last_seconds_, now);
