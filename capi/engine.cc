@@ -188,7 +188,7 @@ moebius_status moebius_engine_poll(moebius_engine* engine, moebius_event* out_ev
     not_null(out_count, "out_count");
     if (capacity > 0) not_null(out_events, "out_events");
     if (stride < kEventV1) fail(Code::kInvalidArgument, "stride is {}, version 0.1 has {}", stride, kEventV1);
-    constexpr size_t kBatch = 64;
+    constexpr size_t kBatch = 16;
     std::array<moebius::Event, kBatch> batch;
     size_t count = 0;
     while (count < capacity) {  // only the first batch waits

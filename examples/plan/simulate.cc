@@ -10,6 +10,7 @@
 
 #include "lib/base/error.h"
 #include "lib/cpu/cpu_ops.h"
+#include "lib/runtime/dummies.h"
 #include "lib/runtime/engine_impl.h"
 #include "lib/runtime/hindsight.h"
 #include "lib/runtime/switcher.h"
@@ -164,36 +165,40 @@ class Simulation {
     }
   }
 
-  // As policy_calibrate_ms does (lib/runtime/calibrate.cc), before anything is served: batches of 1, 2, 4 … dummies of 32 + 160 tokens in both
-  // layouts, over and over, a switch there and back.
+  // As policy_calibrate_ms does (lib/runtime/calibrate.cc), before anything is served, in rounds instead of a time.
   void calibrate() {
-    constexpr int kRounds = 4, kSteps = 8;
-    constexpr double kPrompt = 32, kTokens = 192;
-    const double most = std::min<double>(p_.engine.max_batch, static_cast<double>(kv_.tp_capacity() * p_.engine.page_tokens) / kTokens);
+    constexpr int kRounds = 6;
     for (Layout l : {Layout::kTp, Layout::kEp}) {
-      const auto learn = [&](const StepWork& work, double decode_rows, double prefill_rows) {
-        const double seconds = model_.seconds(l, work);
-        costs_.on_step(l, load_of(work, decode_rows, prefill_rows), seconds, clock_s_ += seconds);
-      };
-      for (int round = 0; round < kRounds; ++round)
-        for (double size = 1, before = 0; size <= most; before = size, size *= 2) {
-          const double chunk = std::max(1.0, std::floor(p_.engine.chunk_tokens / kPrompt));  // prompts of a step
-          for (double left = size - before; left > 0; left -= chunk) {
-            StepWork work = model_.prompts(std::min(left, chunk), kPrompt);
-            const StepWork running = model_.decode(before, kPrompt + size);
-            for (size_t h = 0; h < work.size(); ++h) work[h] += running[h];
-            learn(work, before, std::min(left, chunk) * kPrompt);
-          }
-          for (int i = 0; i < kSteps; ++i) learn(model_.decode(size, kPrompt + size * 0.01 + i), size, 0);
-        }
+      int64_t prompt = DummyRound::kShortest;
+      for (int i = 0; i < kRounds; ++i, prompt = DummyRound::next(prompt)) learn_dummies(l, DummyRound::of(prompt, INT64_MAX));
       costs_.on_switch(l, switcher_->bytes_across(l), switches_.seconds(l, 0));
     }
   }
 
-  static StepLoad load_of(const StepWork& work, double decode_rows, double prefill_rows) {
-    StepLoad load{decode_rows, prefill_rows};
-    for (const Work& w : work) load.kv_tokens += w.kv_tokens, load.attended += w.pairs;
-    return load;
+  void learn_dummies(Layout l, const DummyRound& round) {
+    const auto learn = [&](const StepWork& work) {
+      const double seconds = model_.seconds(l, work);
+      costs_.on_step(l, loads_of(work), seconds, clock_s_ += seconds);
+    };
+    const auto prompt = static_cast<double>(round.prompt), chunk = static_cast<double>(p_.engine.chunk_tokens);
+    const int64_t most = std::min<int64_t>({round.most, p_.engine.max_batch, kv_.tp_capacity() * p_.engine.page_tokens / round.total});
+    for (int64_t size = 1, before = 0; size <= most; before = size, size *= 2) {
+      // Prompts of a step, or parts of one; what was prefilled of it before.
+      for (double left = static_cast<double>(size - before) * prompt, done = 0; left > 0; left -= chunk, done = std::fmod(done + chunk, prompt)) {
+        const double rows = std::min(left, chunk), prompts = std::ceil(rows / prompt);
+        StepWork work = model_.prompts(prompts, rows / prompts, done);
+        const StepWork running = model_.decode(static_cast<double>(before), prompt + static_cast<double>(size));
+        for (size_t h = 0; h < work.size(); ++h) work[h] += running[h];
+        learn(work);
+      }
+      for (int i = 0; i < DummyRound::kStepsOfSize; ++i) learn(model_.decode(static_cast<double>(size), prompt + static_cast<double>(size) * 0.01 + i));
+    }
+  }
+
+  static StepLoads loads_of(const StepWork& work) {
+    std::vector<StepLoad> homes;
+    for (const Work& w : work) homes.push_back({w.rows, w.prompt_rows, w.kv_tokens, w.pairs});
+    return StepLoads::of(homes);
   }
 
   void ask(const moebius_examples::Asked& asked) {
@@ -255,7 +260,7 @@ class Simulation {
     const double seconds = of(both, here);
     best.add(both, prices());
     now_s_ += seconds;
-    last_load_ = load_of(work, plan_.decode_rows, plan_.prefill_rows);
+    last_load_ = loads_of(work);
     last_seconds_ = seconds;
     costs_.on_step(here, last_load_, seconds, clock_s_ + now_s_);
     scheduler_.commit(plan_);
@@ -312,7 +317,7 @@ class Simulation {
   std::vector<std::unique_ptr<Asked>> requests_;
   SimulatedRun out_;
   double now_s_ = 0, clock_s_ = 0, idle_s_ = 0, last_seconds_ = 0, gaps_ = 0;
-  StepLoad last_load_;
+  StepLoads last_load_;
   int64_t every_ = 1;
 };
 

@@ -30,14 +30,14 @@ double most(const std::vector<RankSet>& owners, int ranks) {
 }  // namespace
 
 Work& Work::operator+=(const Work& o) {
-  rows += o.rows, logit_rows += o.logit_rows;
+  rows += o.rows, prompt_rows += o.prompt_rows, logit_rows += o.logit_rows;
   kv_tokens += o.kv_tokens, pairs += o.pairs;
   window_kv_tokens += o.window_kv_tokens, window_pairs += o.window_pairs;
   return *this;
 }
 
 Work operator*(double n, const Work& w) {
-  return {n * w.rows, n * w.logit_rows, n * w.kv_tokens, n * w.pairs, n * w.window_kv_tokens, n * w.window_pairs};
+  return {n * w.rows, n * w.prompt_rows, n * w.logit_rows, n * w.kv_tokens, n * w.pairs, n * w.window_kv_tokens, n * w.window_pairs};
 }
 
 StepModel::StepModel(const Model& model, const Cluster& cluster, int ranks, int slices_per_expert, const Routing& routing)
@@ -146,6 +146,7 @@ StepSeconds StepModel::step(Layout layout, const StepWork& work) const {
 // `rows` rows of one sequence, the first of which has `first` tokens before it.
 void StepModel::add_rows(Work& w, double first, double rows) const {
   w.rows += rows;
+  if (rows > 1) w.prompt_rows += rows;
   w.kv_tokens += first + rows;
   w.pairs += rows * (first + (rows + 1) / 2);
   const double window = window_ > 0 ? window_ : INFINITY;

@@ -13,7 +13,7 @@ namespace moebius::plan {
 
 // Of the requests of one home, or of all.
 struct Work {
-  double rows = 0, logit_rows = 0;
+  double rows = 0, prompt_rows = 0, logit_rows = 0;  // prompt_rows: of sequences that have several
   double kv_tokens = 0, pairs = 0;                // tokens whose KV is read; pairs of a row and a token that it attends to
   double window_kv_tokens = 0, window_pairs = 0;  // the same in a layer that sees a window
   Work& operator+=(const Work& o);
@@ -33,9 +33,9 @@ class StepModel {
   StepSeconds step(Layout layout, const StepWork& work) const;
   double seconds(Layout layout, const StepWork& work) const { return step(layout, work).total(); }
 
-  // So many requests on homes as even as can be: each decodes a token after `context` others, or begins with a prompt of so many.
+  // So many requests on homes as even as can be: each decodes a token after `context` others, or goes on with a prompt of which `first` are done.
   StepWork decode(double requests, double context) const { return evenly(requests, context, 1); }
-  StepWork prompts(double requests, double tokens) const { return evenly(requests, 0, tokens); }
+  StepWork prompts(double requests, double tokens, double first) const { return evenly(requests, first, tokens); }
   StepWork prefill(double first, double tokens) const;  // of one prompt, after so many
   // Of a plan before it is committed: sequences have `computed` tokens. In pure TP nobody has a home; dealt: as if homes had been given in turn.
   StepWork of(const StepPlan& plan, bool dealt) const;

@@ -74,7 +74,8 @@ class Study {
     for (Choice& choice : choices_)
       if (!choice.fixed) choice.start = layout_of(o_.engine.layout);
     for (int64_t round = 0; round <= o_.rounds; ++round) {  // the first is not counted: it warms up, and a policy learns
-      for (Choice& choice : choices_) {
+      for (size_t i = 0; i < choices_.size(); ++i) {
+        Choice& choice = choices_[(static_cast<size_t>(round) + i) % choices_.size()];  // none is always the first
         Run run = serve(engine_, load, choice, ++salt_);
         const Figures f = figures_of(run, {1e-3 * o_.target_first_ms, 1e-3 * o_.target_gap_ms});
         fmt::print(stderr, "{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",

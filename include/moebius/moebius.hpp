@@ -201,14 +201,15 @@ class Engine {
     check([&](moebius_error** e) { return moebius_engine_event_fd(get(), &fd, e); });
     return fd;
   }
-  // Replaces `events` by those that wait (up to its capacity, at least 1,024).
+  // Replaces `events` by those that wait, at most 1,024.
   void poll(std::vector<moebius_event>& events, double timeout_ms = 0) {
-    events.resize(events.capacity() < 1024 ? 1024 : events.capacity());
-    size_t count = 0;
-    check([&](moebius_error** e) {
-      return moebius_engine_poll(get(), events.data(), events.size(), sizeof(moebius_event), timeout_ms, &count, e);
-    });
-    events.resize(count);
+    moebius_event batch[16];  // an event is almost a KiB: room for more is not worth clearing
+    events.clear();
+    for (size_t count = 16; count == 16 && events.size() < 1024; timeout_ms = 0) {
+      events.reserve(events.size() + 16);  // before anything is taken
+      check([&](moebius_error** e) { return moebius_engine_poll(get(), batch, 16, sizeof(moebius_event), timeout_ms, &count, e); });
+      events.insert(events.end(), batch, batch + count);
+    }
   }
   void request_switch(moebius_layout to) {
     check([&](moebius_error** e) { return moebius_engine_switch(get(), to, e); });

@@ -14,7 +14,7 @@
 namespace moebius {
 namespace {
 
-constexpr int kVersion = 2;
+constexpr int kVersion = 3;
 constexpr size_t kMaxBytes = 1 << 20;  // a file of ours has some 15 KiB
 
 template <size_t N>

@@ -199,6 +199,7 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
       readings_(*device_, shape_, model_.vocab_size, config_.ranks),
       sampled_(static_cast<size_t>(config_.max_batch)),
       events_(kEventRing),
+      home_loads_(static_cast<size_t>(config_.ranks)),
       stall_budget_ms_(config_.stall_budget_ms),
       label_seam_(switcher_.seam()) {
   for (int r = 0; r < config_.ranks; ++r) {
@@ -653,18 +654,18 @@ void Engine::Impl::observe_load() {
   else report_seam(decision->to == Layout::kTp ? switcher_.num_layers() : 0);
 }
 
-// Of the plan that is about to be committed.
-StepLoad Engine::Impl::load_of_step() const {
-  StepLoad load{static_cast<double>(plan_.decode_rows), static_cast<double>(plan_.prefill_rows)};
+// Of the plan that is about to be committed; where requests have no homes, as if they were dealt to them.
+StepLoads Engine::Impl::load_of_step() {
+  std::fill(home_loads_.begin(), home_loads_.end(), StepLoad{});
+  size_t dealt = 0;
   for (const ScheduledChunk& c : plan_.chunks) {
-    const auto computed = static_cast<double>(c.sequence->computed);
-    load.kv_tokens += computed + c.num_rows;
-    load.attended += c.num_rows * (computed + (c.num_rows + 1) / 2.0);
+    const int32_t home = c.sequence->home;
+    home_loads_[home >= 0 ? static_cast<size_t>(home) : dealt++ % home_loads_.size()] += StepLoad::of(static_cast<double>(c.sequence->computed), c.num_rows);
   }
-  return load;
+  return StepLoads::of(home_loads_);
 }
 
-void Engine::Impl::learn_cost(const StepLoad& load, double seconds) {
+void Engine::Impl::learn_cost(const StepLoads& load, double seconds) {
   const double now = seconds_between(Clock::time_point{}, Clock::now());
   const int32_t seam = plan_.shape.seam;
   if (switcher_.moving()) return costs_.on_step_under_way(layout_towards(seam, switcher_.target(), model_.shape.num_layers()), load, seconds, now);

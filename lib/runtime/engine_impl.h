@@ -34,6 +34,8 @@ int threads_per_rank(const EngineConfig& config, const ModelConfig& model);     
 WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, Device& device);
 int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config);
 
+struct DummyRound;
+
 // What a step reads of the ranks' memory, in one piece of the host's, which devices read into directly.
 class Readings {
  public:
@@ -97,8 +99,8 @@ class Engine::Impl {
  private:
   void compare_ranks();
   void keep_costs() noexcept;
-  int most_dummies() const;
-  void serve_dummies(Clock::time_point until);
+  int most_dummies(int64_t tokens) const;
+  void serve_dummies(const DummyRound& round, Clock::time_point until);
   void learn_price(const Event& event);
   void refuse_if_failed() const;
   void refuse_if_mixed() const;
@@ -115,8 +117,8 @@ class Engine::Impl {
   void take_wishes();
   void foresee(LoadSample& load) const;
   void observe_load();
-  StepLoad load_of_step() const;
-  void learn_cost(const StepLoad& load, double seconds);
+  StepLoads load_of_step();
+  void learn_cost(const StepLoads& load, double seconds);
   void expire(Clock::time_point now);
   void run_plan(StepResult& result);
   void compute(int rank, int thread);
@@ -200,10 +202,11 @@ class Engine::Impl {
   MetricsInfo metrics_info_;
   std::vector<int32_t> expert_rows_;      // [experts] of readings_.choices
   CostModel costs_;              // learned whatever the policy is
+  std::vector<StepLoad> home_loads_;  // [ranks] scratch of load_of_step()
   bool calibrating_ = false;     // no event is emitted, nothing is logged
   std::string costs_key_;        // with a policy_file: what they hold for
   bool keeps_costs_ = false;     // there
-  StepLoad last_load_;           // of the last step that ran in one layout
+  StepLoads last_load_;          // of the last step that ran in one layout
   double last_seconds_ = 0;      // that it took; 0 once the policy has seen it
   std::unique_ptr<Policy> policy_;
   bool policy_asked_ = false;    // for the switch under way or the last one; else the host did

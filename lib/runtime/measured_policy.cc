@@ -27,10 +27,10 @@ EstimateText text_of(const Estimate& e) {
 class MeasuredPolicy final : public Policy {
  public:
   MeasuredPolicy(const PolicyConfig& c, const PolicyLimits& limits, const CostModel& costs)
-      : costs_(costs), one_rank_(limits.ranks == 1), shadow_(c.shadow), explore_(c.explore) {}
+      : costs_(costs), ranks_(limits.ranks), shadow_(c.shadow), explore_(c.explore) {}
 
   std::optional<Decision> observe(const LoadSample& load) override {
-    if (one_rank_ || load.switching || load.inside) return std::nullopt;
+    if (ranks_ == 1 || load.switching || load.inside) return std::nullopt;
     if (!begun_ || (!shadow_ && load.layout != path_.here())) path_.restart(load.layout);  // the host's switch
     begun_ = true;
     if (load.last_seconds > 0) account(load);
@@ -48,18 +48,16 @@ class MeasuredPolicy final : public Policy {
     failed_to_ = to;
     failure_ = Reason::of("; again after step {}, which failed: {}", asked_step_, why);
   }
-  const PolicyFigures* figures() const override { return one_rank_ ? nullptr : &figures_; }
+  const PolicyFigures* figures() const override { return ranks_ == 1 ? nullptr : &figures_; }
 
  private:
   const Estimate& estimate(Layout l) const { return figures_.step[static_cast<size_t>(l)]; }
 
-  // As the rule sees steps: what its other layout costs is taken to be as bad as it may be, and not to be less where it is not known.
+  // As the rule sees steps: its other layout is taken to cost no less where it is not known.
   Costs believed(const Estimate& tp, const Estimate& ep) const {
     Costs c{tp.seconds, ep.seconds};
     const size_t at = static_cast<size_t>(path_.rule().at()), elsewhere = 1 - at;
-    const double relative = (elsewhere == 0 ? tp : ep).relative;
-    c[elsewhere] *= 1 + relative;
-    if (relative > kKnown) c[elsewhere] = std::max(c[elsewhere], c[at]);
+    if ((elsewhere == 0 ? tp : ep).relative > kKnown) c[elsewhere] = std::max(c[elsewhere], c[at]);
     return c;
   }
 
@@ -132,10 +130,10 @@ class MeasuredPolicy final : public Policy {
     constexpr int kPieces = 8;
     const double running = load.running, longest = static_cast<double>(load.longest_remaining), sum = static_cast<double>(load.remaining_tokens);
     const double gamma = std::max(0.0, running * longest / sum - 1);
-    const double context = load.last.attended / std::max(1.0, load.last.rows());
+    const double context = load.last.tp.attended / std::max(1.0, load.last.tp.rows);
     RegretRule ahead = path_.rule();
     const auto reaches_price = [&](double rows, double steps) {
-      const StepLoad then = StepLoad::decode(std::ceil(rows), context * rows);
+      const StepLoads then = StepLoads::decode(std::ceil(rows), context * rows, ranks_);
       const Costs c = believed(costs_.step(Layout::kTp, then, load.time_s), costs_.step(Layout::kEp, then, load.time_s));
       ahead.add({c[0] * steps, c[1] * steps}, load.price);
       return ahead.due(load.price);
@@ -149,7 +147,7 @@ class MeasuredPolicy final : public Policy {
   // Costs here are known and those there might be lower; requests stay long enough for a visit to pay, and the budget holds its worst.
   bool worth_a_visit(const LoadSample& load) const {
     const Estimate &here = estimate(path_.here()), &there = estimate(other(path_.here()));
-    if (explore_ == 0 || shadow_ || !here.seen() || here.relative > kKnown || load.last.decode_rows == 0) return false;
+    if (explore_ == 0 || shadow_ || !here.seen() || here.relative > kKnown || load.last.tp.rows == load.last.tp.prompt_rows) return false;
     if (load.longest_remaining < 2 * kVisitSteps) return false;
     if (!might_beat(there, here)) return false;
     const double worst = there.seen() ? std::min(there.seconds * (1 + there.relative), kWorstFactor * std::max(here.seconds, there.seconds))
@@ -158,7 +156,8 @@ class MeasuredPolicy final : public Policy {
   }
 
   const CostModel& costs_;
-  const bool one_rank_, shadow_;
+  const int ranks_;
+  const bool shadow_;
   const double explore_;
   bool begun_ = false;
   Path path_{Layout::kTp};

@@ -41,7 +41,7 @@ struct LoadSample {
   Layout layout = Layout::kTp;
   bool switching = false;
   bool inside = false;      // the seam is held there by the host
-  StepLoad last;            // what the last step held
+  StepLoads last;           // what the last step held
   double last_seconds = 0;  // what it took; 0: none has run since the last sample, or in both layouts
   Costs price{};            // predicted, of a switch to each from the other, with the requests that there are
   int64_t remaining_tokens = 0, longest_remaining = 0;  // of running requests, by their max_tokens: in all, and of one

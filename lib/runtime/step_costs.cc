@@ -7,7 +7,7 @@ namespace moebius {
 namespace {
 
 // Widths of the linear terms: their coefficients are of the order of a step then.
-constexpr double kPrefillRows = 256, kKvTokens = 16384, kAttended = 131072;
+constexpr double kPromptRows = 256, kKvTokens = 16384, kAttended = 131072;
 
 // A curve's error grows by 1 % a minute that it is not seen, to 30 %: beyond it a machine is another machine, which exploration finds.
 constexpr double kDriftPerSecond = 0.01 / 60, kMostDrift = 0.3;
@@ -30,14 +30,39 @@ double nominal(int64_t bytes) { return kNominalPlanning + static_cast<double>(by
 
 }  // namespace
 
+StepLoad& StepLoad::operator+=(const StepLoad& o) {
+  rows += o.rows;
+  prompt_rows += o.prompt_rows;
+  kv_tokens += o.kv_tokens;
+  attended += o.attended;
+  return *this;
+}
+
+StepLoads StepLoads::of(std::span<const StepLoad> homes) {
+  StepLoads out;
+  for (const StepLoad& home : homes) {
+    out.tp += home;
+    out.ep.prompt_rows = std::max(out.ep.prompt_rows, home.prompt_rows);
+    out.ep.kv_tokens = std::max(out.ep.kv_tokens, home.kv_tokens);
+    out.ep.attended = std::max(out.ep.attended, home.attended);
+  }
+  out.ep.rows = out.tp.rows;
+  return out;
+}
+
+StepLoads StepLoads::decode(double rows, double kv_tokens, int homes) {
+  const double fullest = rows > 0 ? kv_tokens * std::ceil(rows / homes) / rows : 0;
+  return {StepLoad::decode(rows, kv_tokens), StepLoad::decode(rows, fullest)};
+}
+
 StepCurve::Terms StepCurve::terms_of(const StepLoad& load) {
   Terms x{};
   x[0] = 1;
   for (int i = 0; i + 1 < kKnots; ++i) {
-    const double into = std::max(0.0, (load.rows() - knot(i)) / (knot(i + 1) - knot(i)));
+    const double into = std::max(0.0, (load.rows - knot(i)) / (knot(i + 1) - knot(i)));
     x[1 + i] = i + 2 == kKnots ? into : std::min(1.0, into);
   }
-  x[kKnots] = load.prefill_rows / kPrefillRows;
+  x[kKnots] = load.prompt_rows / kPromptRows;
   x[kKnots + 1] = load.kv_tokens / kKvTokens;
   x[kKnots + 2] = load.attended / kAttended;
   return x;
@@ -51,8 +76,8 @@ void StepCurve::start(const StepLoad& load, double seconds) {
   mean_[0] = seconds;
   const auto variance_of = [&](double width, double had) { return std::pow(seconds * std::max(0.5, 0.5 * width / (1 + had)), 2); };
   prior_[0] = seconds * seconds;
-  for (int i = 0; i + 1 < kKnots; ++i) prior_[1 + i] = variance_of(knot(i + 1) - knot(i), load.rows());
-  prior_[kKnots] = variance_of(kPrefillRows, load.rows());
+  for (int i = 0; i + 1 < kKnots; ++i) prior_[1 + i] = variance_of(knot(i + 1) - knot(i), load.rows);
+  prior_[kKnots] = variance_of(kPromptRows, load.rows);
   prior_[kKnots + 1] = variance_of(kKvTokens, load.kv_tokens);
   prior_[kKnots + 2] = variance_of(kAttended, load.attended);
   covariance_ = {};
@@ -165,8 +190,8 @@ bool StepCurve::restore(const std::array<double, kState>& state, double now_s) {
   return true;
 }
 
-void CostModel::on_step_under_way(Layout to, const StepLoad& load, double seconds, double now_s) {
-  const Estimate there = step(to, load, now_s);
+void CostModel::on_step_under_way(Layout to, const StepLoads& loads, double seconds, double now_s) {
+  const Estimate there = step(to, loads, now_s);
   if (there.seen()) delay_s_ += seconds - there.seconds;
 }
 

@@ -5,18 +5,30 @@
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <span>
 
 #include "lib/runtime/regret.h"
 
 namespace moebius {
 
-// What a step holds.
+// What a step holds, of all requests or of one home's.
 struct StepLoad {
-  double decode_rows = 0, prefill_rows = 0;
-  double kv_tokens = 0;  // whose KV is read, once for all rows of a sequence
-  double attended = 0;   // pairs of a row and a token that it attends to; of decode rows as many as kv_tokens
+  double rows = 0, prompt_rows = 0;  // the second: those of sequences that have several, so a prompt's
+  double kv_tokens = 0;              // whose KV is read, once for all rows of a sequence
+  double attended = 0;               // pairs of a row and a token that it attends to; of decode rows as many as kv_tokens
   static StepLoad decode(double rows, double kv_tokens) { return {rows, 0, kv_tokens, kv_tokens}; }
-  double rows() const { return decode_rows + prefill_rows; }
+  // Rows of one sequence, after so many tokens.
+  static StepLoad of(double computed, double rows) { return {rows, rows > 1 ? rows : 0, computed + rows, rows * (computed + (rows + 1) / 2)}; }
+  StepLoad& operator+=(const StepLoad& o);
+};
+
+// The same step as each layout's curve sees it. A rank computes attention for all requests in TP and for its own in EP, where the step waits for
+// the home that has most; experts get all rows in both.
+struct StepLoads {
+  StepLoad tp, ep;
+  const StepLoad& in(Layout layout) const { return layout == Layout::kTp ? tp : ep; }
+  static StepLoads of(std::span<const StepLoad> homes);
+  static StepLoads decode(double rows, double kv_tokens, int homes);  // dealt to homes one by one, each as long as the other
 };
 
 struct Estimate {
@@ -26,7 +38,7 @@ struct Estimate {
 };
 
 // Seconds of a step: piecewise linear in rows with knots at powers of two (some ten rows reach most experts, whoever they belong to), and
-// linear in the rest: what a prompt's rows cost beyond (they stand on one home), KV read, pairs. Every coefficient is at least 0, since more
+// linear in the rest: what a prompt's rows cost beyond (in EP they stand on one home), KV read, pairs. Every coefficient is at least 0, since more
 // work is never faster. A Kalman filter in which a step that was disturbed counts little, and whose process noise scales the whole curve (a
 // machine that got slower is slower everywhere) and reopens what was not seen for long.
 class StepCurve {
@@ -61,14 +73,14 @@ class StepCurve {
 
 class CostModel {
  public:
-  void on_step(Layout layout, const StepLoad& load, double seconds, double now_s) { curve(layout).learn(load, seconds, now_s); }
+  void on_step(Layout layout, const StepLoads& loads, double seconds, double now_s) { curve(layout).learn(loads.in(layout), seconds, now_s); }
   // A step while a switch to `to` is under way: what it took beyond a step there is part of the switch's price.
-  void on_step_under_way(Layout to, const StepLoad& load, double seconds, double now_s);
+  void on_step_under_way(Layout to, const StepLoads& loads, double seconds, double now_s);
   void on_switch_started() { delay_s_ = 0; }
   // It has arrived: bytes written, and the time that it took from steps.
   void on_switch(Layout to, int64_t bytes, double seconds);
 
-  Estimate step(Layout layout, const StepLoad& load, double now_s) const { return curve(layout).predict(load, now_s); }
+  Estimate step(Layout layout, const StepLoads& loads, double now_s) const { return curve(layout).predict(loads.in(layout), now_s); }
   double price(Layout to, int64_t bytes) const;
 
   StepCurve& curve(Layout layout) { return curves_[static_cast<size_t>(layout)]; }

@@ -130,7 +130,7 @@ TEST_CASE("a switch at once allocates nothing, whoever asks for it") {
     policy.kind = PolicyKind::kMeasured;  // to the layout that it was taught to be faster
     const Layout faster = other(engine.stats().seam == 0 ? Layout::kEp : Layout::kTp);
     const double now = std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
-    for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(faster, StepLoad::decode(1 + i % 8, 250.0 * (i / 8 % 8)), 1e-6, now);
+    for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(faster, StepLoads::decode(1 + i % 8, 250.0 * (i / 8 % 8), 2), 1e-6, now);
     engine.set_policy(policy);
     CHECK(allocations_of([&] {
             for (int i = 0; i < 150 && engine.stats().switches == 3; ++i) engine.step();

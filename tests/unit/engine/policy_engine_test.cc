@@ -330,7 +330,7 @@ PolicyConfig measured(double explore) {
 // As if steps of up to eight rows, of so many tokens each, had taken so long in this layout.
 void teach(Engine& engine, Layout layout, double seconds, double context = 20) {
   const double now = std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
-  for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(layout, StepLoad::decode(1 + i % 8, context * (1 + i % 8)), seconds, now);
+  for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(layout, StepLoads::decode(1 + i % 8, context * (1 + i % 8), 2), seconds, now);
 }
 
 void run(Engine& engine, int steps) {
@@ -452,8 +452,8 @@ TEST_CASE("learned costs are kept in a file for the next engine of the same kind
                                 "[1]",
                                 "null",
                                 text.substr(0, text.size() / 2),
+                                "{\"moebius_costs\":4}",
                                 "{\"moebius_costs\":3}",
-                                "{\"moebius_costs\":2}",
                                 [&] { std::string t = text; return t.replace(t.find("\"tp\":["), 6, "\"tp\":[1,"); }(),
                                 [&] { std::string t = text; return t.replace(t.find("\"tp\":["), 6, "\"tp\":[-"); }(),
                                 [&] { std::string t = text; return t.replace(t.find("corrections\":["), 14, "corrections\":[-1,"); }(),

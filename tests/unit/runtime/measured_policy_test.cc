@@ -35,7 +35,7 @@ class SimulatedEngine {
   void teach(std::initializer_list<double> rows) {
     for (int i = 0; i < 100; ++i)
       for (double r : rows)
-        for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_step(l, StepLoad::decode(r, 500 * r), noisy(truth_(l, r)), now);
+        for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_step(l, StepLoads::decode(r, 500 * r, 2), noisy(truth_(l, r)), now);
     for (Layout l : {Layout::kTp, Layout::kEp}) costs.on_switch(l, kBytes, of(price, l));
   }
 
@@ -66,7 +66,7 @@ class SimulatedEngine {
       }
     }
     if (decision) last_decision = *decision;
-    last_ = StepLoad::decode(work.running, 500.0 * work.running);
+    last_ = StepLoads::decode(work.running, 500.0 * work.running, 2);
     for (size_t l : {0u, 1u}) true_costs[l] = truth_(static_cast<Layout>(l), work.running);
     last_seconds_ = noisy(of(true_costs, layout));
     costs.on_step(layout, last_, last_seconds_, now);
@@ -91,7 +91,7 @@ class SimulatedEngine {
   std::mt19937_64 random_;
   std::normal_distribution<double> normal_;
   std::uniform_real_distribution<double> uniform_{0, 1};
-  StepLoad last_;
+  StepLoads last_;
   double last_seconds_ = 0;
 
  public:

@@ -11,12 +11,12 @@ namespace {
 
 // Memory-bound up to 32 rows, compute-bound from there on; prompts' rows, which stand on one home, cost a fifth more.
 double truth(const StepLoad& load) {
-  return 5e-3 + 1e-4 * std::max(0.0, load.rows() - 32) + 2e-5 * load.prefill_rows + 1e-8 * load.kv_tokens + 1e-9 * load.attended;
+  return 5e-3 + 1e-4 * std::max(0.0, load.rows - 32) + 2e-5 * load.prompt_rows + 1e-8 * load.kv_tokens + 1e-9 * load.attended;
 }
 
 // `rows` requests that decode after `context` tokens each, and a prompt's first rows.
 StepLoad load_of(double rows, double context, double prompt = 0) {
-  return {rows, prompt, rows * context + prompt, rows * context + prompt * (prompt + 1) / 2};
+  return {rows + prompt, prompt, rows * context + prompt, rows * context + prompt * (prompt + 1) / 2};
 }
 
 class Machine {
@@ -60,7 +60,7 @@ TEST_CASE("a curve comes within 15 % of the truth under 20 % noise with 5 % outl
       curve.learn(load, machine.step(load), now += 0.01);
     }
     for (const StepLoad& load : kLoads) {
-      INFO("seed " << seed << ", rows " << load.decode_rows << ", " << curve.predict(load, now).seconds << " for " << truth(load));
+      INFO("seed " << seed << ", rows " << (load.rows - load.prompt_rows) << ", " << curve.predict(load, now).seconds << " for " << truth(load));
       CHECK(error(curve, load, now) < 0.15);
       CHECK(curve.predict(load, now).relative < 0.1);
       sum += error(curve, load, now);
@@ -71,7 +71,7 @@ TEST_CASE("a curve comes within 15 % of the truth under 20 % noise with 5 % outl
 
 // Rows reach experts, each read once; 32 rows reach nearly all. Taught as calibration does: batches that double, each prompt of 32 tokens.
 TEST_CASE("prompts do not spoil what few rows cost") {
-  const auto reaching = [](const StepLoad& load) { return 2e-3 + 20e-3 * (1 - std::pow(1 - 8.0 / 128, load.rows())) + 1e-6 * load.rows(); };
+  const auto reaching = [](const StepLoad& load) { return 2e-3 + 20e-3 * (1 - std::pow(1 - 8.0 / 128, load.rows)) + 1e-6 * load.rows; };
   StepCurve curve;
   double now = 0;
   const auto learn = [&](const StepLoad& load) { curve.learn(load, reaching(load), now += 0.01); };
@@ -160,6 +160,17 @@ TEST_CASE("a curve is restored to what it was, a little less sure; other numbers
   CHECK_FALSE(copy.restore(never.state(), 0));
 }
 
+TEST_CASE("a step is seen in TP as all that it holds, in EP as its rows and what the home that has most holds beyond") {
+  const StepLoad homes[] = {StepLoad::of(100, 1), {}, StepLoad::of(0, 64)};
+  const StepLoads loads = StepLoads::of(homes);
+  CHECK((loads.tp.rows == 65 && loads.tp.prompt_rows == 64 && loads.tp.kv_tokens == 101 + 64 && loads.tp.attended == 101 + 64 * 65 / 2));
+  CHECK((loads.ep.rows == 65 && loads.ep.prompt_rows == 64 && loads.ep.kv_tokens == 101 && loads.ep.attended == 64 * 65 / 2));
+  CHECK((&loads.in(Layout::kTp) == &loads.tp && &loads.in(Layout::kEp) == &loads.ep));
+  const StepLoads dealt = StepLoads::decode(5, 500, 4);  // one home has two
+  CHECK((dealt.tp.kv_tokens == 500 && dealt.ep.rows == 5 && dealt.ep.kv_tokens == 200 && dealt.ep.attended == 200));
+  CHECK(StepLoads::decode(0, 0, 4).ep.kv_tokens == 0);
+}
+
 TEST_CASE("a switch's price comes from its bytes and is corrected by each that is seen") {
   CostModel costs;
   const double nominal = costs.price(Layout::kEp, int64_t{1} << 30);
@@ -175,7 +186,7 @@ TEST_CASE("a switch's price comes from its bytes and is corrected by each that i
 
 TEST_CASE("a switch that takes many steps costs what it took from them and what they took beyond a step in its new layout") {
   CostModel costs;
-  const StepLoad load = load_of(8, 125);
+  const StepLoads load = StepLoads::decode(8, 1000, 2);
   for (int i = 0; i < 50; ++i) costs.on_step(Layout::kEp, load, 0.010, i);
   costs.on_switch_started();
   for (int i = 0; i < 20; ++i) costs.on_step_under_way(Layout::kEp, load, 0.015, 50);
