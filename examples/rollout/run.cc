@@ -38,8 +38,10 @@ class Server {
   }
 
   Run serve() {
-    settle(engine_, choice_.start);
-    engine_.set_policy(choice_.policy);
+    if (!choice_.goes_on) {
+      settle(engine_, choice_.start);
+      engine_.set_policy(choice_.policy);
+    }
     begin_ = Clock::now();
     while (ended_ < load_.asked.size()) {
       submit_due();

@@ -16,6 +16,7 @@ struct Choice {
   moebius_layout start = MOEBIUS_LAYOUT_TP;
   moebius_cpp::Config policy;
   bool fixed = true;
+  bool goes_on = false;  // the engine is as its last run left it, and the policy with it
 };
 
 struct StepSample {  // after a step; times in seconds from the beginning
