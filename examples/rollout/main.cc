@@ -81,12 +81,11 @@ class Study {
     Comparison c;
     c.concurrency = concurrency;
     c.choices = o_.choices;
-    for (Choice& choice : choices_) {
-      if (choice.fixed) continue;
-      choice.start = layout_of(o_.engine.layout);
-      if (concurrency > 0) find_place(choice, load);
-    }
-    for (int64_t round = 0; round <= o_.rounds; ++round) {  // the first is not counted: it warms up, and a policy learns
+    for (Choice& choice : choices_)
+      if (!choice.fixed) choice.start = layout_of(o_.engine.layout);
+    for (int64_t round = 0; round <= o_.rounds; ++round) {  // the first is not counted: it warms up, and teaches the costs of both layouts
+      for (Choice& choice : choices_)
+        if (!choice.fixed && concurrency > 0 && round == 1) find_place(choice, load);
       for (size_t i = 0; i < choices_.size(); ++i) {
         Choice& choice = choices_[(static_cast<size_t>(round) + i) % choices_.size()];  // none is always the first
         Run run = serve(engine_, load, choice, ++salt_);
