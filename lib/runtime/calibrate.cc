@@ -42,8 +42,8 @@ void Engine::Impl::serve_dummies(const DummyRound& round, Clock::time_point unti
 
 void Engine::Impl::calibrate() {
   const auto round = [this](int64_t prompt) { return DummyRound::of(prompt, config_.max_context); };
-  if (config_.ranks == 1 || most_dummies(round(DummyRound::kShortest).total) < 1 || (costs_.curve(Layout::kTp).seen() && costs_.curve(Layout::kEp).seen()))
-    return;
+  if (config_.ranks == 1 || config_.max_context < 2 || most_dummies(round(DummyRound::kShortest).total) < 1) return;
+  if (costs_.curve(Layout::kTp).seen() && costs_.curve(Layout::kEp).seen()) return;
   calibrating_ = true;
   std::unique_ptr<Policy> policy = std::exchange(policy_, make_policy({}, policy_limits(config_)));
   const double stall_budget_ms = std::exchange(stall_budget_ms_, 0);

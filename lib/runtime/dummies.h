@@ -10,7 +10,7 @@ namespace moebius {
 struct DummyRound {
   static constexpr int64_t kShortest = 32, kLonger = 8, kLongest = kShortest * kLonger * kLonger;
   static constexpr int64_t kPromptTokens = 32768;  // of a round in all, for its time
-  static constexpr int64_t kAnswer = 160;         // room enough for the steps of every batch size
+  static constexpr int64_t kAnswer = 160;          // room enough for the steps of every batch size
   static constexpr int kStepsOfSize = 8;
 
   int64_t prompt, total;  // tokens of a dummy; total: with its answer

@@ -201,8 +201,8 @@ class Engine::Impl {
   Metrics metrics_;
   MetricsInfo metrics_info_;
   std::vector<int32_t> expert_rows_;      // [experts] of readings_.choices
-  CostModel costs_;              // learned whatever the policy is
   std::vector<StepLoad> home_loads_;  // [ranks] scratch of load_of_step()
+  CostModel costs_;              // learned whatever the policy is
   bool calibrating_ = false;     // no event is emitted, nothing is logged
   std::string costs_key_;        // with a policy_file: what they hold for
   bool keeps_costs_ = false;     // there

@@ -65,12 +65,13 @@ TEST_CASE("the efficiencies of a known machine are found from half of its rows, 
   }
 }
 
-// docs/performance.md: steps of models m and s, one and two ranks, both layouts.
-TEST_CASE("a real machine: half of its points predict the other half within 15 % at the median, and the faster layout") {
-  std::ifstream in(MOEBIUS_TEST_DATA "/plan/performance-2026-11-25.jsonl");
+// Steps of models m and s, one and two ranks, both layouts: of docs/performance.md (Zen 5), and of moebius-bench with several contexts (Zen 4).
+TEST_CASE("real machines: half of the points predict the other half within 15 % at the median, and the faster layout") {
+  const auto [file, count] = GENERATE(table<const char*, size_t>({{"performance-2026-11-25.jsonl", 20}, {"bench-2026-11-29.jsonl", 90}}));
+  std::ifstream in(MOEBIUS_TEST_DATA "/plan/" + std::string(file));
   const std::string text{std::istreambuf_iterator<char>(in), {}};
-  const auto points = parse_measured(text, "performance.jsonl");
-  REQUIRE(points.size() == 20);
+  const auto points = parse_measured(text, file);
+  REQUIRE(points.size() == count);
   for (const char* shape : {"", "s", "m"}) {
     const auto result = fit(points, read_cluster("2core-zen5"), shape);
     INFO(table_of_fit(result));

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <random>
 
+#include "lib/runtime/dummies.h"
 #include "tests/catch.h"
 
 namespace moebius {
@@ -169,6 +170,21 @@ TEST_CASE("a step is seen in TP as all that it holds, in EP as its rows and what
   const StepLoads dealt = StepLoads::decode(5, 500, 4);  // one home has two
   CHECK((dealt.tp.kv_tokens == 500 && dealt.ep.rows == 5 && dealt.ep.kv_tokens == 200 && dealt.ep.attended == 200));
   CHECK(StepLoads::decode(0, 0, 4).ep.kv_tokens == 0);
+}
+
+TEST_CASE("calibration's dummies fit any context, and get longer and fewer until they begin anew") {
+  for (int64_t context : {1, 2, 33, 192, 300, 512, 40960})
+    for (int64_t prompt = DummyRound::kShortest;; prompt = DummyRound::next(prompt)) {
+      const DummyRound round = DummyRound::of(prompt, context);
+      INFO("context " << context << ", prompt " << prompt);
+      CHECK((round.prompt >= 1 && round.prompt <= prompt && round.total <= context && round.most >= 1));
+      CHECK((context == 1 || round.prompt < round.total));
+      if (prompt == DummyRound::kLongest) break;
+    }
+  const DummyRound least = DummyRound::of(DummyRound::kShortest, 4096), most = DummyRound::of(DummyRound::kLongest, 4096);
+  CHECK((least.prompt == 32 && least.total == 192 && least.most == 1024));
+  CHECK((most.prompt == 2048 && most.total == 2208 && most.most == 16));
+  CHECK(DummyRound::next(DummyRound::kLongest) == DummyRound::kShortest);
 }
 
 TEST_CASE("a switch's price comes from its bytes and is corrected by each that is seen") {
