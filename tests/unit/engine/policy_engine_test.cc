@@ -327,10 +327,12 @@ PolicyConfig measured(double explore) {
   return p;
 }
 
-// As if steps of up to eight rows, of so many tokens each, had taken so long in this layout.
+// As if steps of up to eight rows, of so many tokens each, had taken so long in this layout, and a switch to it next to nothing: what it saves
+// shall pay within a script's few steps however fast the machine is.
 void teach(Engine& engine, Layout layout, double seconds, double context = 20) {
   const double now = std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
   for (int i = 0; i < 400; ++i) engine.impl().costs().on_step(layout, StepLoads::decode(1 + i % 8, context * (1 + i % 8), 2), seconds, now);
+  engine.impl().costs().on_switch(layout, 0, 1e-6);
 }
 
 void run(Engine& engine, int steps) {
