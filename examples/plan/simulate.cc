@@ -196,8 +196,7 @@ class Simulation {
   }
 
   static StepLoads loads_of(const StepWork& work) {
-    std::vector<StepLoad> homes;
-    for (const Work& w : work) homes.push_back({w.rows, w.prompt_rows, w.kv_tokens, w.pairs});
+    const std::vector<StepLoad> homes(work.begin(), work.end());
     return StepLoads::of(homes);
   }
 

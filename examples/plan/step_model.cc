@@ -30,14 +30,14 @@ double most(const std::vector<RankSet>& owners, int ranks) {
 }  // namespace
 
 Work& Work::operator+=(const Work& o) {
-  rows += o.rows, prompt_rows += o.prompt_rows, logit_rows += o.logit_rows;
-  kv_tokens += o.kv_tokens, pairs += o.pairs;
-  window_kv_tokens += o.window_kv_tokens, window_pairs += o.window_pairs;
+  StepLoad::operator+=(o);
+  logit_rows += o.logit_rows;
+  window_kv_tokens += o.window_kv_tokens, window_attended += o.window_attended;
   return *this;
 }
 
 Work operator*(double n, const Work& w) {
-  return {n * w.rows, n * w.prompt_rows, n * w.logit_rows, n * w.kv_tokens, n * w.pairs, n * w.window_kv_tokens, n * w.window_pairs};
+  return {{n * w.rows, n * w.prompt_rows, n * w.kv_tokens, n * w.attended}, n * w.logit_rows, n * w.window_kv_tokens, n * w.window_attended};
 }
 
 StepModel::StepModel(const Model& model, const Cluster& cluster, int ranks, int slices_per_expert, const Routing& routing)
@@ -73,7 +73,7 @@ double StepModel::attention(const Work& w, double heads_share, double keys_share
   const double kv_bytes = model_.kv_token_bytes * model_.shape().num_kv_heads * keys_share;
   return product(projections_bytes, w.rows * projections) +
          product((windowed ? w.window_kv_tokens : w.kv_tokens) * kv_bytes,
-                 (windowed ? w.window_pairs : w.pairs) * model_.pair_products * heads_share) +
+                 (windowed ? w.window_attended : w.attended) * model_.pair_products * heads_share) +
          product(2.0 * kPasses * w.rows * model_.shape().hidden, 0);
 }
 
@@ -120,9 +120,9 @@ StepSeconds StepModel::step(Layout layout, const StepWork& work) const {
     all += w;
     most.rows = std::max(most.rows, w.rows);
     most.kv_tokens = std::max(most.kv_tokens, w.kv_tokens);
-    most.pairs = std::max(most.pairs, w.pairs);
+    most.attended = std::max(most.attended, w.attended);
     most.window_kv_tokens = std::max(most.window_kv_tokens, w.window_kv_tokens);
-    most.window_pairs = std::max(most.window_pairs, w.window_pairs);
+    most.window_attended = std::max(most.window_attended, w.window_attended);
   }
   StepSeconds t;
   if (all.rows == 0) return t;
@@ -145,13 +145,11 @@ StepSeconds StepModel::step(Layout layout, const StepWork& work) const {
 
 // `rows` rows of one sequence, the first of which has `first` tokens before it.
 void StepModel::add_rows(Work& w, double first, double rows) const {
-  w.rows += rows;
-  if (rows > 1) w.prompt_rows += rows;
-  w.kv_tokens += first + rows;
-  w.pairs += rows * (first + (rows + 1) / 2);
+  const StepLoad load = StepLoad::of(first, rows);
+  w.StepLoad::operator+=(load);
   const double window = window_ > 0 ? window_ : INFINITY;
-  w.window_kv_tokens += std::min(first + rows, rows + window);
-  w.window_pairs += std::min(rows * (first + (rows + 1) / 2), rows * window);
+  w.window_kv_tokens += std::min(load.kv_tokens, rows + window);
+  w.window_attended += std::min(load.attended, rows * window);
 }
 
 StepWork StepModel::evenly(double requests, double first, double rows) const {

@@ -7,15 +7,15 @@
 #include "examples/plan/cluster.h"
 #include "examples/plan/model.h"
 #include "examples/plan/routing.h"
+#include "lib/runtime/step_costs.h"
 #include "lib/runtime/step_plan.h"
 
 namespace moebius::plan {
 
-// Of the requests of one home, or of all.
-struct Work {
-  double rows = 0, prompt_rows = 0, logit_rows = 0;  // prompt_rows: of sequences that have several
-  double kv_tokens = 0, pairs = 0;                // tokens whose KV is read; pairs of a row and a token that it attends to
-  double window_kv_tokens = 0, window_pairs = 0;  // the same in a layer that sees a window
+// Of the requests of one home, or of all: what the engine's curves see, and what kernels need besides.
+struct Work : StepLoad {
+  double logit_rows = 0;
+  double window_kv_tokens = 0, window_attended = 0;  // in a layer that sees a window
   Work& operator+=(const Work& o);
 };
 Work operator*(double n, const Work& w);

@@ -203,10 +203,10 @@ class Engine {
   }
   // Replaces `events` by those that wait, at most 1,024.
   void poll(std::vector<moebius_event>& events, double timeout_ms = 0) {
-    moebius_event batch[16];  // an event is almost a KiB: room for more is not worth clearing
+    moebius_event batch[16];  // an event is almost a KiB: only what came is written
     events.clear();
+    events.reserve(1024);  // before anything is taken
     for (size_t count = 16; count == 16 && events.size() < 1024; timeout_ms = 0) {
-      events.reserve(events.size() + 16);  // before anything is taken
       check([&](moebius_error** e) { return moebius_engine_poll(get(), batch, 16, sizeof(moebius_event), timeout_ms, &count, e); });
       events.insert(events.end(), batch, batch + count);
     }
