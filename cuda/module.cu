@@ -82,9 +82,8 @@ constexpr DeviceModule kModule{
     .ipc_handle = [](void* d, std::byte* memory, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_handle(memory, out, s); },
     .ipc_open = [](void* d, int rank, const IpcHandle* handle, ModuleStatus& s) { return of(d).ipc_open(rank, handle, s); },
     .ipc_close = [](void* d, std::byte* memory) { of(d).ipc_close(memory); },
-    .connection = [](void* d) -> int32_t { return of(d).nccl().connection(); },
-    .prepare = [](void* d, ModuleStatus& s) { return of(d).nccl_on(0).prepare(s); },
-    .connect = [](void* d, int rank, ModuleStatus& s) { return of(d).nccl_on(rank).connect(rank, s); },
+    .prepare = [](void* d, ConnectionId* out, ModuleStatus& s) { return of(d).nccl_on(0).prepare(out, s); },
+    .connect = [](void* d, int rank, const ConnectionId* id, ModuleStatus& s) { return of(d).nccl_on(rank).connect(rank, *id, s); },
     .all_reduce = [](void* d, int rank, void* data, int64_t count, Element element, ModuleStatus& s) {
       return asked(s, [&] { of(d).nccl().all_reduce(rank, data, count, element); });
     },

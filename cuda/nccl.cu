@@ -1,6 +1,6 @@
 #include "cuda/nccl.h"
 
-#include <atomic>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -48,11 +48,12 @@ class Nccl final : public Exchange {
       return nullptr;
     }
     nccl->handed_in_ = options.comms != nullptr;
+    nccl->first_rank_ = options.first_rank;
+    nccl->world_ranks_ = options.world_ranks > 0 ? options.world_ranks : options.ranks;
     for (int r = 0; r < options.ranks; ++r) {
       nccl->ranks_.push_back(std::make_unique<Rank>());
       if (nccl->handed_in_ && nccl->take(r, static_cast<ncclComm_t>(options.comms[r]), options.ranks, status) < 0) return nullptr;
     }
-    nccl->connection_ = nccl->handed_in_ ? 1 : 0;
     return nccl;
   }
   ~Nccl() override {
@@ -60,19 +61,22 @@ class Nccl final : public Exchange {
       if (rank->comm != nullptr && !handed_in_) (void)library_.abort(rank->comm);
   }
 
-  int connection() const override { return connection_.load(std::memory_order_acquire); }
-
-  int32_t prepare(ModuleStatus& status) override {
+  int32_t prepare(ConnectionId* out_id, ModuleStatus& status) override {
     if (handed_in_) return refuse(status, Code::kRankFailed, "NCCL: a rank failed and the host's communicators were aborted; only the host can make others");
     for (size_t r = 0; r < ranks_.size(); ++r) give_up(static_cast<int>(r));
-    connection_ = ++connections_;
-    return checked(library_.get_unique_id(&id_), "a new world", 0, status);
+    ncclUniqueId id;
+    static_assert(sizeof id <= sizeof *out_id);
+    if (checked(library_.get_unique_id(&id), "a new world", 0, status) < 0) return status.code;
+    std::memcpy(out_id->bytes, &id, sizeof id);
+    return 0;
   }
 
-  int32_t connect(int rank, ModuleStatus& status) override {
+  int32_t connect(int rank, const ConnectionId& id, ModuleStatus& status) override {
+    ncclUniqueId world;
+    std::memcpy(&world, id.bytes, sizeof world);
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;  // a rank that waits for a failed one must be able to stop
-    return checked(library_.init(&of(rank).comm, static_cast<int>(ranks_.size()), id_, rank, &config), "connecting", rank, status);
+    return checked(library_.init(&of(rank).comm, world_ranks_, world, first_rank_ + rank, &config), "connecting", rank, status);
   }
 
   void all_reduce(int rank, void* data, int64_t count, Element element) override { ask(rank, {Asked::kAllReduce, 0, element, data, count}); }
@@ -105,7 +109,6 @@ class Nccl final : public Exchange {
   void give_up(int rank) override {
     Rank& r = of(rank);
     r.asked.clear();
-    connection_ = 0;
     if (r.comm != nullptr) (void)library_.abort(std::exchange(r.comm, nullptr));
   }
 
@@ -156,15 +159,13 @@ class Nccl final : public Exchange {
   int32_t checked(int result, const char* what, int rank, ModuleStatus& status) const {
     if (good(result)) return 0;
     const char* more = of(rank).comm != nullptr ? library_.last_error(of(rank).comm) : nullptr;
-    return refuse(status, Code::kRankFailed, "NCCL, rank %d: %s: %s %s", rank, what, library_.error_string(static_cast<ncclResult_t>(result)),
+    return refuse(status, Code::kRankFailed, "NCCL, rank %d: %s: %s %s", first_rank_ + rank, what, library_.error_string(static_cast<ncclResult_t>(result)),
                   more != nullptr ? more : "");
   }
 
   const NcclLibrary& library_ = NcclLibrary::get();
   bool handed_in_ = false;
-  std::atomic<int> connection_{0};
-  int connections_ = 0;
-  ncclUniqueId id_{};
+  int first_rank_ = 0, world_ranks_ = 0;
   std::vector<std::unique_ptr<Rank>> ranks_;
 };
 

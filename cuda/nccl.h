@@ -14,9 +14,8 @@ namespace moebius::cuda {
 class Exchange {
  public:
   virtual ~Exchange() = default;
-  virtual int connection() const = 0;
-  virtual int32_t prepare(ModuleStatus& status) = 0;
-  virtual int32_t connect(int rank, ModuleStatus& status) = 0;
+  virtual int32_t prepare(ConnectionId* out_id, ModuleStatus& status) = 0;
+  virtual int32_t connect(int rank, const ConnectionId& id, ModuleStatus& status) = 0;
   virtual void all_reduce(int rank, void* data, int64_t count, Element element) = 0;
   virtual void reduce(int rank, void* data, int64_t count, Element element, int root) = 0;
   virtual void send(int rank, const void* data, int64_t bytes, int to) = 0;

@@ -6,11 +6,18 @@
 // addends were.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 namespace moebius {
 
 enum class Element : int32_t { kInt64 = 0, kFloat = 1, kUint8 = 2 };  // integers wrap; of bytes the largest is taken, not the sum
+
+// Names a connection to all that take part in it (ncclUniqueId).
+struct ConnectionId {
+  std::byte bytes[128] = {};
+};
 
 class Collectives {
  public:
@@ -18,7 +25,7 @@ class Collectives {
 
   // A number that no earlier connection had; 0 where ranks are not connected: at first, and once one has given up. Connecting: prepare() by
   // one thread while no rank is at work, then connect() by each rank's, which then waits for exchanged().
-  virtual int connection() const = 0;
+  int connection() const { return connection_.load(std::memory_order_acquire); }
   virtual void prepare() = 0;
   virtual void connect(int rank) = 0;
 
@@ -31,6 +38,14 @@ class Collectives {
   // Ends what the rank has under way, whatever the others do, and forgets what it has captured. Nothing can be exchanged until all ranks are
   // connected again.
   virtual void give_up(int rank) noexcept = 0;
+
+ protected:
+  void connection_begins() { connection_ = ++connections_; }
+  void connection_ends() { connection_ = 0; }
+
+ private:
+  std::atomic<int> connection_{0};
+  int connections_ = 0;
 };
 
 }  // namespace moebius

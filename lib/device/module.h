@@ -11,7 +11,7 @@
 namespace moebius {
 
 // Changed with every change to what follows or to ops.h that a size does not show.
-inline constexpr const char* kModuleVersion = "0.1.2";
+inline constexpr const char* kModuleVersion = "0.1.3";
 
 // Set by whoever returns a Code below 0; a text ends with NUL.
 struct ModuleStatus {
@@ -26,8 +26,9 @@ struct IpcHandle {
 
 struct ModuleOptions {
   int32_t ranks = 1;
-  // Where each rank has a process of its own: the rank that this one is, and 1: its memory and marks are shared with the others.
-  int32_t first_rank = 0, shared = 0;
+  // Where each rank has a process of its own: the rank that this one is, of how many (0: all are here), and 1: its memory and marks are shared
+  // with the others.
+  int32_t first_rank = 0, world_ranks = 0, shared = 0;
   const int32_t* devices = nullptr;  // [ranks] the device of each rank; null: rank r of the world on device r mod their number
   int32_t row_major = 0;             // 1: LinearArgs::row_major will be asked for
   int32_t collectives = 0;           // 1: ranks exchange by these and read no peer's memory
@@ -75,9 +76,8 @@ struct DeviceModule {
   int32_t (*ipc_handle)(void* device, std::byte* memory, IpcHandle* out_handle, ModuleStatus& status);
   std::byte* (*ipc_open)(void* device, int rank, const IpcHandle* handle, ModuleStatus& status);
   void (*ipc_close)(void* device, std::byte* memory);
-  int32_t (*connection)(void* device);
-  int32_t (*prepare)(void* device, ModuleStatus& status);
-  int32_t (*connect)(void* device, int rank, ModuleStatus& status);
+  int32_t (*prepare)(void* device, ConnectionId* out_id, ModuleStatus& status);
+  int32_t (*connect)(void* device, int rank, const ConnectionId* id, ModuleStatus& status);
   int32_t (*all_reduce)(void* device, int rank, void* data, int64_t count, Element element, ModuleStatus& status);
   int32_t (*reduce)(void* device, int rank, void* data, int64_t count, Element element, int root, ModuleStatus& status);
   int32_t (*send)(void* device, int rank, const void* data, int64_t bytes, int to, ModuleStatus& status);

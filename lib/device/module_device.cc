@@ -61,6 +61,7 @@ class ModuleDevice final : public Device, private Collectives {
     ModuleStatus status;
     device_ = module.open(options, status);
     check(status);
+    if (options.comms != nullptr) connection_begins();
   }
   ~ModuleDevice() override { module_.close(device_); }
 
@@ -100,16 +101,21 @@ class ModuleDevice final : public Device, private Collectives {
   Collectives* collectives() override { return has_collectives_ ? this : nullptr; }
 
  private:
-  int connection() const override { return module_.connection(device_); }
-  void prepare() override { call(module_.prepare); }
-  void connect(int rank) override { call(module_.connect, rank); }
+  void prepare() override {
+    call(module_.prepare, &id_);
+    connection_begins();
+  }
+  void connect(int rank) override { call(module_.connect, rank, &id_); }
   void all_reduce(int rank, void* data, int64_t count, Element element) override { call(module_.all_reduce, rank, data, count, element); }
   void reduce(int rank, void* data, int64_t count, Element element, int root) override { call(module_.reduce, rank, data, count, element, root); }
   void send(int rank, const void* data, int64_t bytes, int to) override { call(module_.send, rank, data, bytes, to); }
   void receive(int rank, void* data, int64_t bytes, int from) override { call(module_.receive, rank, data, bytes, from); }
   void exchange(int rank) override { call(module_.exchange, rank); }
   bool exchanged(int rank) override { return call(module_.exchanged, rank) != 0; }
-  void give_up(int rank) noexcept override { module_.give_up(device_, rank); }
+  void give_up(int rank) noexcept override {
+    connection_ends();
+    module_.give_up(device_, rank);
+  }
 
   struct Memory {
     int64_t total = 0, free = 0;
@@ -129,6 +135,7 @@ class ModuleDevice final : public Device, private Collectives {
 
   const DeviceModule& module_;
   const bool has_collectives_;
+  ConnectionId id_;
   void* device_ = nullptr;
 };
 

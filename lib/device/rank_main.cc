@@ -112,13 +112,15 @@ class RankProcess {
       module_ = &load_module_file("rank", open.module);
       ModuleOptions options;
       options.first_rank = open.rank;
-      options.shared = 1;
+      options.world_ranks = open.ranks;
+      options.shared = shares_ = open.collectives == 0;
+      options.collectives = open.collectives;
       options.devices = open.device >= 0 ? &open.device : nullptr;
       options.row_major = open.row_major;
       device_ = module_->open(options, status_);
       if (device_ != nullptr) {
         out.values[0] = module_->place(device_, 0);
-        module_->ipc_marks(device_, 0, out.handles, status_);
+        if (options.shared != 0) module_->ipc_marks(device_, 0, out.handles, status_);
       }
     } catch (const Error& e) {
       status_.code = static_cast<int32_t>(e.code());
@@ -149,7 +151,7 @@ class RankProcess {
       case Command::kAllocate: {
         std::byte* memory = module_->allocate(device_, 0, next<int64_t>(), s);
         out.values[0] = reinterpret_cast<int64_t>(memory);
-        if (memory != nullptr) module_->ipc_handle(device_, memory, out.handles, s);
+        if (memory != nullptr && shares_) module_->ipc_handle(device_, memory, out.handles, s);
         return answer(out);
       }
       case Command::kRelease: module_->release(device_, 0, next<std::byte*>()); return answer(out);
@@ -185,6 +187,19 @@ class RankProcess {
         ops().clear(c.to, static_cast<size_t>(c.bytes), {0, 1, nullptr, module_->queue(device_, 0)});
         return;
       }
+      case Command::kBeginCapture: module_->begin_capture(device_, 0, s); return;
+      case Command::kEndCapture: out.values[0] = module_->end_capture(device_, 0, s); return answer(out);
+      case Command::kReplay: module_->replay(device_, 0, static_cast<int>(next<int64_t>()), s); return;
+      case Command::kForgetCaptures: module_->forget_captures(device_, 0); return;
+      case Command::kPrepare: module_->prepare(device_, &out.connection, s); return answer(out);
+      case Command::kConnect: module_->connect(device_, 0, &next<ConnectionId>(), s); return;
+      case Command::kAllReduce:
+      case Command::kReduce:
+      case Command::kSend:
+      case Command::kReceive: return ask_for(command, next<Collective>());
+      case Command::kExchange: module_->exchange(device_, 0, s); return;
+      case Command::kExchanged: out.values[0] = module_->exchanged(device_, 0, s); return answer(out);
+      case Command::kGiveUp: module_->give_up(device_, 0); return;
       default: break;
     }
     int number = static_cast<int>(Command::kFirstOp);
@@ -192,6 +207,15 @@ class RankProcess {
   if (static_cast<int>(command) == number++) return run_op<args>(ops().op);
     MOEBIUS_OPS(MOEBIUS_RUN)
 #undef MOEBIUS_RUN
+  }
+
+  void ask_for(Command command, const Collective& c) {
+    switch (command) {
+      case Command::kAllReduce: module_->all_reduce(device_, 0, c.data, c.count, c.element, status_); return;
+      case Command::kReduce: module_->reduce(device_, 0, c.data, c.count, c.element, c.other, status_); return;
+      case Command::kSend: module_->send(device_, 0, c.data, c.count, c.other, status_); return;
+      default: module_->receive(device_, 0, c.data, c.count, c.other, status_); return;
+    }
   }
 
   const Ops& ops() const { return *module_->ops(device_); }
@@ -209,6 +233,7 @@ class RankProcess {
   int64_t at_ = 0;
   const DeviceModule* module_ = nullptr;
   void* device_ = nullptr;
+  bool shares_ = false;                        // its memory and marks, with the other processes
   ModuleStatus status_;                        // the first thing that went wrong since the last answer
   std::map<const std::byte*, Peer> shared_;    // by address in the process that has it
 };

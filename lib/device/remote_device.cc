@@ -15,6 +15,7 @@
 #include <csignal>
 #include <filesystem>
 #include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -90,7 +91,7 @@ class RemoteRank {
     const int64_t number = ++asked_;
     wait([&] { return control_->answered.load(std::memory_order_acquire) >= number; });
     const Answer answer = control_->answer;
-    if (answer.status.code < 0) throw Error(static_cast<Code>(answer.status.code), answer.status.text);
+    if (answer.status.code < 0) throw Error(static_cast<Code>(answer.status.code), fmt::format("process of rank {}: {}", rank_, answer.status.text));
     return answer;
   }
 
@@ -109,12 +110,18 @@ class RemoteRank {
     read_bytes_ = round_up(read_bytes_ + bytes, kAlign);
   }
   bool idle() {
-    if (ask(Command::kIdle).values[0] == 0) return false;
+    int64_t idle = 0;
+    try {
+      idle = ask(Command::kIdle).values[0];
+    } catch (...) {  // what was to be read is not there, and may have nowhere to go by the next time
+      forget_reads();
+      throw;
+    }
+    if (idle == 0) return false;
     const std::byte* room = memory_ + kControlBytes + kRingBytes;
     for (const PendingRead& r : reads_)
       for (int64_t i = 0; i < r.height; ++i) std::memcpy(r.to + i * r.to_pitch, room + r.at + i * r.width, static_cast<size_t>(r.width));
-    reads_.clear();
-    read_bytes_ = 0;
+    forget_reads();
     return true;
   }
 
@@ -123,6 +130,11 @@ class RemoteRank {
     std::byte* to;
     int64_t to_pitch, at, width, height;
   };
+
+  void forget_reads() {
+    reads_.clear();
+    read_bytes_ = 0;
+  }
 
   static int64_t size_of(const Bytes& b) { return round_up(b.bytes, kAlign); }
   template <class T>
@@ -222,10 +234,10 @@ void remote_clear(void* to, size_t bytes, const Lane& lane) {
   static_cast<RemoteRank*>(lane.queue)->post(Command::kClear, Copy{to, nullptr, static_cast<int64_t>(bytes)});
 }
 
-class RemoteDevice final : public Device {
+class RemoteDevice final : public Device, private Collectives {
  public:
   RemoteDevice(const std::string& name, const DeviceModule& module, const std::string& file, const std::string& program, const ModuleOptions& options)
-      : name_(name), ops_(*module.ops(nullptr)) {
+      : name_(name), has_collectives_(options.collectives != 0), ops_(*module.ops(nullptr)) {
 #define MOEBIUS_REMOTE(op, args) ops_.op = remote_op<kOp_##op, args>;
     MOEBIUS_OPS(MOEBIUS_REMOTE)
 #undef MOEBIUS_REMOTE
@@ -237,10 +249,17 @@ class RemoteDevice final : public Device {
       if (file.size() >= sizeof open.module) fail(Code::kUnsupported, "the path {} is too long", file);
       std::memcpy(open.module, file.data(), file.size());
       open.rank = rank->rank();
+      open.ranks = options.ranks;
       open.device = options.devices != nullptr ? options.devices[rank->rank()] : -1;
       open.row_major = options.row_major;
+      open.collectives = options.collectives;
       opened.push_back(rank->ask(Command::kOpen, open));
       devices_.push_back(opened.back().values[0]);
+    }
+    if (has_collectives_) {
+      const auto devices = static_cast<int>(std::set<int64_t>(devices_.begin(), devices_.end()).size());
+      if (devices < options.ranks) fail(Code::kUnsupported, "{} ranks on {} devices: NCCL needs a device for each; communicator peer does not", options.ranks, devices);
+      return;
     }
     for (const auto& rank : ranks_)
       for (const auto& other : ranks_)
@@ -261,16 +280,13 @@ class RemoteDevice final : public Device {
     const Answer answer = of(rank).ask(Command::kAllocate, bytes);
     auto* const address = reinterpret_cast<std::byte*>(answer.values[0]);
     for (const auto& other : ranks_)
-      if (other->rank() != rank) other->post(Command::kImport, Shared{address, bytes, answer.handles[0]});
+      if (other->rank() != rank && !has_collectives_) other->post(Command::kImport, Shared{address, bytes, answer.handles[0]});
     return address;
   }
   void release(int rank, std::byte* memory, int64_t bytes) noexcept override {
-    try {
-      for (const auto& other : ranks_)
-        if (other->rank() != rank) other->ask(Command::kForget, Shared{memory, bytes, {}});
-      of(rank).ask(Command::kRelease, memory);
-    } catch (...) {  // a process that has ended has released it
-    }
+    for (const auto& other : ranks_)
+      if (other->rank() != rank && !has_collectives_) if_it_lives([&] { other->ask(Command::kForget, Shared{memory, bytes, {}}); });
+    if_it_lives([&] { of(rank).ask(Command::kRelease, memory); });
   }
 
   void* queue(int rank) override { return &of(rank); }
@@ -291,12 +307,49 @@ class RemoteDevice final : public Device {
   void copy_kept(int rank, int number, int64_t begin, int64_t end) override { of(rank).post(Command::kCopyKept, Kept{number, begin, end}); }
   void mark(int rank) override { of(rank).ask(Command::kMark); }  // others may pass it once it is set, not only asked for
   void pass(int rank) override { of(rank).post(Command::kPass, 0); }
+  // A captured step is one process's own: with marks it would be one graph for all of them.
+  bool can_capture() const override { return has_collectives_; }
+  void begin_capture(int rank) override { of(rank).post(Command::kBeginCapture, 0); }
+  int end_capture(int rank) override { return static_cast<int>(of(rank).ask(Command::kEndCapture).values[0]); }
+  void replay(int rank, int number) override { of(rank).post(Command::kReplay, int64_t{number}); }
+  void forget_captures(int rank) override { of(rank).post(Command::kForgetCaptures, 0); }
   bool idle(int rank) override { return of(rank).idle(); }
+  Collectives* collectives() override { return has_collectives_ ? this : nullptr; }
 
  private:
+  void prepare() override {
+    for (const auto& rank : ranks_) rank->post(Command::kGiveUp, 0);
+    id_ = ranks_[0]->ask(Command::kPrepare).connection;
+    connection_begins();
+  }
+  void connect(int rank) override { of(rank).post(Command::kConnect, id_); }
+  void all_reduce(int rank, void* data, int64_t count, Element element) override { collective(rank, Command::kAllReduce, {data, count, element, 0}); }
+  void reduce(int rank, void* data, int64_t count, Element element, int root) override { collective(rank, Command::kReduce, {data, count, element, root}); }
+  void send(int rank, const void* data, int64_t bytes, int to) override {
+    collective(rank, Command::kSend, {const_cast<void*>(data), bytes, Element::kUint8, to});
+  }
+  void receive(int rank, void* data, int64_t bytes, int from) override { collective(rank, Command::kReceive, {data, bytes, Element::kUint8, from}); }
+  void exchange(int rank) override { of(rank).post(Command::kExchange, 0); }
+  bool exchanged(int rank) override { return of(rank).ask(Command::kExchanged).values[0] != 0; }
+  void give_up(int rank) noexcept override {
+    connection_ends();
+    if_it_lives([&] { of(rank).post(Command::kGiveUp, 0); });
+  }
+
+  void collective(int rank, Command command, const Collective& what) { of(rank).post(command, what); }
   RemoteRank& of(int rank) const { return *ranks_[static_cast<size_t>(rank)]; }
+  // A process that has ended has let go of everything.
+  template <class F>
+  static void if_it_lives(const F& f) noexcept {
+    try {
+      f();
+    } catch (...) {
+    }
+  }
 
   std::string name_;
+  const bool has_collectives_;
+  ConnectionId id_;
   Ops ops_;
   std::vector<std::unique_ptr<RemoteRank>> ranks_;
   std::vector<int64_t> devices_;  // [ranks]

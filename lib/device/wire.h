@@ -22,7 +22,8 @@ inline constexpr int64_t kAlign = 16;
 
 enum class Command : int32_t {
   kOpen, kImportMarks, kImport, kForget, kAllocate, kRelease, kMemory, kWrite, kRead, kCopy, kCopyBlock, kFinishBlocks, kKeepBlocks, kCopyKept,
-  kMark, kPass, kIdle, kClear, kClose, kFirstOp  // kFirstOp + number of an op in MOEBIUS_OPS
+  kMark, kPass, kIdle, kClear, kBeginCapture, kEndCapture, kReplay, kForgetCaptures, kPrepare, kConnect, kAllReduce, kReduce, kSend, kReceive,
+  kExchange, kExchanged, kGiveUp, kClose, kFirstOp  // kFirstOp + number of an op in MOEBIUS_OPS
 };
 
 // Ops that take their arguments as one struct.
@@ -58,8 +59,8 @@ void each_array(CopyPagesArgs& a, V&& v) { v.peers(a.from, a.num_ranks); }
 // Arguments of the commands that are no ops.
 struct Open {
   char module[1024] = {};
-  int32_t rank = 0, device = -1;  // −1: by turns
-  int32_t row_major = 0;
+  int32_t rank = 0, ranks = 0, device = -1;  // −1: by turns
+  int32_t row_major = 0, collectives = 0;
 };
 struct Shared {  // memory of another rank
   const std::byte* address = nullptr;  // in its process
@@ -81,6 +82,12 @@ struct Kept {
   int32_t number = 0;
   int64_t begin = 0, end = 0;
 };
+struct Collective {
+  void* data = nullptr;
+  int64_t count = 0;  // or bytes
+  Element element = Element::kUint8;
+  int32_t other = 0;  // root, to or from
+};
 struct OpHeader {
   std::byte* scratch = nullptr;
 };
@@ -89,6 +96,7 @@ struct Answer {
   ModuleStatus status;
   int64_t values[3] = {};
   IpcHandle handles[2];
+  ConnectionId connection;
 };
 
 struct Header {

@@ -55,8 +55,8 @@ std::unique_ptr<Device> open_device(const EngineConfig& config) {
   options.queues = list("streams", config.streams);
   options.comms = list("nccl_comms", config.nccl_comms);
   if (!config.rank_processes) return open_module_device(config.device, options);
-  if (nccl) fail(Code::kUnsupported, "communicator nccl is of ranks in one process; with rank_processes it is peer");
-  if (options.queues != nullptr) fail(Code::kInvalidArgument, "streams are of this process; with rank_processes each rank makes its own");
+  if (options.queues != nullptr || options.comms != nullptr)
+    fail(Code::kInvalidArgument, "streams and nccl_comms are of this process; with rank_processes each rank makes its own");
   return open_remote_device(config.device, options);
 }
 

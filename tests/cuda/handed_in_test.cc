@@ -46,7 +46,6 @@ TEST_CASE("streams and communicators that are handed in are used, and left alone
   ModuleStatus status;
   void* device = module.open(host.options(queues, comms), status);
   REQUIRE(std::string(status.text) == "");
-  CHECK(module.connection(device) == 1);
   std::byte* memory[2];
   for (int r : {0, 1}) {
     CHECK(module.queue(device, r) == queues[r]);
@@ -82,8 +81,8 @@ TEST_CASE("communicators that were handed in cannot be replaced once a rank has 
   REQUIRE(device != nullptr);
   for (int r : {0, 1}) module.give_up(device, r);
   host.gone = true;
-  CHECK(module.connection(device) == 0);
-  CHECK(module.prepare(device, status) == static_cast<int32_t>(Code::kRankFailed));
+  ConnectionId id;
+  CHECK(module.prepare(device, &id, status) == static_cast<int32_t>(Code::kRankFailed));
   CHECK_THAT(status.text, Catch::Matchers::Contains("only the host can make others"));
   module.close(device);
 }

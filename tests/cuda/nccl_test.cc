@@ -63,9 +63,10 @@ std::vector<T> read(Device& device, int rank, const DeviceBuffer& buffer, size_t
   return out;
 }
 
-EngineConfig nccl_config(int ranks, Layout layout) {
+EngineConfig nccl_config(int ranks, Layout layout, bool processes) {
   EngineConfig c = device_config(ranks, layout);
   c.communicator = "nccl";
+  c.rank_processes = processes;
   return c;
 }
 
@@ -140,17 +141,18 @@ TEST_CASE("NCCL: either layout, every seam, captured or not, give the bits of ra
     const Outcome expected = run_script(model, device_config(1, Layout::kTp), script);
     for (int ranks = 1; ranks <= most; ++ranks)
       for (Layout layout : {Layout::kTp, Layout::kEp})
-        for (bool capture : {true, false}) {
-          if (ranks == 3 || (ranks != most && (model == kDense || !capture))) continue;
-          INFO(model << " ranks " << ranks << " " << name_of(layout) << " capture " << capture);
-          EngineConfig config = nccl_config(ranks, layout);
-          config.capture_steps = capture;
-          CHECK(difference(expected, run_script(model, config, script)) == "");
-        }
+        for (bool capture : {true, false})
+          for (bool processes : {false, true}) {
+            if (ranks == 3 || (ranks != most && (model == kDense || !capture))) continue;
+            INFO(model << " ranks " << ranks << " " << name_of(layout) << " capture " << capture << " processes " << processes);
+            EngineConfig config = nccl_config(ranks, layout, processes);
+            config.capture_steps = capture;
+            CHECK(difference(expected, run_script(model, config, script)) == "");
+          }
     for (int seam = 1; seam < (model == kDense ? 6 : 4); ++seam) {
       script.switches = {{0, seam}};
       INFO(model << " seam " << seam);
-      if (most > 1) CHECK(difference(expected, run_script(model, nccl_config(most, seam % 2 == 0 ? Layout::kTp : Layout::kEp), script)) == "");
+      if (most > 1) CHECK(difference(expected, run_script(model, nccl_config(most, seam % 2 == 0 ? Layout::kTp : Layout::kEp, seam > 2), script)) == "");
     }
   }
 }
@@ -161,22 +163,23 @@ TEST_CASE("NCCL: switches at once and a little in every step, there and back, ch
   Script script = script_of_three(0);
   const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
   script.switches = {{1, -1}, {3, 0}, {4, 2}};
-  for (double budget : {0.0, 1e-6}) {
-    EngineConfig config = nccl_config(ranks, Layout::kEp);
-    config.stall_budget_ms = budget;
-    Engine engine(kQwen, config);
-    engine.impl().switcher().set_piece_bytes(4096);
-    const Outcome got = Runner(engine).run(script);
-    CHECK(got.count(EventType::kSwitchStarted) > 0);
-    CHECK(difference(expected, got) == "");
-  }
+  for (bool processes : {false, true})
+    for (double budget : {0.0, 1e-6}) {
+      EngineConfig config = nccl_config(ranks, Layout::kEp, processes);
+      config.stall_budget_ms = budget;
+      Engine engine(kQwen, config);
+      engine.impl().switcher().set_piece_bytes(4096);
+      const Outcome got = Runner(engine).run(script);
+      CHECK(got.count(EventType::kSwitchStarted) > 0);
+      CHECK(difference(expected, got) == "");
+    }
 }
 
 TEST_CASE("NCCL: an update that fails takes the connection down, and the next one brings it back") {
   if (possible_ranks() < 2) return;
   ModelCopy changed(kQwen);
   changed.change_all();
-  EngineConfig config = nccl_config(2, Layout::kTp);
+  EngineConfig config = nccl_config(2, Layout::kTp, GENERATE(false, true));
   int64_t most = INT64_MAX;
   config.progress = [&](int64_t done, int64_t) { return done < most; };
   Engine engine(kQwen, config);
@@ -195,13 +198,14 @@ TEST_CASE("NCCL: a fault on any rank is rolled back over a new connection, and n
   const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
   for (Layout start : {Layout::kTp, Layout::kEp})
     for (int rank = 0; rank < ranks; ++rank) {
-      Engine engine(kQwen, nccl_config(ranks, start));
+      const bool processes = rank % 2 == (start == Layout::kTp ? 0 : 1);
+      Engine engine(kQwen, nccl_config(ranks, start, processes));
       std::atomic<bool> armed{true};
       engine.impl().switcher().hook = [&](const CopyPoint& p) {
         if (p.item == rank && p.rank == rank && p.when == CopyPoint::kBetween && armed.exchange(false)) throw Error(Code::kIo, "injected");
       };
       script.switches = {{2, start == Layout::kTp ? 0 : -1}};
-      INFO("from " << name_of(start) << " rank " << rank);
+      INFO("from " << name_of(start) << " rank " << rank << " processes " << processes);
       check_rolled_back(engine, script, expected, start == Layout::kTp ? 4 : 0);
     }
 }

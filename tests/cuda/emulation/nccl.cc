@@ -1,18 +1,28 @@
+// Ranks of one world, in one process or in several, write what they give into files of a folder of their own, and read what others give:
+// sums<rank> what a rank adds to sums, <from>-<to> what it sends, got<from>-<to> a byte for each of these that has been received.
 #include <nccl.h>
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <deque>
-#include <map>
+#include <filesystem>
+#include <fstream>
 #include <memory>
-#include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
 namespace {
 
+namespace fs = std::filesystem;
+
 struct Op {
-  enum Kind { kAllReduce, kReduce, kSend, kReceive } kind;
+  enum Kind : int { kAllReduce, kReduce, kSend, kReceive } kind;
   const void* from;
   void* to;
   size_t count;
@@ -24,82 +34,134 @@ struct Op {
   size_t bytes() const { return count * (type == ncclInt64 ? 8 : type == ncclFloat32 ? 4 : 1); }
 };
 
-struct Member {
-  std::deque<Op> sums;
-  std::map<int, std::deque<Op>> sends, receives;  // by peer
-  int pending = 0;                                // ops that wait for others
-  int device = -1;
+// What stands in a file before an op's data.
+struct Header {
+  int kind, type, op, peer;
+  size_t count;
+  bool operator==(const Header&) const = default;
 };
+Header header_of(const Op& op) { return op.is_sum() ? Header{op.kind, op.type, op.op, op.peer, op.count} : Header{Op::kSend, op.type, 0, 0, op.count}; }
 
-struct Clique {
-  std::mutex mutex;
-  std::vector<Member> members;
-  int joined = 0;
-  bool aborted = false;
-  ncclResult_t failed = ncclSuccess;  // the ends of an exchange do not match
+// One rank writes at its end, others read from where they are.
+class Channel {
+ public:
+  explicit Channel(const fs::path& path) : file_(open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0600)) {}
+  ~Channel() { close(file_); }
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
+
+  void put(const void* data, size_t bytes) {
+    for (const auto* at = static_cast<const char*>(data); bytes > 0;) {
+      const ssize_t written = write(file_, at, bytes);
+      if (written <= 0) std::abort();
+      at += written, bytes -= static_cast<size_t>(written);
+    }
+  }
+  bool has(size_t bytes) const {
+    struct stat s;
+    return fstat(file_, &s) == 0 && static_cast<size_t>(s.st_size) >= at_ + bytes;
+  }
+  void peek(void* to, size_t bytes, size_t skip = 0) const {
+    for (auto* at = static_cast<char*>(to); bytes > 0;) {
+      const ssize_t got = pread(file_, at, bytes, static_cast<off_t>(at_ + skip));
+      if (got <= 0) std::abort();
+      at += got, bytes -= static_cast<size_t>(got), skip += static_cast<size_t>(got);
+    }
+  }
+  void advance(size_t bytes) { at_ += bytes; }
+
+ private:
+  int file_;
+  size_t at_ = 0;
 };
+using Channels = std::vector<std::unique_ptr<Channel>>;
 
 template <class T>
-void add_up(std::vector<Member>& members, const Op& first) {
-  std::vector<T> total(first.count);
-  for (size_t r = 0; r < members.size(); ++r) {
-    const T* values = static_cast<const T*>(members[r].sums.front().from);
-    for (size_t i = 0; i < first.count; ++i) {
+void add_up(const Channels& given, const Op& op) {
+  std::vector<T> total(op.count), values(op.count);
+  for (const auto& channel : given) {
+    channel->peek(values.data(), op.bytes(), sizeof(Header));
+    for (size_t i = 0; i < op.count; ++i) {
       if constexpr (std::is_same_v<T, float>) total[i] += values[i];
-      else if (first.op == ncclMax) total[i] = std::max(total[i], values[i]);
+      else if (op.op == ncclMax) total[i] = std::max(total[i], values[i]);
       else total[i] = static_cast<T>(static_cast<uint64_t>(total[i]) + static_cast<uint64_t>(values[i]));
     }
   }
-  for (size_t r = 0; r < members.size(); ++r)
-    if (first.kind == Op::kAllReduce || static_cast<int>(r) == first.peer)
-      std::memcpy(members[r].sums.front().to, total.data(), first.bytes());
+  std::memcpy(op.to, total.data(), op.bytes());
 }
 
-// Does what all its parts are there for.
-void match(Clique& c) {
-  for (size_t from = 0; from < c.members.size(); ++from)
-    for (auto& [to, sends] : c.members[from].sends) {
-      auto& receives = c.members[static_cast<size_t>(to)].receives[static_cast<int>(from)];
-      while (!sends.empty() && !receives.empty()) {
-        if (sends.front().bytes() != receives.front().bytes()) {
-          c.failed = ncclInvalidUsage;
-          return;
-        }
-        std::memcpy(receives.front().to, sends.front().from, sends.front().bytes());
-        sends.pop_front();
-        receives.pop_front();
-        --c.members[from].pending;
-        --c.members[static_cast<size_t>(to)].pending;
-      }
-    }
-  while (std::none_of(c.members.begin(), c.members.end(), [](const Member& m) { return m.sums.empty(); })) {
-    const Op first = c.members[0].sums.front();
-    for (const Member& m : c.members) {
-      const Op& other = m.sums.front();
-      if (other.kind != first.kind || other.count != first.count || other.type != first.type || other.op != first.op || other.peer != first.peer) {
-        c.failed = ncclInvalidUsage;
-        return;
-      }
-    }
-    if (first.type == ncclInt64) add_up<int64_t>(c.members, first);
-    else if (first.type == ncclFloat32) add_up<float>(c.members, first);
-    else add_up<uint8_t>(c.members, first);
-    for (Member& m : c.members) {
-      m.sums.pop_front();
-      --m.pending;
-    }
-  }
+fs::path folder_of(const ncclUniqueId& id) {
+  return fs::temp_directory_path() / ("emulated-nccl-" + std::to_string(id.process) + "-" + std::to_string(id.number));
 }
-
-std::mutex worlds_mutex;
-std::map<uint64_t, std::shared_ptr<Clique>> worlds;
-uint64_t next_world = 1;
+void mark(const fs::path& path) { std::ofstream{path}; }
 
 }  // namespace
 
+// Used by one thread at a time.
 struct ncclComm {
-  std::shared_ptr<Clique> clique;
-  int rank;
+  fs::path folder;
+  int rank, ranks, device;
+  Channels sums, to, from, got_by, got_from;  // by rank
+  std::deque<Op> open_sums;
+  std::vector<std::deque<Op>> receives;
+  std::vector<size_t> sent;  // and not known to have been received
+  bool joined = false;
+  ncclResult_t failed = ncclSuccess;  // the ends of an exchange do not match
+
+  void add(const Op& op) {
+    const Header header = header_of(op);
+    const auto peer = static_cast<size_t>(op.peer);
+    if (op.kind == Op::kReceive) return receives[peer].push_back(op);
+    Channel& out = op.is_sum() ? *sums[static_cast<size_t>(rank)] : *to[peer];
+    out.put(&header, sizeof header);
+    out.put(op.from, op.bytes());
+    if (op.is_sum()) open_sums.push_back(op);
+    else ++sent[peer];
+  }
+
+  // Whether all of `op` is there; the ends must match.
+  bool arrived(const Channel& channel, const Op& op) {
+    if (!channel.has(sizeof(Header))) return false;
+    Header header;
+    channel.peek(&header, sizeof header);
+    if (!(header == header_of(op))) failed = ncclInvalidUsage;
+    return failed == ncclSuccess && channel.has(sizeof header + op.bytes());
+  }
+  bool sum_arrived() {
+    return !open_sums.empty() && std::all_of(sums.begin(), sums.end(), [this](const auto& c) { return arrived(*c, open_sums.front()); });
+  }
+
+  // Does what all its parts are there for.
+  ncclResult_t progress() {
+    for (int r = 0; r < ranks && !joined; ++r)
+      if (!fs::exists(folder / ("joined" + std::to_string(r)))) return ncclInProgress;
+    joined = true;
+    while (sum_arrived()) {
+      const Op& op = open_sums.front();
+      if (op.kind == Op::kReduce && op.peer != rank) {
+      } else if (op.type == ncclInt64) {
+        add_up<int64_t>(sums, op);
+      } else if (op.type == ncclFloat32) {
+        add_up<float>(sums, op);
+      } else {
+        add_up<uint8_t>(sums, op);
+      }
+      for (auto& channel : sums) channel->advance(sizeof(Header) + op.bytes());
+      open_sums.pop_front();
+    }
+    bool pending = !open_sums.empty();
+    for (size_t r = 0; r < receives.size(); ++r) {
+      for (; !receives[r].empty() && arrived(*from[r], receives[r].front()); receives[r].pop_front()) {
+        const Op& op = receives[r].front();
+        from[r]->peek(op.to, op.bytes(), sizeof(Header));
+        from[r]->advance(sizeof(Header) + op.bytes());
+        got_from[r]->put("", 1);
+      }
+      for (; sent[r] > 0 && got_by[r]->has(1); --sent[r]) got_by[r]->advance(1);
+      pending |= !receives[r].empty() || sent[r] > 0;
+    }
+    return failed != ncclSuccess ? failed : pending ? ncclInProgress : ncclSuccess;
+  }
 };
 
 namespace {
@@ -110,39 +172,21 @@ thread_local std::vector<Op> group;
 thread_local ncclComm_t group_comm = nullptr;
 thread_local cudaStream_t group_stream = nullptr;
 
-void post(Clique& c, int rank, const std::vector<Op>& ops) {
-  std::lock_guard lock(c.mutex);
-  Member& m = c.members[static_cast<size_t>(rank)];
-  for (const Op& op : ops) {
-    ++m.pending;
-    if (op.is_sum()) m.sums.push_back(op);
-    else (op.kind == Op::kSend ? m.sends : m.receives)[op.peer].push_back(op);
-  }
-  match(c);
-}
-
-ncclResult_t state_of(Clique& c, int rank) {
-  std::lock_guard lock(c.mutex);
-  if (c.failed != ncclSuccess) return c.failed;
-  return c.joined < static_cast<int>(c.members.size()) || c.members[static_cast<size_t>(rank)].pending > 0 ? ncclInProgress : ncclSuccess;
-}
-
 ncclResult_t flush_group() {
   if (group.empty()) return ncclSuccess;
-  const std::shared_ptr<Clique> clique = group_comm->clique;
-  const int rank = group_comm->rank;
+  ncclComm* const comm = group_comm;
   const std::vector<Op> ops = std::exchange(group, {});
+  const auto start = [comm, ops] {
+    for (const Op& op : ops) comm->add(op);
+  };
   if (!moebius::emulation::is_captured(group_stream)) {
-    post(*clique, rank, ops);
+    start();
     return ncclInProgress;
   }
-  moebius::emulation::queue(group_stream, [=] {
-    post(*clique, rank, ops);
-    while (state_of(*clique, rank) == ncclInProgress) {
-      {
-        std::lock_guard lock(clique->mutex);
-        if (clique->aborted) return;  // the thread that would abort this rank's communicator is this one
-      }
+  moebius::emulation::queue(group_stream, [comm, start] {
+    start();
+    while (comm->progress() == ncclInProgress) {
+      if (fs::exists(comm->folder / "aborted")) return;  // the thread that would abort this rank's communicator is this one
       std::this_thread::yield();
     }
   });
@@ -150,10 +194,9 @@ ncclResult_t flush_group() {
 }
 
 ncclResult_t add(const Op& op, ncclComm_t comm, cudaStream_t stream) {
-  const int device = comm->clique->members[static_cast<size_t>(comm->rank)].device;
   for (const void* p : {op.from, static_cast<const void*>(op.to)})
-    if (p != nullptr && moebius::emulation::device_of(p) != device) return ncclInvalidArgument;
-  if (op.peer < 0 || op.peer >= static_cast<int>(comm->clique->members.size())) return ncclInvalidArgument;
+    if (p != nullptr && moebius::emulation::device_of(p) != comm->device) return ncclInvalidArgument;
+  if (op.peer < 0 || op.peer >= comm->ranks) return ncclInvalidArgument;
   if (!group.empty() && (group_comm != comm || group_stream != stream)) return ncclInvalidUsage;  // more is not needed here
   group_comm = comm;
   group_stream = stream;
@@ -164,42 +207,51 @@ ncclResult_t add(const Op& op, ncclComm_t comm, cudaStream_t stream) {
 }  // namespace
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
-  std::lock_guard lock(worlds_mutex);
-  id->number = next_world++;
+  static std::atomic<int64_t> next{0};
+  *id = {getpid(), next++};
+  fs::create_directory(folder_of(*id));
   return ncclSuccess;
 }
 
 ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank, ncclConfig_t*) {
-  std::shared_ptr<Clique> clique;
-  {
-    std::lock_guard lock(worlds_mutex);
-    std::shared_ptr<Clique>& made = worlds[id.number];
-    if (made == nullptr) made = std::make_shared<Clique>();
-    clique = made;
+  auto made = std::make_unique<ncclComm>();
+  made->folder = folder_of(id);
+  made->rank = rank;
+  made->ranks = ranks;
+  (void)cudaGetDevice(&made->device);
+  const fs::path device = made->folder / ("device" + std::to_string(made->device));
+  if (const int taken = open(device.c_str(), O_CREAT | O_EXCL | O_CLOEXEC, 0600); taken >= 0) close(taken);
+  else return ncclInvalidUsage;
+  const auto channel = [&](const std::string& name) { return std::make_unique<Channel>(made->folder / name); };
+  const auto between = [](int from, int to) { return std::to_string(from) + "-" + std::to_string(to); };
+  for (int r = 0; r < ranks; ++r) {
+    made->sums.push_back(channel("sums" + std::to_string(r)));
+    made->to.push_back(channel(between(rank, r)));
+    made->from.push_back(channel(between(r, rank)));
+    made->got_by.push_back(channel("got" + between(rank, r)));
+    made->got_from.push_back(channel("got" + between(r, rank)));
   }
-  std::lock_guard lock(clique->mutex);
-  if (clique->members.empty()) clique->members.resize(static_cast<size_t>(ranks));
-  int device = -1;
-  (void)cudaGetDevice(&device);
-  for (const Member& m : clique->members)
-    if (m.device == device) return ncclInvalidUsage;
-  clique->members[static_cast<size_t>(rank)].device = device;
-  ++clique->joined;
-  *comm = new ncclComm{clique, rank};
+  made->receives.resize(made->sums.size());
+  made->sent.resize(made->sums.size());
+  mark(made->folder / ("joined" + std::to_string(rank)));
+  *comm = made.release();
   return ncclInProgress;
 }
 
+// The last one out takes the folder along.
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
-  {
-    std::lock_guard lock(comm->clique->mutex);
-    comm->clique->aborted = true;
-  }
-  delete comm;
+  const std::unique_ptr<ncclComm> gone(comm);
+  mark(gone->folder / "aborted");
+  mark(gone->folder / ("left" + std::to_string(gone->rank)));
+  for (int r = 0; r < gone->ranks; ++r)
+    if (!fs::exists(gone->folder / ("left" + std::to_string(r)))) return ncclSuccess;
+  std::error_code error;
+  fs::remove_all(gone->folder, error);
   return ncclSuccess;
 }
 
 ncclResult_t ncclCommCount(const ncclComm_t comm, int* count) {
-  *count = static_cast<int>(comm->clique->members.size());
+  *count = comm->ranks;
   return ncclSuccess;
 }
 ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank) {
@@ -207,7 +259,7 @@ ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank) {
   return ncclSuccess;
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* state) {
-  *state = state_of(*comm->clique, comm->rank);
+  *state = comm->progress();
   return ncclSuccess;
 }
 const char* ncclGetErrorString(ncclResult_t result) { return result == ncclInvalidUsage ? "invalid usage" : result == ncclInvalidArgument ? "invalid argument" : "an error"; }

@@ -1,6 +1,6 @@
-// NCCL's functions on the host, as far as cuda/nccl.cu uses them. An exchange is done by whoever brings the last part of it; until then its
-// communicator says that it is in progress. In captured work a rank waits there, for its own thread replays it. Checked as NCCL would: one rank
-// a device, memory of that device, and the same sums and sizes at both ends.
+// NCCL's functions on the host, as far as cuda/nccl.cu uses them, for ranks in one process or in several. A rank's part of an exchange is done
+// when its communicator is asked for its state and all other parts are there; in captured work a rank waits there, for its own thread replays
+// it. Checked as NCCL would: one rank a device, memory of that device, and the same sums and sizes at both ends.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -12,7 +12,7 @@ enum ncclResult_t { ncclSuccess = 0, ncclSystemError = 2, ncclInternalError = 3,
 enum ncclDataType_t { ncclUint8 = 1, ncclInt64 = 4, ncclFloat32 = 7 };
 enum ncclRedOp_t { ncclSum = 0, ncclMax = 2 };
 struct ncclUniqueId {
-  uint64_t number;
+  int64_t process, number;
 };
 struct ncclConfig_t {
   int blocking;
