@@ -85,11 +85,14 @@ __global__ void __launch_bounds__(kWarps * 32) copy_pages_kernel(CopyPagesArgs a
 }  // namespace
 
 BlockCopies::~BlockCopies() {
-  for (Table& t : tables_) {
-    if (t.host != nullptr) (void)cudaFreeHost(t.host);
-    if (t.device != nullptr) (void)cudaFree(t.device);
-    if (t.read != nullptr) (void)cudaEventDestroy(t.read);
-  }
+  for (Table& t : tables_) release(t);
+}
+
+void BlockCopies::release(Table& t) {
+  if (t.host != nullptr) (void)cudaFreeHost(t.host);
+  if (t.device != nullptr) (void)cudaFree(t.device);
+  if (t.read != nullptr) (void)cudaEventDestroy(t.read);
+  t = {};
 }
 
 cudaError_t BlockCopies::grow(Table& t) {
@@ -145,7 +148,9 @@ cudaError_t BlockCopies::keep(cudaStream_t stream, KeptBlocks& out) {
   const size_t bytes = static_cast<size_t>(out.num_ + 1) * sizeof(CopyEntry);
   if (const cudaError_t e = cudaMalloc(&out.table_, bytes); e != cudaSuccess) return e;
   if (const cudaError_t e = cudaMemcpyAsync(out.table_, t.host, bytes, cudaMemcpyHostToDevice, stream); e != cudaSuccess) return e;
-  return cudaStreamSynchronize(stream);
+  const cudaError_t done = cudaStreamSynchronize(stream);
+  release(t);  // a device that keeps its tables seldom fills others
+  return done;
 }
 
 KeptBlocks::~KeptBlocks() {

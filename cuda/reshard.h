@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "lib/device/ops.h"
+#include "lib/device/device.h"
 
 namespace moebius::cuda {
 
@@ -20,6 +20,7 @@ struct CopyEntry {
   const void* from = nullptr;
   int64_t begin = 0;
 };
+static_assert(sizeof(CopyEntry) == kKeptBlockBytes);
 
 // A table that stays on the device.
 class KeptBlocks {
@@ -57,6 +58,7 @@ class BlockCopies {
     int64_t capacity = 0;
   };
   cudaError_t grow(Table& table);
+  static void release(Table& table);
 
   Table tables_[2];
   int now_ = 0;

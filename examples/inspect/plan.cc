@@ -69,7 +69,7 @@ MemoryPlan plan_memory(const ModelConfig& model, const EngineConfig& asked, bool
   std::optional<MemoryPlan> plan;
   device.stopped = [&](int64_t shared_bytes) {
     const ModelStore& store = place.store();
-    plan = MemoryPlan{store.arena(), store.to_tp(), store.to_ep(), store.memory_bytes(), workspace, shared_bytes};
+    plan = MemoryPlan{store.arena(), store.to_tp(), store.to_ep(), store.memory_bytes(), workspace + store.table_bytes(), shared_bytes};
   };
   try {
     new (place.bytes) ModelStore(*source, model, config, world, device, workspace);

@@ -15,6 +15,8 @@
 
 namespace moebius {
 
+inline constexpr int64_t kKeptBlockBytes = 24;
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -44,7 +46,8 @@ class Device {
   // need not begin before finish_blocks(rank), and are in order with what is queued afterwards.
   virtual void copy_block(int rank, void* to, const void* from, int64_t bytes) = 0;
   virtual void finish_blocks(int rank) = 0;
-  // Keeps the blocks that were asked for and not yet begun, as a table in the rank's memory, instead of copying them; its number. Copying
+  // Keeps the blocks that were asked for and not yet begun, as a table in the rank's memory (kKeptBlockBytes for each, and once more), instead
+  // of copying them; its number. Copying
   // bytes [begin, end) of its blocks laid end to end, multiples of 64, then needs nothing of the host. Not where host_memory().
   virtual int keep_blocks(int /*rank*/) { return -1; }
   virtual void copy_kept(int /*rank*/, int /*number*/, int64_t /*begin*/, int64_t /*end*/) {}

@@ -1252,7 +1252,7 @@ MemoryReport Engine::Impl::memory() const {
         m.layer_bytes = std::max(m.layer_bytes, arena.item_range(r, layout, l).size());
     m.ep_tokens.push_back(kv_.ep_capacity(r) * config_.page_tokens);
   }
-  m.workspace_bytes = workspace_bytes(*device_, shape_, model_, config_);
+  m.workspace_bytes = workspace_bytes(*device_, shape_, model_, config_) + store_.table_bytes();
   m.shared_bytes = store_.shared_bytes();
   m.tp_tokens = kv_.tp_capacity() * config_.page_tokens;
   return m;

@@ -90,7 +90,7 @@ struct ModelInfo {
 
 struct MemoryReport {
   int64_t arena_bytes = 0, kept_bytes = 0, lead_bytes = 0, shared_bytes = 0;  // per rank (largest); shared: once
-  int64_t workspace_bytes = 0;      // per rank: activations, scratch of forward pass and sampling, its share of the logits
+  int64_t workspace_bytes = 0;      // per rank: activations, scratch of forward pass and sampling, its share of the logits, tables
   int64_t layer_bytes = 0;          // the largest layer's moving bytes
   int64_t tp_tokens = 0;            // KV tokens that TP holds in all
   std::vector<int64_t> ep_tokens;   // [rank]

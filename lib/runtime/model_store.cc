@@ -13,6 +13,7 @@
 #include "lib/model/scale.h"
 #include "lib/runtime/backend.h"
 #include "lib/runtime/rank_executor.h"
+#include "lib/runtime/resident_copies.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius {
@@ -79,10 +80,11 @@ void fill_rope(const ModelConfig& model, int64_t positions, float* out) {
 // Arrays that a rank's tables point to, collected on the host as offsets until their place in the rank's memory is known.
 class Lists {
  public:
+  static constexpr int64_t kAlign = 16;
   template <class T>
   const T* add(const std::vector<T>& values) {
     const size_t at = bytes_.size();
-    bytes_.resize(at + static_cast<size_t>(round_up(static_cast<int64_t>(values.size() * sizeof(T)), 16)));
+    bytes_.resize(at + static_cast<size_t>(round_up(static_cast<int64_t>(values.size() * sizeof(T)), kAlign)));
     std::memcpy(bytes_.data() + at, values.data(), values.size() * sizeof(T));
     return reinterpret_cast<const T*>(at + 1);  // never null
   }
@@ -144,6 +146,25 @@ std::vector<std::byte*> ModelStore::arenas() const {
   return out;
 }
 
+// Lists have a pointer for each cut of the rank and a number for each expert, in both layouts. ep_pages: of each home.
+int64_t ModelStore::most_table_bytes(int64_t tp_pages, int64_t ep_pages) const {
+  int64_t experts = 0, most = 0;
+  for (const MlpShape& mlp : model_.shape.mlps) experts += 2 * (mlp.num_experts * int64_t{sizeof(int32_t)} + 2 * Lists::kAlign);
+  for (int r = 0; r < world_.ranks(); ++r) {
+    int64_t owned = 0;
+    for (const Owners* owners : {&tp_, &ep_})
+      for (const std::vector<RankSet>& layer : owners->slices)
+        owned += std::count_if(layer.begin(), layer.end(), [r](RankSet set) { return (set >> r & 1) != 0; });
+    most = std::max(most, experts + owned * int64_t{sizeof(void*)});
+  }
+  if (ResidentCopies::possible(device_)) most += ResidentCopies::most_bytes(tp_, ep_, tp_pages + world_.ranks() * ep_pages);
+  return most;
+}
+
+int64_t ModelStore::table_bytes() const {
+  return most_table_bytes(arena_.tp_pages(), *std::max_element(arena_.ep_pages().begin(), arena_.ep_pages().end()));
+}
+
 // The wish is kv_tokens, or else KV for max_batch requests of up to 4,096 tokens; the limit is memory_bytes, or else the rank's
 // share of the memory that is free. A wish that fits is granted as it is; otherwise (or with memory_bytes alone) the limit is filled.
 ArenaPlan ModelStore::plan(const EngineConfig& config, int64_t workspace_bytes) {
@@ -160,7 +181,7 @@ ArenaPlan ModelStore::plan(const EngineConfig& config, int64_t workspace_bytes) 
   for (const auto& [place, ranks] : sharers) fewest = std::min(fewest, ranks);
   // Bytes of a rank beside its arena; ranks of one place share one read-only copy of the replicated weights and of the rotary table.
   const auto beside = [&](int64_t tp_pages, int64_t ep_pages) {
-    return workspace_bytes + (shared_.bytes() + rope_bytes(model_, served_positions(config, tp_pages, ep_pages))) / fewest;
+    return workspace_bytes + most_table_bytes(tp_pages, ep_pages) + (shared_.bytes() + rope_bytes(model_, served_positions(config, tp_pages, ep_pages))) / fewest;
   };
   const auto capacity_beside = [&](int64_t bytes) {
     try {
@@ -190,7 +211,7 @@ ArenaPlan ModelStore::plan(const EngineConfig& config, int64_t workspace_bytes) 
       return wished;
     }
   }
-  // The table grows with the pages: as much of it as they could call for without it is put aside.
+  // The rotary table and what a switch sends grow with the pages: as much as they could call for without these is put aside.
   Capacity capacity = capacity_beside(beside(0, 0));
   capacity = capacity_beside(beside(capacity.tp_pages, *std::max_element(capacity.ep_pages.begin(), capacity.ep_pages.end())));
   return plan_arena(slices_, tp_, ep_, slice, capacity.tp_pages, capacity.ep_pages);

@@ -43,6 +43,7 @@ class ModelStore {
   std::vector<std::byte*> arenas() const;
   int64_t shared_bytes() const { return shared_bytes_; }  // replicated weights and the rotary table
   int64_t memory_bytes() const { return memory_bytes_; }  // per rank, as asked for or chosen
+  int64_t table_bytes() const;                            // per rank at most: its lists, and what switches are told by
 
  private:
   struct Rank {
@@ -58,6 +59,7 @@ class ModelStore {
     friend bool operator==(const Scales&, const Scales&) = default;
   };
   ArenaPlan plan(const EngineConfig& config, int64_t workspace_bytes);
+  int64_t most_table_bytes(int64_t tp_pages, int64_t ep_pages) const;
   void reserve_shared(int64_t positions);
   std::vector<std::vector<bool>> touched_by(const WeightSource& source) const;
   std::vector<Scales> scales_of(const std::byte* shared) const;

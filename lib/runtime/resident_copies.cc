@@ -21,10 +21,8 @@ ResidentCopies::ResidentCopies(Device& device, const ArenaPlan& arena, const Tra
   };
   for (int r = 0; r < ranks; ++r) {
     Rank& rank = ranks_[static_cast<size_t>(r)];
-    int64_t bytes = 0;
-    place(rank, nullptr, max_pages, &bytes);
-    rank.memory = DeviceBuffer(device, r, bytes);
-    place(rank, rank.memory.data(), max_pages, &bytes);
+    rank.memory = DeviceBuffer(device, r, place(rank, nullptr, ranks, heads_, max_pages));
+    place(rank, rank.memory.data(), ranks, heads_, max_pages);
     send(r, rank.owners, owners);
     send(r, rank.places, places);
     send(r, rank.counts, counts);
@@ -44,19 +42,31 @@ ResidentCopies::ResidentCopies(Device& device, const ArenaPlan& arena, const Tra
   }
 }
 
-// Once without memory to learn the size, once to place the arrays.
-void ResidentCopies::place(Rank& rank, std::byte* base, int64_t max_pages, int64_t* bytes) const {
+// A block is at least a slice that the rank gains; each table ends with an entry of its own.
+int64_t ResidentCopies::most_bytes(const Owners& tp, const Owners& ep, int64_t max_pages) {
+  int64_t most = 0;
+  for (int r = 0; r < tp.ranks; ++r) {
+    int64_t blocks = 2;
+    for (size_t l = 0; l < tp.slices.size(); ++l)
+      for (size_t i = 0; i < tp.slices[l].size(); ++i) blocks += ((tp.slices[l][i] ^ ep.slices[l][i]) >> r & 1) != 0;
+    most = std::max(most, blocks * kKeptBlockBytes);
+  }
+  Rank none;
+  return most + place(none, nullptr, tp.ranks, static_cast<int64_t>(tp.kv_heads.size()), max_pages);
+}
+
+// The bytes of the arrays, which stand from `base` on where it is not null.
+int64_t ResidentCopies::place(Rank& rank, std::byte* base, int64_t ranks, int64_t heads, int64_t max_pages) {
   int64_t at = 0;
   const auto take = [&]<class T>(T*& pointer, int64_t count) {
     pointer = base == nullptr ? nullptr : reinterpret_cast<T*>(base + at);
     at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
   };
-  const auto ranks = static_cast<int64_t>(arenas_.size());
   take(rank.pairs, max_pages);
-  take(rank.owners, heads_);
-  take(rank.places, ranks * heads_);
+  take(rank.owners, heads);
+  take(rank.places, ranks * heads);
   take(rank.counts, ranks);
-  *bytes = at;
+  return at;
 }
 
 void ResidentCopies::copy_weights(int rank, Layout to, int item, int64_t begin, int64_t end) {

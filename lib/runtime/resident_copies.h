@@ -15,6 +15,8 @@ namespace moebius {
 class ResidentCopies {
  public:
   static bool possible(Device& device) { return device.ops().copy_pages != nullptr && device.collectives() == nullptr; }
+  // What it takes of any rank's memory at most.
+  static int64_t most_bytes(const Owners& tp, const Owners& ep, int64_t max_pages);
   // arenas: [rank]. At most max_pages pages are copied at once.
   ResidentCopies(Device& device, const ArenaPlan& arena, const TransferPlan& to_tp, const TransferPlan& to_ep,
                  const std::vector<std::byte*>& arenas, int64_t max_pages);
@@ -39,7 +41,7 @@ class ResidentCopies {
     int64_t local_pairs = 0;        // of these: of this home
     std::vector<const std::byte*> pools;
   };
-  void place(Rank& rank, std::byte* base, int64_t max_pages, int64_t* bytes) const;
+  static int64_t place(Rank& rank, std::byte* base, int64_t ranks, int64_t heads, int64_t max_pages);
 
   Device& device_;
   const ArenaPlan& arena_;

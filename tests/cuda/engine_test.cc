@@ -1,4 +1,5 @@
 // The whole engine on the device. Longer runs of the same kind are the engine's own tests with MOEBIUS_TEST_DEVICE (label gpu).
+#include "lib/device/module_device.h"
 #include "tests/cuda/engine_harness.h"
 #include "tests/unit/engine/model_copy.h"
 
@@ -175,6 +176,25 @@ TEST_CASE("a fault at any item of any rank is rolled back, and no bit changes") 
       INFO("from " << name_of(start) << " item " << item);
       check_rolled_back(engine, script, expected, start == Layout::kTp ? 4 : 0);
     }
+}
+
+TEST_CASE("an engine takes no more of a device than memory_bytes, with all its tables") {
+  if (std::string_view(MOEBIUS_TEST_DEVICE) != "cuda-emulated") return;  // a GPU gives in units of its own, and to others
+  const std::unique_ptr<Device> device = open_module_device(MOEBIUS_TEST_DEVICE, {.ranks = 2});
+  const auto free = [&](int rank) { return device->free_bytes(rank) / 9 * 10; };
+  for (Layout layout : {Layout::kTp, Layout::kEp}) {
+    EngineConfig config = device_config(2, layout);
+    config.kv_tokens = 0;
+    config.memory_bytes = 24 << 20;
+    const int64_t before[] = {free(0), free(1)};
+    Engine engine(kQwen, config);
+    for (int r : {0, 1}) {
+      const int64_t taken = before[r] - free(r);
+      INFO("rank " << r << " " << name_of(layout) << ": " << taken << " of " << config.memory_bytes);
+      CHECK(taken <= config.memory_bytes + 8 * 4096);  // each allocation is of whole pages
+      CHECK(taken > config.memory_bytes / 100 * 98);
+    }
+  }
 }
 
 TEST_CASE("what a device cannot do is refused before anything is loaded") {

@@ -175,7 +175,7 @@ TEST_CASE("NCCL: switches at once and a little in every step, there and back, ch
     }
 }
 
-TEST_CASE("NCCL: an update that fails takes the connection down, and the next one brings it back") {
+TEST_CASE("NCCL: an update that fails takes the connection down, and the next one brings it back, with captured steps") {
   if (possible_ranks() < 2) return;
   ModelCopy changed(kQwen);
   changed.change_all();
@@ -189,6 +189,9 @@ TEST_CASE("NCCL: an update that fails takes the connection down, and the next on
   most = INT64_MAX;
   engine.update_weights(changed.path());
   CHECK(difference(run_script(changed.path(), device_config(1, Layout::kTp), brief_script()), Runner(engine, true).run(brief_script())) == "");
+  engine.submit(greedy_request("b", prompt_of(2, 1), 4));
+  engine.step();
+  CHECK(engine.step().captured);
 }
 
 TEST_CASE("NCCL: a fault on any rank is rolled back over a new connection, and no bit changes") {
