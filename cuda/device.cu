@@ -35,7 +35,6 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     return nullptr;
   }
   auto device = std::make_unique<CudaDevice>();
-  device->shared_ = options.shared != 0;
   std::vector<int> used;
   for (int r = 0; r < options.ranks; ++r) {
     const int number = options.devices != nullptr ? options.devices[r] : (options.first_rank + r) % count;
@@ -57,12 +56,13 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     } else if (checked(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "a stream", r, status) < 0)
       return nullptr;
     for (cudaEvent_t& mark : rank.marks)
-      if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming | (options.shared != 0 ? cudaEventInterprocess : 0)), "an event", r, status) < 0) return nullptr;
+      if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "an event", r, status) < 0) return nullptr;
   }
   for (int r = 0; r < options.ranks && options.row_major != 0; ++r) {
     device->on(r);
     if (open_dense(status) < 0) return nullptr;
   }
+  if (options.shared != 0 && device->share(options, status) < 0) return nullptr;
   if (options.collectives == 0) return device->enable_peer_access(used, status) < 0 ? nullptr : std::move(device);
   if (static_cast<int>(used.size()) < options.ranks) {
     refuse(status, Code::kUnsupported, "%d ranks on %d devices: NCCL needs a device for each; communicator peer does not", options.ranks, static_cast<int>(used.size()));
@@ -70,6 +70,12 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
   }
   device->nccl_ = open_nccl(options, status);
   return device->nccl_ != nullptr ? std::move(device) : nullptr;
+}
+
+int32_t CudaDevice::share(const ModuleOptions& options, ModuleStatus& status) {
+  marks_ = std::make_unique<SharedMarks>(options.wait_ms, options.stop_waiting);
+  std::byte* const memory = allocate(0, sizeof(MarkFlags), status);
+  return memory == nullptr ? status.code : checked(marks_->open(memory), "marks", 0, status);
 }
 
 int32_t CudaDevice::enable_peer_access(const std::vector<int>& devices, ModuleStatus& status) {
@@ -90,8 +96,6 @@ int32_t CudaDevice::enable_peer_access(const std::vector<int>& devices, ModuleSt
 
 CudaDevice::~CudaDevice() {
   if (fork_ != nullptr) (void)cudaEventDestroy(fork_);
-  for (const Marks& marks : elsewhere_)
-    for (cudaEvent_t event : marks.events) (void)cudaEventDestroy(event);
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = on(static_cast<int>(r));
     if (rank.stream != nullptr) (void)cudaStreamSynchronize(rank.stream);
@@ -101,6 +105,7 @@ CudaDevice::~CudaDevice() {
     for (cudaEvent_t mark : rank.marks)
       if (mark != nullptr) (void)cudaEventDestroy(mark);
   }
+  if (marks_ != nullptr) release(0, marks_->memory());
 }
 
 int32_t CudaDevice::memory(int rank, int64_t* total_bytes, int64_t* free_bytes, ModuleStatus& status) {
@@ -115,7 +120,7 @@ int32_t CudaDevice::memory(int rank, int64_t* total_bytes, int64_t* free_bytes, 
 
 std::byte* CudaDevice::allocate(int rank, int64_t bytes, ModuleStatus& status) {
   constexpr int64_t kSharedUnit = 2 << 20;  // what is shared is the whole of such units: they must hold nothing else
-  if (shared_) bytes = round_up(bytes, kSharedUnit);
+  if (marks_ != nullptr) bytes = round_up(bytes, kSharedUnit);
   const Rank& r = on(rank);
   void* memory = nullptr;
   if (const cudaError_t error = cudaMalloc(&memory, static_cast<size_t>(bytes)); error != cudaSuccess) {
@@ -183,42 +188,40 @@ int32_t CudaDevice::copy_kept(int rank, int number, int64_t begin, int64_t end, 
 
 int32_t CudaDevice::mark(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
+  if (marks_ != nullptr) {
+    marks_->mark(r.stream);
+    return 0;
+  }
   return checked(cudaEventRecord(r.marks[r.num_marks++ % 2], r.stream), "a mark", rank, status);
 }
 
 // All ranks have set as many marks: the barrier between says so.
 int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
   const Rank& r = on(rank);
+  if (marks_ != nullptr) {
+    marks_->pass(r.stream);
+    return 0;
+  }
   const unsigned mark = (r.num_marks - 1) % 2;
   for (const auto& other : ranks_)
     if (other.get() != &r && checked(cudaStreamWaitEvent(r.stream, other->marks[mark], 0), "passing a mark", rank, status) < 0) return status.code;
-  for (const Marks& other : elsewhere_)
-    if (checked(cudaStreamWaitEvent(r.stream, other.events[mark], 0), "passing a mark", rank, status) < 0) return status.code;
   return 0;
 }
 
-int32_t CudaDevice::ipc_marks(int rank, IpcHandle* out_handles, ModuleStatus& status) {
-  static_assert(sizeof(cudaIpcEventHandle_t) <= sizeof(IpcHandle) && sizeof(cudaIpcMemHandle_t) <= sizeof(IpcHandle));
-  const Rank& r = on(rank);
-  for (int i : {0, 1})
-    if (checked(cudaIpcGetEventHandle(reinterpret_cast<cudaIpcEventHandle_t*>(&out_handles[i]), r.marks[i]), "sharing an event", rank, status) < 0)
-      return status.code;
+int32_t CudaDevice::set_marks(int rank, int64_t marks, ModuleStatus&) {
+  Rank& r = on(rank);
+  if (marks_ != nullptr) marks_->set(static_cast<uint64_t>(marks), r.stream);
+  r.num_marks = static_cast<unsigned>(marks);
   return 0;
 }
 
-int32_t CudaDevice::ipc_import_marks(const IpcHandle* handles, ModuleStatus& status) {
+int32_t CudaDevice::ipc_import_marks(const IpcHandle* handle, ModuleStatus& status) {
   on(0);
-  Marks marks;
-  for (int i : {0, 1}) {
-    cudaIpcEventHandle_t handle;
-    std::memcpy(&handle, &handles[i], sizeof handle);
-    if (checked(cudaIpcOpenEventHandle(&marks.events[i], handle), "another process's event", 0, status) < 0) return status.code;
-  }
-  elsewhere_.push_back(marks);
-  return 0;
+  return checked(marks_->import(*handle), "another process's marks", 0, status);
 }
 
 int32_t CudaDevice::ipc_handle(std::byte* memory, IpcHandle* out_handle, ModuleStatus& status) {
+  static_assert(sizeof(cudaIpcMemHandle_t) <= sizeof(IpcHandle));
   return checked(cudaIpcGetMemHandle(reinterpret_cast<cudaIpcMemHandle_t*>(out_handle), memory), "sharing memory", 0, status);
 }
 
@@ -235,7 +238,7 @@ std::byte* CudaDevice::ipc_open(int rank, const IpcHandle* handle, ModuleStatus&
 int32_t CudaDevice::begin_capture(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
   if (checked(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeRelaxed), "beginning a capture", rank, status) < 0) return status.code;
-  if (nccl_ != nullptr) return 0;
+  if (!captures_together()) return 0;
   if (fork_ == nullptr && checked(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "an event", rank, status) < 0) return status.code;
   return checked(cudaEventRecord(fork_, r.stream), "beginning a capture", rank, status);
 }
@@ -284,7 +287,7 @@ int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
   }
   if (checked(error, "the rank's work", rank, status) < 0) return status.code;
   if (nccl_ != nullptr && nccl_->exchanged(rank, status) < 0) return status.code;
-  r.num_marks = 0;  // where a region failed, ranks have set different numbers of marks; all are idle before the next one
+  if (marks_ != nullptr && !marks_->waits()) return refuse(status, Code::kTimeout, "CUDA, rank %d: another rank's work did not end in time", rank);
   return 1;
 }
 

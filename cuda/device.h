@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "cuda/marks.h"
 #include "cuda/nccl.h"
 #include "cuda/reshard.h"
 #include "lib/device/module.h"
@@ -34,14 +35,15 @@ class CudaDevice {
   int32_t copy_kept(int rank, int number, int64_t begin, int64_t end, ModuleStatus& status);
   int32_t mark(int rank, ModuleStatus& status);
   int32_t pass(int rank, ModuleStatus& status);
+  int32_t set_marks(int rank, int64_t marks, ModuleStatus& status);
   int32_t begin_capture(int rank, ModuleStatus& status);
   int32_t join_capture(int rank, ModuleStatus& status);
   int32_t end_capture(int rank, ModuleStatus& status);
   int32_t replay(int rank, int number, ModuleStatus& status);
   void forget_captures(int rank);
   int32_t idle(int rank, ModuleStatus& status);
-  int32_t ipc_marks(int rank, IpcHandle* out_handles, ModuleStatus& status);
-  int32_t ipc_import_marks(const IpcHandle* handles, ModuleStatus& status);
+  int32_t ipc_marks(IpcHandle* out_handle, ModuleStatus& status) { return ipc_handle(marks_->memory(), out_handle, status); }
+  int32_t ipc_import_marks(const IpcHandle* handle, ModuleStatus& status);
   int32_t ipc_handle(std::byte* memory, IpcHandle* out_handle, ModuleStatus& status);
   std::byte* ipc_open(int rank, const IpcHandle* handle, ModuleStatus& status);
   void ipc_close(std::byte* memory) { (void)cudaIpcCloseMemHandle(memory); }
@@ -67,12 +69,11 @@ class CudaDevice {
   Rank& on(int rank);  // makes the rank's device the calling thread's
   int32_t enable_peer_access(const std::vector<int>& devices, ModuleStatus& status);
 
-  struct Marks {
-    cudaEvent_t events[2] = {};
-  };
-  bool shared_ = false;                      // with other processes
+  int32_t share(const ModuleOptions& options, ModuleStatus& status);
+  bool captures_together() const { return nccl_ == nullptr && marks_ == nullptr; }
+
   std::vector<std::unique_ptr<Rank>> ranks_;
-  std::vector<Marks> elsewhere_;             // of ranks in other processes
+  std::unique_ptr<SharedMarks> marks_;       // or null: all ranks are here
   cudaEvent_t fork_ = nullptr;               // in rank 0's stream where a capture begins that others join
   std::unique_ptr<Exchange> nccl_;           // or null: ranks read each other's memory
 };

@@ -63,6 +63,7 @@ constexpr DeviceModule kModule{
     .copy_kept = [](void* d, int rank, int number, int64_t begin, int64_t end, ModuleStatus& s) { return of(d).copy_kept(rank, number, begin, end, s); },
     .mark = [](void* d, int rank, ModuleStatus& s) { return of(d).mark(rank, s); },
     .pass = [](void* d, int rank, ModuleStatus& s) { return of(d).pass(rank, s); },
+    .set_marks = [](void* d, int rank, int64_t marks, ModuleStatus& s) { return of(d).set_marks(rank, marks, s); },
     .begin_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).begin_capture(rank, s); },
     .join_capture = [](void* d, int rank, ModuleStatus& s) { return of(d).join_capture(rank, s); },
     .end_capture = [](void* d, int rank, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).end_capture(rank, s); }); },
@@ -75,10 +76,8 @@ constexpr DeviceModule kModule{
     },
     .set_current = [](void*, int32_t device) { (void)cudaSetDevice(device); },
     .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
-    .ipc_marks = [](void* d, int rank, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_marks(rank, out, s); },
-    .ipc_import_marks = [](void* d, const IpcHandle* handles, ModuleStatus& s) {
-      return guarded(s, -1, [&] { return of(d).ipc_import_marks(handles, s); });
-    },
+    .ipc_marks = [](void* d, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_marks(out, s); },
+    .ipc_import_marks = [](void* d, const IpcHandle* handle, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).ipc_import_marks(handle, s); }); },
     .ipc_handle = [](void* d, std::byte* memory, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_handle(memory, out, s); },
     .ipc_open = [](void* d, int rank, const IpcHandle* handle, ModuleStatus& s) { return of(d).ipc_open(rank, handle, s); },
     .ipc_close = [](void* d, std::byte* memory) { of(d).ipc_close(memory); },

@@ -58,6 +58,19 @@ __device__ __forceinline__ void add_relaxed(int64_t* p, int64_t v) {
 }
 __device__ __forceinline__ void add_relaxed(float* p, float v) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
 
+// What is written before the one, in any memory, is seen by who has read its value by the other, on any device.
+__device__ __forceinline__ void store_release_system(uint64_t* p, uint64_t v) { asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
+__device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint64_t global_timer_ns() {
+  uint64_t v;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v));
+  return v;
+}
+
 // Two floats to bf16 pairs and f16 pairs, `low` in the lower half; to nearest, ties to even.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t out;

@@ -326,7 +326,8 @@ class Bench {
     impl.world().run([&](int rank, int) {
       for (const ItemTransfer& item : plan.items) {
         for (const BlockCopy& c : item.to[static_cast<size_t>(rank)])
-          impl.device().copy(rank, arenas[static_cast<size_t>(rank)] + c.dst_offset, arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);
+          impl.device().copy(rank, arenas[static_cast<size_t>(rank)] + c.dst_offset, c.src_rank,
+                             arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);
         wait_until_idle(impl.world(), impl.device(), rank);
         impl.world().world_barrier();
       }

@@ -36,8 +36,8 @@ class CountingDevice final : public Device {
   void* queue(int) override { return nullptr; }
   void write(int, void*, const void*, int64_t) override {}
   void read(int, void*, int64_t, const void*, int64_t, int64_t, int64_t) override {}
-  void copy(int, void*, const void*, int64_t) override {}
-  void copy_block(int, void*, const void*, int64_t) override {}
+  void copy(int, void*, int, const void*, int64_t) override {}
+  void copy_block(int, void*, int, const void*, int64_t) override {}
   void finish_blocks(int) override {}
   void mark(int) override {}
   void pass(int) override {}

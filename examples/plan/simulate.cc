@@ -57,8 +57,8 @@ class SimulatedDevice final : public Device {
   void* queue(int rank) override { return &of(rank); }
   void write(int, void* to, const void* from, int64_t bytes) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
   void read(int, void*, int64_t, const void*, int64_t, int64_t, int64_t) override {}
-  void copy(int, void*, const void*, int64_t) override {}
-  void copy_block(int rank, void*, const void*, int64_t bytes) override { of(rank).kept.back() += bytes; }
+  void copy(int, void*, int, const void*, int64_t) override {}
+  void copy_block(int rank, void*, int, const void*, int64_t bytes) override { of(rank).kept.back() += bytes; }
   void finish_blocks(int) override {}
   int keep_blocks(int rank) override {
     of(rank).kept.push_back(0);

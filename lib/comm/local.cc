@@ -52,11 +52,11 @@ PartialSums LocalCommunicator::local_sum(Accumulator which) {
 
 // Copies this thread's share of rows [rows.begin, rows.end) of a [max_rows, width] buffer.
 template <class T>
-void LocalCommunicator::copy_rows(T* to, const T* from, Range rows, int64_t width, const Lane& lane) {
+void LocalCommunicator::copy_rows(T* to, int from_rank, const T* from, Range rows, int64_t width, const Lane& lane) {
   const Range share = share_of(rows.size(), lane.thread, lane.num_threads);
   if (share.empty()) return;
   const int64_t begin = (rows.begin + share.begin) * width;
-  device_.copy(rank_, to + begin, from + begin, share.size() * width * static_cast<int64_t>(sizeof(T)));
+  device_.copy(rank_, to + begin, from_rank, from + begin, share.size() * width * static_cast<int64_t>(sizeof(T)));
 }
 
 void LocalCommunicator::gather_rows(const Range* homes, const Lane& lane) { fetch(homes, false, lane); }
@@ -71,10 +71,10 @@ void LocalCommunicator::fetch(const Range* homes, bool choices, const Lane& lane
   const ExchangeBuffers& mine = buffers_[rank_];
   for (int r = 0; r < size(); ++r) {
     if (r == rank_) continue;
-    copy_rows(mine.x, buffers_[r].x, homes[r], widths_.hidden, lane);
+    copy_rows(mine.x, r, buffers_[r].x, homes[r], widths_.hidden, lane);
     if (!choices) continue;
-    copy_rows(mine.expert_ids, buffers_[r].expert_ids, homes[r], widths_.top_k, lane);
-    copy_rows(mine.expert_weights, buffers_[r].expert_weights, homes[r], widths_.top_k, lane);
+    copy_rows(mine.expert_ids, r, buffers_[r].expert_ids, homes[r], widths_.top_k, lane);
+    copy_rows(mine.expert_weights, r, buffers_[r].expert_weights, homes[r], widths_.top_k, lane);
   }
   rank_barrier();
 }

@@ -32,7 +32,7 @@ class LocalCommunicator final : public Communicator {
   void fetch(const Range* homes, bool choices, const Lane& lane);
   void meet();  // what every rank did before comes before what any does afterwards
   template <class T>
-  void copy_rows(T* to, const T* from, Range rows, int64_t width, const Lane& lane);
+  void copy_rows(T* to, int from_rank, const T* from, Range rows, int64_t width, const Lane& lane);
   PartialSums view(Accumulator which, int first, int num) const;
 
   World& world_;

@@ -17,8 +17,10 @@ inline void exchange(World& world, Collectives& collectives, int rank) {
   world.wait_until([&] { return collectives.exchanged(rank); });
 }
 
-// Connects all ranks where they are not, by a region of its own: before the first exchange, and after one that failed.
-inline void connect_ranks(World& world, Device& device) {
+// Before a region in which ranks exchange: an earlier one may have failed. Ranks with collectives that are not connected become so, by a region
+// of its own.
+inline void join_ranks(World& world, Device& device) {
+  device.align_marks();
   Collectives* collectives = device.collectives();
   if (collectives == nullptr || collectives->connection() != 0) return;
   collectives->prepare();

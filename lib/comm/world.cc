@@ -15,6 +15,7 @@
 
 #include "lib/base/error.h"
 #include "lib/base/time.h"
+#include "lib/base/waited.h"
 
 namespace moebius {
 namespace {
@@ -34,22 +35,6 @@ void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
 void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
 }
-
-// Time spent waiting as the waiter sees it, added up look by look. Waiters look about every kSleepSlice; a longer gap is the
-// process that stood still (stopped, frozen, a debugger's) or a machine without cores to spare, and says nothing of other ranks.
-class Waited {
- public:
-  bool exceeds(Clock::duration limit) {
-    const auto now = Clock::now();
-    total_ += std::min<Clock::duration>(now - last_look_, 5 * kSleepSlice);
-    last_look_ = now;
-    return total_ > limit;
-  }
-
- private:
-  Clock::time_point last_look_ = Clock::now();
-  Clock::duration total_{};
-};
 
 // A word that threads wait on until it changes: spinning first (a step's barriers are microseconds apart), then asleep.
 struct alignas(64) WaitWord {

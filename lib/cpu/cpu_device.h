@@ -43,8 +43,8 @@ class CpuDevice final : public Device {
     for (int64_t i = 0; i < height; ++i)
       std::memcpy(static_cast<std::byte*>(to) + i * to_pitch, static_cast<const std::byte*>(from) + i * from_pitch, static_cast<size_t>(width));
   }
-  void copy(int, void* to, const void* from, int64_t bytes) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
-  void copy_block(int, void* to, const void* from, int64_t bytes) override { stream_copy(to, from, bytes); }
+  void copy(int, void* to, int, const void* from, int64_t bytes) override { std::memcpy(to, from, static_cast<size_t>(bytes)); }
+  void copy_block(int, void* to, int, const void* from, int64_t bytes) override { stream_copy(to, from, bytes); }
   void finish_blocks(int) override { stream_fence(); }
 
   void mark(int) override {}

@@ -40,11 +40,10 @@ class Device {
   // Host memory that is often read into or written from: it goes there directly, and read() never waits. (Elsewhere it may wait for the rank.)
   virtual void pin(void* /*host*/, int64_t /*bytes*/) {}
   virtual void unpin(void* /*host*/) noexcept {}
-  // From any rank's memory into this rank's.
-  virtual void copy(int rank, void* to, const void* from, int64_t bytes) = 0;
-  // The same of a block that is written once and read much later (a switch): bytes a multiple of 64, addresses aligned to it. They
-  // need not begin before finish_blocks(rank), and are in order with what is queued afterwards.
-  virtual void copy_block(int rank, void* to, const void* from, int64_t bytes) = 0;
+  // From a rank's memory into this rank's.
+  virtual void copy(int rank, void* to, int from_rank, const void* from, int64_t bytes) = 0;
+  // The same of a block that is written once and read much later (a switch): bytes a multiple of 64, addresses aligned to it. Blocks need not begin before finish_blocks(rank), and are in order with what is queued afterwards.
+  virtual void copy_block(int rank, void* to, int from_rank, const void* from, int64_t bytes) = 0;
   virtual void finish_blocks(int rank) = 0;
   // Keeps the blocks that were asked for and not yet begun, as a table in the rank's memory (kKeptBlockBytes for each, and once more), instead
   // of copying them; its number. Copying
@@ -59,11 +58,14 @@ class Device {
   // a barrier of all ranks' threads.
   virtual void mark(int rank) = 0;
   virtual void pass(int rank) = 0;
-  // Captured work: what a rank queues between is kept, to be done again and again, and not done now. Where ranks are ordered by marks it is
-  // one for all of them: rank 0 begins and ends it; the others join after it has begun, and rank 0 passes their last marks before it ends.
-  // Where there are collectives each rank begins and ends its own. Reading, writing and idle() are not for captured work. Where
-  // can_capture() is false nothing of it may be called.
+  // By one thread while no rank is at work: from now on all have set as many. In a region that fails they may have set different numbers.
+  virtual void align_marks() {}
+  // Captured work: what a rank queues between is kept, to be done again and again, and not done now. Each rank begins and ends its own; or,
+  // where they capture together, it is one for all of them: rank 0 begins and ends it, the others join after it has begun, and rank 0 passes
+  // their last marks before it ends. Reading, writing and idle() are not for captured work. Where can_capture() is false nothing of it may
+  // be called.
   virtual bool can_capture() const { return false; }
+  virtual bool captures_together() const { return false; }
   virtual void begin_capture(int /*rank*/) {}
   virtual void join_capture(int /*rank*/) {}            // rank 0's
   virtual int end_capture(int /*rank*/) { return -1; }  // its number, counted for each rank
@@ -73,8 +75,7 @@ class Device {
   // leave as it was (CallersDevice).
   virtual int current() { return 0; }
   virtual void set_current(int /*current*/) {}
-  // Whether everything that the rank has queued is done. Throws what went wrong meanwhile. Not asked between a mark and its pass; ranks
-  // ask it at the same places among their marks, or before their next ones.
+  // Whether everything that the rank has queued is done. Throws what went wrong meanwhile.
   virtual bool idle(int rank) = 0;
 };
 

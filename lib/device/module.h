@@ -11,7 +11,7 @@
 namespace moebius {
 
 // Changed with every change to what follows or to ops.h that a size does not show.
-inline constexpr const char* kModuleVersion = "0.1.3";
+inline constexpr const char* kModuleVersion = "0.1.4";
 
 // Set by whoever returns a Code below 0; a text ends with NUL.
 struct ModuleStatus {
@@ -19,7 +19,7 @@ struct ModuleStatus {
   char text[500] = {};
 };
 
-// Names memory, or an event, of one process in others (cudaIpcMemHandle_t, cudaIpcEventHandle_t).
+// Names memory of one process in others (cudaIpcMemHandle_t).
 struct IpcHandle {
   std::byte bytes[64] = {};
 };
@@ -29,6 +29,10 @@ struct ModuleOptions {
   // Where each rank has a process of its own: the rank that this one is, of how many (0: all are here), and 1: its memory and marks are shared
   // with the others.
   int32_t first_rank = 0, world_ranks = 0, shared = 0;
+  // The most that a rank waits on its device for another process's mark; and a word, on a page of its own, that is set when it has waited so
+  // long, or by whoever knows that the mark will not come: no rank waits while it is set, and idle() says so.
+  double wait_ms = 0;
+  uint32_t* stop_waiting = nullptr;
   const int32_t* devices = nullptr;  // [ranks] the device of each rank; null: rank r of the world on device r mod their number
   int32_t row_major = 0;             // 1: LinearArgs::row_major will be asked for
   int32_t collectives = 0;           // 1: ranks exchange by these and read no peer's memory
@@ -61,6 +65,7 @@ struct DeviceModule {
   int32_t (*copy_kept)(void* device, int rank, int number, int64_t begin, int64_t end, ModuleStatus& status);
   int32_t (*mark)(void* device, int rank, ModuleStatus& status);
   int32_t (*pass)(void* device, int rank, ModuleStatus& status);
+  int32_t (*set_marks)(void* device, int rank, int64_t marks, ModuleStatus& status);  // while no rank is at work: so many have been set
   int32_t (*begin_capture)(void* device, int rank, ModuleStatus& status);
   int32_t (*join_capture)(void* device, int rank, ModuleStatus& status);
   int32_t (*end_capture)(void* device, int rank, ModuleStatus& status);
@@ -69,10 +74,10 @@ struct DeviceModule {
   int32_t (*current)(void* device);
   void (*set_current)(void* device, int32_t current);
   int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet
-  // Between processes of one rank each: its marks (two, in turn), and those of another rank, which pass() then waits for too; memory that
-  // allocate() gave, and that of another process.
-  int32_t (*ipc_marks)(void* device, int rank, IpcHandle* out_handles, ModuleStatus& status);
-  int32_t (*ipc_import_marks)(void* device, const IpcHandle* handles, ModuleStatus& status);
+  // Between processes of one rank each: its marks, and those of another rank, which pass() then waits for too; memory that allocate() gave, and
+  // that of another process.
+  int32_t (*ipc_marks)(void* device, IpcHandle* out_handle, ModuleStatus& status);
+  int32_t (*ipc_import_marks)(void* device, const IpcHandle* handle, ModuleStatus& status);
   int32_t (*ipc_handle)(void* device, std::byte* memory, IpcHandle* out_handle, ModuleStatus& status);
   std::byte* (*ipc_open)(void* device, int rank, const IpcHandle* handle, ModuleStatus& status);
   void (*ipc_close)(void* device, std::byte* memory);

@@ -57,7 +57,8 @@ Found find(const std::string& file) {
 
 class ModuleDevice final : public Device, private Collectives {
  public:
-  ModuleDevice(const DeviceModule& module, const ModuleOptions& options) : module_(module), has_collectives_(options.collectives != 0) {
+  ModuleDevice(const DeviceModule& module, const ModuleOptions& options)
+      : module_(module), ranks_(options.ranks), has_collectives_(options.collectives != 0) {
     ModuleStatus status;
     device_ = module.open(options, status);
     check(status);
@@ -82,14 +83,18 @@ class ModuleDevice final : public Device, private Collectives {
   }
   void pin(void* host, int64_t bytes) override { call(module_.pin, host, bytes); }
   void unpin(void* host) noexcept override { module_.unpin(device_, host); }
-  void copy(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy, rank, to, from, bytes); }
-  void copy_block(int rank, void* to, const void* from, int64_t bytes) override { call(module_.copy_block, rank, to, from, bytes); }
+  void copy(int rank, void* to, int, const void* from, int64_t bytes) override { call(module_.copy, rank, to, from, bytes); }
+  void copy_block(int rank, void* to, int, const void* from, int64_t bytes) override { call(module_.copy_block, rank, to, from, bytes); }
   void finish_blocks(int rank) override { call(module_.finish_blocks, rank); }
   int keep_blocks(int rank) override { return call(module_.keep_blocks, rank); }
   void copy_kept(int rank, int number, int64_t begin, int64_t end) override { call(module_.copy_kept, rank, number, begin, end); }
   void mark(int rank) override { call(module_.mark, rank); }
   void pass(int rank) override { call(module_.pass, rank); }
+  void align_marks() override {
+    for (int r = 0; r < ranks_; ++r) call(module_.set_marks, r, int64_t{0});
+  }
   bool can_capture() const override { return true; }
+  bool captures_together() const override { return !has_collectives_; }
   void begin_capture(int rank) override { call(module_.begin_capture, rank); }
   void join_capture(int rank) override { call(module_.join_capture, rank); }
   int end_capture(int rank) override { return call(module_.end_capture, rank); }
@@ -134,6 +139,7 @@ class ModuleDevice final : public Device, private Collectives {
   }
 
   const DeviceModule& module_;
+  const int ranks_;
   const bool has_collectives_;
   ConnectionId id_;
   void* device_ = nullptr;

@@ -65,16 +65,20 @@ class RankProcess {
   template <class T>
   T& next() { return *reinterpret_cast<T*>(next(sizeof(T))); }
 
-  // What an address of another rank's process is in this one.
+  // What an address of a rank's process is in this one; null, and the status says why, where it is not known here.
   template <class T>
-  T* here(T* address) {
+  T* here(int rank, T* address) {
+    if (rank == rank_ || address == nullptr) return address;
     auto* const p = reinterpret_cast<const std::byte*>(address);
-    auto it = shared_.upper_bound(p);
-    if (it == shared_.begin()) return address;
-    Peer& peer = (--it)->second;
-    if (p >= it->first + peer.bytes) return address;
+    auto it = shared_.upper_bound({rank, p});
+    if (it == shared_.begin() || (--it)->first.first != rank || p >= it->first.second + it->second.bytes) {
+      status_.code = static_cast<int32_t>(Code::kInternal);
+      std::snprintf(status_.text, sizeof status_.text, "an address of rank %d that it has not shared", rank);
+      return nullptr;
+    }
+    Peer& peer = it->second;
     if (peer.mapped == nullptr) peer.mapped = module_->ipc_open(device_, 0, &peer.handle, status_);
-    return reinterpret_cast<T*>(const_cast<std::byte*>(peer.mapped + (p - it->first)));
+    return peer.mapped == nullptr ? nullptr : reinterpret_cast<T*>(const_cast<std::byte*>(peer.mapped + (p - it->first.second)));
   }
 
   // Points arguments to the arrays that came with them.
@@ -87,7 +91,7 @@ class RankProcess {
     template <class T>
     void peers(T* const*& values, int64_t count) {
       auto** list = reinterpret_cast<T**>(process.next(count * static_cast<int64_t>(sizeof(T*))));
-      for (int64_t i = 0; i < count; ++i) list[i] = process.here(list[i]);
+      for (int64_t i = 0; i < count; ++i) list[i] = process.here(count > 1 ? static_cast<int>(i) : process.rank_, list[i]);
       values = list;
     }
   };
@@ -97,6 +101,7 @@ class RankProcess {
     const OpHeader header = next<OpHeader>();
     Args& args = next<Args>();
     each_array(args, Arrays{*this});
+    if (status_.code < 0) return;
     op(args, {0, 1, header.scratch, module_->queue(device_, 0)});
   }
 
@@ -108,6 +113,7 @@ class RankProcess {
 
   void open(const Open& open) {
     Answer out;
+    rank_ = open.rank;
     try {
       module_ = &load_module_file("rank", open.module);
       ModuleOptions options;
@@ -115,12 +121,14 @@ class RankProcess {
       options.world_ranks = open.ranks;
       options.shared = shares_ = open.collectives == 0;
       options.collectives = open.collectives;
+      options.wait_ms = open.wait_ms;
+      options.stop_waiting = &control_.stop_waiting;
       options.devices = open.device >= 0 ? &open.device : nullptr;
       options.row_major = open.row_major;
       device_ = module_->open(options, status_);
       if (device_ != nullptr) {
         out.values[0] = module_->place(device_, 0);
-        if (options.shared != 0) module_->ipc_marks(device_, 0, out.handles, status_);
+        if (options.shared != 0) module_->ipc_marks(device_, &out.handle, status_);
       }
     } catch (const Error& e) {
       status_.code = static_cast<int32_t>(e.code());
@@ -137,11 +145,12 @@ class RankProcess {
       case Command::kImportMarks: module_->ipc_import_marks(device_, &next<IpcHandle>(), s); return;
       case Command::kImport: {
         const Shared& shared = next<Shared>();
-        shared_[shared.address] = {shared.bytes, shared.handle, nullptr};
+        shared_[{shared.rank, shared.address}] = {shared.bytes, shared.handle, nullptr};
         return;
       }
       case Command::kForget: {
-        const auto it = shared_.find(next<Shared>().address);
+        const Shared& gone = next<Shared>();
+        const auto it = shared_.find({gone.rank, gone.address});
         if (it != shared_.end()) {
           if (it->second.mapped != nullptr) module_->ipc_close(device_, it->second.mapped);
           shared_.erase(it);
@@ -151,7 +160,7 @@ class RankProcess {
       case Command::kAllocate: {
         std::byte* memory = module_->allocate(device_, 0, next<int64_t>(), s);
         out.values[0] = reinterpret_cast<int64_t>(memory);
-        if (memory != nullptr && shares_) module_->ipc_handle(device_, memory, out.handles, s);
+        if (memory != nullptr && shares_) module_->ipc_handle(device_, memory, &out.handle, s);
         return answer(out);
       }
       case Command::kRelease: module_->release(device_, 0, next<std::byte*>()); return answer(out);
@@ -169,7 +178,8 @@ class RankProcess {
       case Command::kCopy:
       case Command::kCopyBlock: {
         const Copy c = next<Copy>();
-        (command == Command::kCopy ? module_->copy : module_->copy_block)(device_, 0, c.to, here(c.from), c.bytes, s);
+        if (const void* from = here(c.from_rank, c.from); from != nullptr)
+          (command == Command::kCopy ? module_->copy : module_->copy_block)(device_, 0, c.to, from, c.bytes, s);
         return;
       }
       case Command::kFinishBlocks: module_->finish_blocks(device_, 0, s); return;
@@ -179,8 +189,9 @@ class RankProcess {
         module_->copy_kept(device_, 0, k.number, k.begin, k.end, s);
         return;
       }
-      case Command::kMark: module_->mark(device_, 0, s); return answer(out);
+      case Command::kMark: module_->mark(device_, 0, s); return;
       case Command::kPass: module_->pass(device_, 0, s); return;
+      case Command::kSetMarks: module_->set_marks(device_, 0, next<int64_t>(), s); return;
       case Command::kIdle: out.values[0] = module_->idle(device_, 0, s); return answer(out);
       case Command::kClear: {
         const Copy c = next<Copy>();
@@ -233,9 +244,10 @@ class RankProcess {
   int64_t at_ = 0;
   const DeviceModule* module_ = nullptr;
   void* device_ = nullptr;
+  int rank_ = 0;
   bool shares_ = false;                        // its memory and marks, with the other processes
   ModuleStatus status_;                        // the first thing that went wrong since the last answer
-  std::map<const std::byte*, Peer> shared_;    // by address in the process that has it
+  std::map<std::pair<int, const std::byte*>, Peer> shared_;  // by rank and address in its process
 };
 
 }  // namespace

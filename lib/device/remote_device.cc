@@ -10,10 +10,12 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
+#include <functional>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -21,6 +23,8 @@
 
 #include "lib/base/error.h"
 #include "lib/base/numbers.h"
+#include "lib/base/time.h"
+#include "lib/base/waited.h"
 #include "lib/device/module_device.h"
 #include "lib/device/wire.h"
 
@@ -48,7 +52,8 @@ class RemoteRank {
       posix_spawn_file_actions_init(&actions);
       posix_spawn_file_actions_adddup2(&actions, fd, kDescriptor);
       char* const arguments[] = {const_cast<char*>("moebius-rank"), nullptr};
-      if (posix_spawn(&process_, program.c_str(), &actions, nullptr, arguments, environ) != 0) process_ = -1;
+      pid_t process = -1;
+      if (posix_spawn(&process, program.c_str(), &actions, nullptr, arguments, environ) == 0) process_ = process;
       posix_spawn_file_actions_destroy(&actions);
     }
     close(fd);
@@ -76,6 +81,11 @@ class RemoteRank {
   }
 
   int rank() const { return rank_; }
+  bool has_ended() const { return process_ <= 0; }
+  // The rank does not wait for others' marks, or does so again.
+  void stop_waiting(bool stop) { std::atomic_ref(control_->stop_waiting).store(stop ? 1 : 0); }
+  void set_deadline(double ms) { deadline_ms_ = ms; }
+  std::function<void()> on_failure;  // when it answers so, or is found to have ended
 
   // Writes a command whose parts stand one after the other, each aligned.
   template <class... Parts>
@@ -91,8 +101,9 @@ class RemoteRank {
     const int64_t number = ++asked_;
     wait([&] { return control_->answered.load(std::memory_order_acquire) >= number; });
     const Answer answer = control_->answer;
-    if (answer.status.code < 0) throw Error(static_cast<Code>(answer.status.code), fmt::format("process of rank {}: {}", rank_, answer.status.text));
-    return answer;
+    if (answer.status.code >= 0) return answer;
+    if (on_failure) on_failure();
+    throw Error(static_cast<Code>(answer.status.code), fmt::format("process of rank {}: {}", rank_, answer.status.text));
   }
 
   // Bytes of the host as a part of a command.
@@ -167,15 +178,22 @@ class RemoteRank {
   void put(int64_t& at, const T& value) { put_bytes(at, &value, sizeof value); }
   void put(int64_t&, int) {}
 
-  // Spins, then yields, then naps; throws when the process has ended.
+  // Spins, then yields, then naps; throws when the process has ended, or has let it nap for as long as the deadline is: after that, as long as
+  // it has not come back, at once.
   template <class F>
   void wait(const F& done) {
+    Waited waited;
     for (int64_t turn = 0; !done(); ++turn) {
       if (process_ <= 0) fail(Code::kRankFailed, "the process of rank {} {}", rank_, how_it_ended_);
       if (turn > 1000) sched_yield();
       if (turn > 100000) std::this_thread::sleep_for(std::chrono::microseconds(100));
-      if (turn % 4096 == 4095) look_after();
+      if (turn % 256 < 255) continue;
+      look_after();
+      if (!is_late_ && !waited.exceeds(clamped_ms(deadline_ms_))) continue;
+      is_late_ = true;
+      fail(Code::kTimeout, "the process of rank {} did not answer within {:.0f} ms", rank_, deadline_ms_);
     }
+    is_late_ = false;
   }
   void look_after() {
     int state = 0;
@@ -184,13 +202,16 @@ class RemoteRank {
     if (found < 0) how_it_ended_ = "has ended";  // the host has waited for it
     else how_it_ended_ = WIFSIGNALED(state) ? fmt::format("was ended by signal {}", WTERMSIG(state)) : fmt::format("ended with status {}", WEXITSTATUS(state));
     process_ = -1;
+    if (on_failure) on_failure();
   }
 
   int rank_;
   std::byte* memory_ = nullptr;
   Control* control_ = nullptr;
-  pid_t process_ = -1;
+  std::atomic<pid_t> process_ = -1;
   std::string how_it_ended_ = "has ended";
+  bool is_late_ = false;
+  double deadline_ms_ = 3.6e6;  // to start with an hour: drivers take their time
   std::mutex mutex_;  // of what is written
   int64_t asked_ = 0;
   std::vector<PendingRead> reads_;  // by the rank's thread
@@ -242,6 +263,7 @@ class RemoteDevice final : public Device, private Collectives {
     MOEBIUS_OPS(MOEBIUS_REMOTE)
 #undef MOEBIUS_REMOTE
     ops_.clear = remote_clear;
+    marks_.resize(static_cast<size_t>(options.ranks));
     std::vector<Answer> opened;
     for (int r = 0; r < options.ranks; ++r) ranks_.push_back(std::make_unique<RemoteRank>(r, program));
     for (const auto& rank : ranks_) {
@@ -253,6 +275,7 @@ class RemoteDevice final : public Device, private Collectives {
       open.device = options.devices != nullptr ? options.devices[rank->rank()] : -1;
       open.row_major = options.row_major;
       open.collectives = options.collectives;
+      open.wait_ms = options.wait_ms;
       opened.push_back(rank->ask(Command::kOpen, open));
       devices_.push_back(opened.back().values[0]);
     }
@@ -263,7 +286,16 @@ class RemoteDevice final : public Device, private Collectives {
     }
     for (const auto& rank : ranks_)
       for (const auto& other : ranks_)
-        if (rank != other) rank->post(Command::kImportMarks, opened[static_cast<size_t>(other->rank())].handles);
+        if (rank != other) rank->post(Command::kImportMarks, opened[static_cast<size_t>(other->rank())].handle);
+    for (const auto& rank : ranks_) {
+      rank->on_failure = [this] { stop_waiting(); };
+      rank->set_deadline(options.wait_ms);
+    }
+  }
+
+  ~RemoteDevice() override {
+    for (const auto& rank : ranks_) rank->on_failure = nullptr;
+    stop_waiting();
   }
 
   const char* name() const override { return name_.c_str(); }
@@ -280,12 +312,12 @@ class RemoteDevice final : public Device, private Collectives {
     const Answer answer = of(rank).ask(Command::kAllocate, bytes);
     auto* const address = reinterpret_cast<std::byte*>(answer.values[0]);
     for (const auto& other : ranks_)
-      if (other->rank() != rank && !has_collectives_) other->post(Command::kImport, Shared{address, bytes, answer.handles[0]});
+      if (other->rank() != rank && !has_collectives_) other->post(Command::kImport, Shared{rank, address, bytes, answer.handle});
     return address;
   }
   void release(int rank, std::byte* memory, int64_t bytes) noexcept override {
     for (const auto& other : ranks_)
-      if (other->rank() != rank && !has_collectives_) if_it_lives([&] { other->ask(Command::kForget, Shared{memory, bytes, {}}); });
+      if (other->rank() != rank && !has_collectives_) if_it_lives([&] { other->ask(Command::kForget, Shared{rank, memory, bytes, {}}); });
     if_it_lives([&] { of(rank).ask(Command::kRelease, memory); });
   }
 
@@ -300,19 +332,46 @@ class RemoteDevice final : public Device, private Collectives {
   void read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) override {
     of(rank).read(to, to_pitch, from, from_pitch, width, height);
   }
-  void copy(int rank, void* to, const void* from, int64_t bytes) override { of(rank).post(Command::kCopy, Copy{to, from, bytes}); }
-  void copy_block(int rank, void* to, const void* from, int64_t bytes) override { of(rank).post(Command::kCopyBlock, Copy{to, from, bytes}); }
+  void copy(int rank, void* to, int from_rank, const void* from, int64_t bytes) override {
+    of(rank).post(Command::kCopy, Copy{to, from, bytes, from_rank});
+  }
+  void copy_block(int rank, void* to, int from_rank, const void* from, int64_t bytes) override {
+    of(rank).post(Command::kCopyBlock, Copy{to, from, bytes, from_rank});
+  }
   void finish_blocks(int rank) override { of(rank).post(Command::kFinishBlocks, 0); }
   int keep_blocks(int rank) override { return static_cast<int>(of(rank).ask(Command::kKeepBlocks).values[0]); }
   void copy_kept(int rank, int number, int64_t begin, int64_t end) override { of(rank).post(Command::kCopyKept, Kept{number, begin, end}); }
-  void mark(int rank) override { of(rank).ask(Command::kMark); }  // others may pass it once it is set, not only asked for
+  void mark(int rank) override {
+    ++marks_of(rank).now();
+    of(rank).post(Command::kMark, 0);
+  }
   void pass(int rank) override { of(rank).post(Command::kPass, 0); }
-  // A captured step is one process's own: with marks it would be one graph for all of them.
-  bool can_capture() const override { return has_collectives_; }
-  void begin_capture(int rank) override { of(rank).post(Command::kBeginCapture, 0); }
-  int end_capture(int rank) override { return static_cast<int>(of(rank).ask(Command::kEndCapture).values[0]); }
-  void replay(int rank, int number) override { of(rank).post(Command::kReplay, int64_t{number}); }
-  void forget_captures(int rank) override { of(rank).post(Command::kForgetCaptures, 0); }
+  void align_marks() override {
+    int64_t most = 0;
+    for (const MarksSet& marks : marks_) most = std::max(most, marks.set);
+    if (std::none_of(ranks_.begin(), ranks_.end(), [](const auto& rank) { return rank->has_ended(); }))
+      for (const auto& rank : ranks_) rank->stop_waiting(false);
+    for (const auto& rank : ranks_)
+      if (int64_t& set = marks_of(rank->rank()).set; set != most) rank->post(Command::kSetMarks, set = most);
+  }
+  bool can_capture() const override { return true; }
+  void begin_capture(int rank) override {
+    marks_of(rank).capturing = true;
+    marks_of(rank).captured.push_back(0);
+    of(rank).post(Command::kBeginCapture, 0);
+  }
+  int end_capture(int rank) override {
+    marks_of(rank).capturing = false;
+    return static_cast<int>(of(rank).ask(Command::kEndCapture).values[0]);
+  }
+  void replay(int rank, int number) override {
+    marks_of(rank).set += marks_of(rank).captured[static_cast<size_t>(number)];
+    of(rank).post(Command::kReplay, int64_t{number});
+  }
+  void forget_captures(int rank) override {
+    marks_of(rank).captured.clear();
+    of(rank).post(Command::kForgetCaptures, 0);
+  }
   bool idle(int rank) override { return of(rank).idle(); }
   Collectives* collectives() override { return has_collectives_ ? this : nullptr; }
 
@@ -333,11 +392,23 @@ class RemoteDevice final : public Device, private Collectives {
   bool exchanged(int rank) override { return of(rank).ask(Command::kExchanged).values[0] != 0; }
   void give_up(int rank) noexcept override {
     connection_ends();
+    marks_of(rank).captured.clear();
     if_it_lives([&] { of(rank).post(Command::kGiveUp, 0); });
   }
 
   void collective(int rank, Command command, const Collective& what) { of(rank).post(command, what); }
+  void stop_waiting() const {
+    for (const auto& rank : ranks_) rank->stop_waiting(true);
+  }
   RemoteRank& of(int rank) const { return *ranks_[static_cast<size_t>(rank)]; }
+  // Used by the rank's thread, and by one when no rank is at work.
+  struct MarksSet {
+    int64_t set = 0;
+    bool capturing = false;
+    std::vector<int64_t> captured;  // in each captured step
+    int64_t& now() { return capturing ? captured.back() : set; }
+  };
+  MarksSet& marks_of(int rank) { return marks_[static_cast<size_t>(rank)]; }
   // A process that has ended has let go of everything.
   template <class F>
   static void if_it_lives(const F& f) noexcept {
@@ -353,6 +424,7 @@ class RemoteDevice final : public Device, private Collectives {
   Ops ops_;
   std::vector<std::unique_ptr<RemoteRank>> ranks_;
   std::vector<int64_t> devices_;  // [ranks]
+  std::vector<MarksSet> marks_;   // [ranks]
 };
 
 }  // namespace

@@ -2,7 +2,8 @@
 //
 // The engine's process writes, the rank's reads; a rank's commands are written by one thread at a time (RemoteRank's lock). Both sides are of
 // one build. Pointers in commands are addresses of the rank's process; arrays of the host travel along, and pointers into other ranks' memory
-// stand only in arrays that are named as such below, where the rank's process translates them.
+// stand only where it is known whose they are (processes may have equal addresses): in a block to copy, and in arrays that are named as such
+// below, which have an entry for each rank, or one of the rank's own. The rank's process translates them.
 #pragma once
 
 #include <atomic>
@@ -22,7 +23,7 @@ inline constexpr int64_t kAlign = 16;
 
 enum class Command : int32_t {
   kOpen, kImportMarks, kImport, kForget, kAllocate, kRelease, kMemory, kWrite, kRead, kCopy, kCopyBlock, kFinishBlocks, kKeepBlocks, kCopyKept,
-  kMark, kPass, kIdle, kClear, kBeginCapture, kEndCapture, kReplay, kForgetCaptures, kPrepare, kConnect, kAllReduce, kReduce, kSend, kReceive,
+  kMark, kPass, kSetMarks, kIdle, kClear, kBeginCapture, kEndCapture, kReplay, kForgetCaptures, kPrepare, kConnect, kAllReduce, kReduce, kSend, kReceive,
   kExchange, kExchanged, kGiveUp, kClose, kFirstOp  // kFirstOp + number of an op in MOEBIUS_OPS
 };
 
@@ -32,8 +33,8 @@ enum class Command : int32_t {
   X(exact_linear, ExactLinearArgs) X(route, RouteArgs) X(group_experts, GroupArgs) X(experts_gate_up, ExpertsArgs) X(experts_down, ExpertsArgs)   \
   X(pick_rows, PickArgs) X(choose_tokens, ChooseArgs) X(add_partials, AddPartialsArgs) X(fetch_rows, FetchRowsArgs) X(copy_pages, CopyPagesArgs)
 
-// Calls v(array, count) for each array of the host that the arguments point to, and v.peers(array, count) where it holds pointers to other
-// ranks' memory.
+// Calls v(array, count) for each array of the host that the arguments point to, and v.peers(array, count) where it holds pointers to ranks'
+// memory.
 template <class Args, class V>
 void each_array(Args&, V&&) {}
 template <class V>
@@ -61,8 +62,10 @@ struct Open {
   char module[1024] = {};
   int32_t rank = 0, ranks = 0, device = -1;  // −1: by turns
   int32_t row_major = 0, collectives = 0;
+  double wait_ms = 0;
 };
 struct Shared {  // memory of another rank
+  int32_t rank = 0;
   const std::byte* address = nullptr;  // in its process
   int64_t bytes = 0;
   IpcHandle handle;
@@ -71,6 +74,7 @@ struct Copy {
   void* to = nullptr;
   const void* from = nullptr;
   int64_t bytes = 0;
+  int32_t from_rank = 0;
 };
 struct Read {
   int64_t to = 0;  // in the room for reading
@@ -95,7 +99,7 @@ struct OpHeader {
 struct Answer {
   ModuleStatus status;
   int64_t values[3] = {};
-  IpcHandle handles[2];
+  IpcHandle handle;
   ConnectionId connection;
 };
 
@@ -106,6 +110,7 @@ struct Header {
 
 // At the beginning of the shared memory; then the ring, then the room for reading.
 struct Control {
+  uint32_t stop_waiting = 0;  // ModuleOptions::stop_waiting, first on the page
   alignas(64) std::atomic<int64_t> written{0};   // bytes of the ring so far
   alignas(64) std::atomic<int64_t> done{0};
   alignas(64) std::atomic<int64_t> answered{0};  // answers so far

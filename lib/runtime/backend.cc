@@ -54,6 +54,7 @@ std::unique_ptr<Device> open_device(const EngineConfig& config) {
   options.collectives = nccl;
   options.queues = list("streams", config.streams);
   options.comms = list("nccl_comms", config.nccl_comms);
+  options.wait_ms = config.wait_deadline_ms;
   if (!config.rank_processes) return open_module_device(config.device, options);
   if (options.queues != nullptr || options.comms != nullptr)
     fail(Code::kInvalidArgument, "streams and nccl_comms are of this process; with rank_processes each rank makes its own");

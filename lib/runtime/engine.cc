@@ -884,9 +884,9 @@ void Engine::Impl::finish_logits(int rank, Range group, const Lane& lane) {
 
 // ---- captured steps
 
-// Ranks that exchange by collectives are connected; a connection that replaces one whose rank failed needs the steps captured again.
+// Ranks can exchange; a connection that replaces one whose rank failed needs the steps captured again.
 void Engine::Impl::prepare_ranks() {
-  connect_ranks(world_, *device_);
+  join_ranks(world_, *device_);
   const Collectives* collectives = device_->collectives();
   const int connection = collectives != nullptr ? collectives->connection() : 1;
   if (connection == captured_connection_) return;
@@ -922,7 +922,7 @@ void Engine::Impl::capture_steps() {
 }
 
 void Engine::Impl::capture(const StepShape& shape, int rank, int* number) {
-  const bool alone = device_->collectives() != nullptr;  // each rank its own part
+  const bool alone = !device_->captures_together();
   if (rank == 0 || alone) device_->begin_capture(rank);
   world_.world_barrier();
   if (rank != 0 && !alone) device_->join_capture(rank);
@@ -958,7 +958,7 @@ const StepShape& Engine::Impl::choose_shape() {
 
 // Queues the captured work: of all ranks by rank 0, after what each has queued and before what it queues next, or each rank's by itself.
 void Engine::Impl::replay(int rank) {
-  if (device_->collectives() != nullptr) {
+  if (!device_->captures_together()) {
     device_->replay(rank, captured_now_->number);
     return;
   }

@@ -58,7 +58,7 @@ void Migration::copy_next(Layout to, int rank, std::span<std::byte* const> arena
   std::byte* const own = arenas[static_cast<size_t>(rank)];
   const DrainOnError drain(*device_, rank);
   for_each_copy(to, layer, rank, pairs, [&](const BlockCopy& c) {
-    device_->copy_block(rank, own + c.dst_offset, arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);
+    device_->copy_block(rank, own + c.dst_offset, c.src_rank, arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);
   });
   device_->finish_blocks(rank);
   while (!device_->idle(rank)) {

@@ -33,7 +33,8 @@ ResidentCopies::ResidentCopies(Device& device, const ArenaPlan& arena, const Tra
       for (const ItemTransfer& item : (to == Layout::kTp ? to_tp : to_ep).items) {
         rank.begins[static_cast<int>(to)].push_back(at);
         for (const BlockCopy& c : item.to[static_cast<size_t>(r)]) {
-          device.copy_block(r, arenas[static_cast<size_t>(r)] + c.dst_offset, arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);
+          device.copy_block(r, arenas[static_cast<size_t>(r)] + c.dst_offset, c.src_rank,
+                            arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);
           at += c.bytes;
         }
       }

@@ -361,7 +361,7 @@ PagePair Switcher::pair_of(int32_t b) const {
 // ---- copying: one region, its return is the fence
 
 void Switcher::run_copies(Range pieces, int64_t num_pieces) {
-  connect_ranks(parts_.world, parts_.device);
+  join_ranks(parts_.world, parts_.device);
   const auto start = Clock::now();
   const CopyPoint region{next_item(), direction(), undoing_};
   copied_.assign(copied_.size(), {});
@@ -442,7 +442,7 @@ void Switcher::copy_block(const CopyPoint& point, int to, const BlockCopy& c, bo
   std::byte* const dst = parts_.arenas[to] + c.dst_offset;
   const std::byte* const src = parts_.arenas[c.src_rank] + c.src_offset;
   Collectives* const collectives = parts_.device.collectives();
-  if (to == point.rank && (collectives == nullptr || c.src_rank == to)) parts_.device.copy_block(to, dst, src, c.bytes);
+  if (to == point.rank && (collectives == nullptr || c.src_rank == to)) parts_.device.copy_block(to, dst, c.src_rank, src, c.bytes);
   else if (to == point.rank) collectives->receive(to, dst, c.bytes, c.src_rank);
   else if (c.src_rank == point.rank) collectives->send(c.src_rank, src, c.bytes, to);
 }

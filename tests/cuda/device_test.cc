@@ -48,7 +48,7 @@ TEST_CASE("a rank that is still at work is asked again and again, which is no er
   constexpr int64_t kBytes = 16 << 20;
   const DeviceBuffer from(device, 0, kBytes), to(device, 0, kBytes);
   for (int round = 0; round < 8; ++round) {
-    device.copy_block(0, to.data(), from.data(), kBytes);
+    device.copy_block(0, to.data(), 0, from.data(), kBytes);
     device.finish_blocks(0);
     finish(0);
   }
@@ -117,7 +117,7 @@ TEST_CASE("blocks arrive whole, wherever from, and nothing beside them is writte
       at += gap;
       const int r = random.below(4);
       const int64_t source = 64 * random.below(static_cast<int>((kBytes - bytes) / 64 + 1));
-      device.copy_block(1, to.data() + at, from[static_cast<size_t>(r)].data() + source, bytes);
+      device.copy_block(1, to.data() + at, r, from[static_cast<size_t>(r)].data() + source, bytes);
       std::memcpy(expected.data() + at, contents[static_cast<size_t>(r)].data() + source, static_cast<size_t>(bytes));
       at += bytes;
     }

@@ -95,6 +95,9 @@ TEST_CASE("processes: an update's weights are those of a fresh engine") {
   Engine engine(kQwen, processes_config(2, Layout::kEp));
   engine.update_weights(changed.path());
   CHECK(difference(run_script(changed.path(), device_config(1, Layout::kTp), brief_script()), Runner(engine, true).run(brief_script())) == "");
+  engine.submit(greedy_request("b", prompt_of(2, 1), 4));
+  engine.step();
+  CHECK(engine.step().captured);
 }
 
 TEST_CASE("processes: when one is killed every request ends with an error that says so") {
@@ -120,8 +123,29 @@ TEST_CASE("processes: when one is killed every request ends with an error that s
   CHECK(failed == 2);
 }
 
+TEST_CASE("processes: one that stands still is waited for until the deadline") {
+  const SharedMemory shared;
+  EngineConfig config = processes_config(2, Layout::kTp);
+  config.wait_deadline_ms = 300;
+  Engine engine(kQwen, config);
+  engine.submit(greedy_request("a", prompt_of(1, 19), 50));
+  for (int i = 0; i < 3; ++i) engine.step();
+  const std::vector<pid_t> ranks = children();
+  REQUIRE(ranks.size() == 2);
+  kill(ranks[1], SIGSTOP);
+  std::string why;
+  try {
+    for (int i = 0; i < 3; ++i) engine.step();
+  } catch (const Error& e) {
+    why = e.what();
+  }
+  CHECK_THAT(why, Catch::Matchers::Contains("within 300 ms"));
+  kill(ranks[1], SIGCONT);
+}
+
 TEST_CASE("processes: what they cannot do is refused") {
   using Catch::Matchers::Contains;
+  const SharedMemory shared;
   EngineConfig config = processes_config(2, Layout::kTp);
   config.streams = {&config, &config};
   CHECK_THAT(refusal(config), Contains("with rank_processes each rank makes its own"));

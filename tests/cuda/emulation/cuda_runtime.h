@@ -8,12 +8,14 @@
 // One launch at a time: `__shared__` variables are static ones.
 #pragma once
 
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <thread>
 #include <type_traits>
 #include <utility>
 
@@ -96,7 +98,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
-inline void __nanosleep(unsigned) {}
+inline void __nanosleep(unsigned) { std::this_thread::sleep_for(std::chrono::microseconds(20)); }  // the cores are few
 
 template <class T>
 T __shfl_sync(unsigned mask, T v, int from, int width = 32) {
@@ -200,7 +202,7 @@ enum cudaError_t {
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3, cudaMemcpyDefault = 4 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaEventInterprocess = 4, cudaIpcMemLazyEnablePeerAccess = 1, cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostRegisterPortable = 1;
+inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaIpcMemLazyEnablePeerAccess = 1, cudaHostAllocDefault = 0, cudaHostAllocPortable = 1, cudaHostRegisterPortable = 1, cudaHostRegisterMapped = 2;
 
 struct CUstream_st;
 struct CUevent_st;
@@ -252,15 +254,10 @@ struct cudaIpcMemHandle_t {
   int process, file;
   size_t bytes;
 };
-struct cudaIpcEventHandle_t {
-  char reserved[64];
-};
-// Memory is shared where MOEBIUS_EMULATED_SHARED is set. Events order nothing: work is done when it is queued.
+// Memory is shared where MOEBIUS_EMULATED_SHARED is set.
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* out, void* memory);
 cudaError_t cudaIpcOpenMemHandle(void** out, cudaIpcMemHandle_t handle, unsigned flags);
 cudaError_t cudaIpcCloseMemHandle(void* memory);
-cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t* out, cudaEvent_t event);
-cudaError_t cudaIpcOpenEventHandle(cudaEvent_t* out, cudaIpcEventHandle_t handle);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsigned long long flags);

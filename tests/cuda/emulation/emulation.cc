@@ -273,9 +273,11 @@ cudaError_t cudaMalloc(void** out, size_t bytes) {
   Allocation made{device_of_thread, (bytes + 4095) / 4096 * 4096, -1};
   if (std::getenv("MOEBIUS_EMULATED_SHARED") != nullptr) {
     made.file = memfd_create("emulated", MFD_CLOEXEC);
+    static std::byte* next = reinterpret_cast<std::byte*>(uintptr_t{1} << 45);  // equal addresses in all processes, as GPUs may give them
     void* mapping = made.file < 0 || ftruncate(made.file, static_cast<off_t>(made.bytes)) != 0
                         ? MAP_FAILED
-                        : mmap(nullptr, made.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, made.file, 0);
+                        : mmap(next, made.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, made.file, 0);
+    next += made.bytes;
     *out = mapping != MAP_FAILED ? mapping : nullptr;
   } else {
     *out = std::aligned_alloc(4096, made.bytes);
@@ -330,11 +332,6 @@ cudaError_t cudaIpcCloseMemHandle(void* memory) {
   opened.erase(it);
   return cudaSuccess;
 }
-cudaError_t cudaIpcGetEventHandle(cudaIpcEventHandle_t* out, cudaEvent_t) {
-  *out = {};
-  return cudaSuccess;
-}
-cudaError_t cudaIpcOpenEventHandle(cudaEvent_t* out, cudaIpcEventHandle_t) { return cudaEventCreateWithFlags(out, 0); }
 cudaError_t cudaHostAlloc(void** out, size_t bytes, unsigned) {
   *out = std::malloc(bytes > 0 ? bytes : 1);
   return *out != nullptr ? cudaSuccess : give(cudaErrorMemoryAllocation);

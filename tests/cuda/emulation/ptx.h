@@ -1,6 +1,8 @@
 // The instructions of cuda/ptx.h on the host.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 
@@ -54,6 +56,9 @@ inline uint4 load_streaming(const uint4* p) { return *p; }
 inline void store_streaming(uint4* p, uint4 v) { *p = v; }
 inline void add_relaxed(int64_t* p, int64_t v) { *p = static_cast<int64_t>(static_cast<uint64_t>(*p) + static_cast<uint64_t>(v)); }
 inline void add_relaxed(float* p, float v) { *p += v; }
+inline void store_release_system(uint64_t* p, uint64_t v) { std::atomic_ref(*p).store(v, std::memory_order_release); }
+inline uint64_t load_acquire_system(const uint64_t* p) { return std::atomic_ref(*const_cast<uint64_t*>(p)).load(std::memory_order_acquire); }
+inline uint64_t global_timer_ns() { return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count()); }
 inline uint32_t pack_bf16(float low, float high) { return static_cast<uint32_t>(to_bf16(high)) << 16 | to_bf16(low); }
 inline uint32_t pack_f16(float low, float high) { return static_cast<uint32_t>(to_half(high)) << 16 | to_half(low); }
 

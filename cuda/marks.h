@@ -1,0 +1,50 @@
+// The order of ranks that have a process each, by flags in their devices' memory: a mark raises the rank's own, a pass waits until those of all
+// others are as high. Both are kernels of one block in the rank's stream, so a captured step holds them too, and each rank captures its own.
+// (Where ranks are in one process, events order them: device.cu.)
+//
+// A pass spins on its device. A mark that it waits for is queued already, in another process's stream (Device::mark); ranks of different
+// processes on one device take turns there.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "lib/device/module.h"
+
+namespace moebius::cuda {
+
+struct MarkFlags {
+  uint64_t marks;                // set so far
+  alignas(128) uint64_t passed;  // the same, where others look: all that was queued before so many marks is done
+};
+
+class SharedMarks {
+ public:
+  // As ModuleOptions has them.
+  SharedMarks(double wait_ms, uint32_t* stop_waiting) : wait_ns_(static_cast<uint64_t>(wait_ms * 1e6)), stop_waiting_(stop_waiting) {}
+  ~SharedMarks();
+  SharedMarks(const SharedMarks&) = delete;
+  SharedMarks& operator=(const SharedMarks&) = delete;
+
+  // `memory`: the rank's, zeroed, of one allocation; it outlives this.
+  cudaError_t open(std::byte* memory);
+  std::byte* memory() const { return reinterpret_cast<std::byte*>(own_); }
+  cudaError_t import(const IpcHandle& handle);  // another rank's
+
+  void mark(cudaStream_t stream) const;
+  void pass(cudaStream_t stream) const;
+  // From now on so many have been set. No rank is at work, and none is told of fewer than it has set.
+  void set(uint64_t marks, cudaStream_t stream) const;
+  bool waits() const { return *static_cast<volatile uint32_t*>(stop_waiting_) == 0; }
+
+ private:
+  uint64_t wait_ns_;
+  MarkFlags* own_ = nullptr;
+  std::vector<MarkFlags*> others_;
+  uint32_t* stop_waiting_;
+  bool pinned_ = false;
+};
+
+}  // namespace moebius::cuda
