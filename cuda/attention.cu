@@ -124,7 +124,8 @@ __device__ void block_list_work(Work& work, const AttentionArgs& args, int most_
       if (threadIdx.x == 0) work.spread = spread;
       return warp_lay_end_to_end(work.begin, args.num_chunks, [&](int c) {
         const SequenceChunk chunk = args.chunks[c];
-        return units_of(chunk, most_heads) * args.kv.num_kv_heads * (spread ? splits_of(chunk) : 1);
+        const int alone = units_of(chunk, most_heads) * args.kv.num_kv_heads;
+        return !spread ? alone : static_cast<int>(min(int64_t{alone} * splits_of(chunk), int64_t{kMaxPartials + 1}));  // no sum of them overflows
       });
     };
     if (list(true) > kMaxPartials) list(false);

@@ -32,6 +32,8 @@ struct CublasLt : Library {
   }
 };
 
+constexpr uint32_t kAlignment = 16;  // of all matrices, at least
+
 // A product of certain sizes: y[rows, n] = x[rows, k] · w[n, k]ᵀ; to cuBLASLt, which has columns first, yᵀ = w · xᵀ.
 struct Product {
   cublasLtMatmulDesc_t description = nullptr;
@@ -59,6 +61,9 @@ cublasStatus_t make(cublasLtHandle_t handle, int64_t n, int64_t k, int64_t rows,
   then([&] { return lt.lay_out(&p.y, CUDA_R_32F, size(n), size(rows), ldy); });
   then([&] { return lt.prefer(&preference); });
   then([&] { return lt.set_preference(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &kDenseScratch, sizeof kDenseScratch); });
+  for (const auto aligned : {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                             CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+    then([&] { return lt.set_preference(preference, aligned, &kAlignment, sizeof kAlignment); });
   cublasLtMatmulHeuristicResult_t chosen{};
   int found = 0;
   then([&] { return lt.choose(handle, p.description, p.w, p.x, p.y, p.y, preference, 1, &chosen, &found); });

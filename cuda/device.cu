@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "cuda/dense.h"
@@ -47,14 +48,18 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     device->ranks_.back()->device = number;
     Rank& rank = device->on(r);
     if (options.queues != nullptr) {
-      rank.stream = static_cast<cudaStream_t>(options.queues[r]);
-      rank.own_stream = false;
-      if (rank.stream == nullptr) {
+      auto* const given = static_cast<cudaStream_t>(options.queues[r]);
+      if (given == nullptr || given == cudaStreamLegacy || given == cudaStreamPerThread) {
         refuse(status, Code::kInvalidArgument, "stream of rank %d is the default stream, on which no step can be captured", r);
         return nullptr;
       }
+      rank.stream = given;
+      rank.own_stream = false;
     } else if (checked(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "a stream", r, status) < 0)
       return nullptr;
+    int reads_pageable = 0;
+    (void)cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccessUsesHostPageTables, number);
+    rank.reads_pageable = reads_pageable != 0;
     for (cudaEvent_t& mark : rank.marks)
       if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "an event", r, status) < 0) return nullptr;
   }
@@ -62,7 +67,7 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     device->on(r);
     if (open_dense(status) < 0) return nullptr;
   }
-  if (options.shared != 0 && device->share(options, status) < 0) return nullptr;
+  if (options.shared != 0) device->marks_ = std::make_unique<SharedMarks>(options.wait_ms, options.stop_waiting);
   if (options.collectives == 0) return device->enable_peer_access(used, status) < 0 ? nullptr : std::move(device);
   if (static_cast<int>(used.size()) < options.ranks) {
     refuse(status, Code::kUnsupported, "%d ranks on %d devices: NCCL needs a device for each; communicator peer does not", options.ranks, static_cast<int>(used.size()));
@@ -70,12 +75,6 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
   }
   device->nccl_ = open_nccl(options, status);
   return device->nccl_ != nullptr ? std::move(device) : nullptr;
-}
-
-int32_t CudaDevice::share(const ModuleOptions& options, ModuleStatus& status) {
-  marks_ = std::make_unique<SharedMarks>(options.wait_ms, options.stop_waiting);
-  std::byte* const memory = allocate(0, sizeof(MarkFlags), status);
-  return memory == nullptr ? status.code : checked(marks_->open(memory), "marks", 0, status);
 }
 
 int32_t CudaDevice::enable_peer_access(const std::vector<int>& devices, ModuleStatus& status) {
@@ -105,7 +104,6 @@ CudaDevice::~CudaDevice() {
     for (cudaEvent_t mark : rank.marks)
       if (mark != nullptr) (void)cudaEventDestroy(mark);
   }
-  if (marks_ != nullptr) release(0, marks_->memory());
 }
 
 int32_t CudaDevice::memory(int rank, int64_t* total_bytes, int64_t* free_bytes, ModuleStatus& status) {
@@ -144,20 +142,40 @@ void CudaDevice::release(int rank, std::byte* memory) {
   (void)cudaFree(memory);  // waits for what the device still does
 }
 
-// Pageable memory the runtime has copied when the call returns.
+// What is not pinned has been copied when the runtime's call returns, but perhaps not where the device reads the host's page tables.
 int32_t CudaDevice::write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
-  return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, on(rank).stream), "writing", rank, status);
+  const Rank& r = on(rank);
+  if (checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, r.stream), "writing", rank, status) < 0) return status.code;
+  return !r.reads_pageable || is_pinned(from) ? 0 : checked(cudaStreamSynchronize(r.stream), "writing", rank, status);
 }
 
 int32_t CudaDevice::read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height, ModuleStatus& status) {
   if (width == 0 || height == 0) return 0;
+  if (height == 1 || (width == to_pitch && width == from_pitch))  // rows of over 2 GiB cannot be copied as such
+    return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(width * height), cudaMemcpyDeviceToHost, on(rank).stream), "reading", rank, status);
   return checked(cudaMemcpy2DAsync(to, static_cast<size_t>(to_pitch), from, static_cast<size_t>(from_pitch), static_cast<size_t>(width),
                                    static_cast<size_t>(height), cudaMemcpyDeviceToHost, on(rank).stream),
                  "reading", rank, status);
 }
 
 int32_t CudaDevice::pin(void* host, int64_t bytes, ModuleStatus& status) {
-  return checked(cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterPortable), "pinning memory", 0, status);
+  if (checked(cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterPortable), "pinning memory", 0, status) < 0) return status.code;
+  std::lock_guard lock(pinned_mutex_);
+  pinned_[static_cast<const std::byte*>(host)] = bytes;
+  return 0;
+}
+
+void CudaDevice::unpin(void* host) {
+  (void)cudaHostUnregister(host);
+  std::lock_guard lock(pinned_mutex_);
+  pinned_.erase(static_cast<const std::byte*>(host));
+}
+
+bool CudaDevice::is_pinned(const void* host) {
+  const auto* p = static_cast<const std::byte*>(host);
+  std::lock_guard lock(pinned_mutex_);
+  const auto after = pinned_.upper_bound(p);
+  return after != pinned_.begin() && p < std::prev(after)->first + std::prev(after)->second;
 }
 
 int32_t CudaDevice::copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
@@ -215,9 +233,9 @@ int32_t CudaDevice::set_marks(int rank, int64_t marks, ModuleStatus&) {
   return 0;
 }
 
-int32_t CudaDevice::ipc_import_marks(const IpcHandle* handle, ModuleStatus& status) {
+int32_t CudaDevice::share_marks(std::byte* own, std::byte* const* others, int num_others, ModuleStatus& status) {
   on(0);
-  return checked(marks_->import(*handle), "another process's marks", 0, status);
+  return checked(marks_->open(own, others, num_others), "sharing marks", 0, status);
 }
 
 int32_t CudaDevice::ipc_handle(std::byte* memory, IpcHandle* out_handle, ModuleStatus& status) {
@@ -259,6 +277,16 @@ int32_t CudaDevice::end_capture(int rank, ModuleStatus& status) {
   return static_cast<int32_t>(r.captured.size()) - 1;
 }
 
+// One that an error has left open: nothing else can be done on the stream before it has ended.
+void CudaDevice::abandon_capture(const Rank& r) {
+  cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone;
+  if (cudaStreamIsCapturing(r.stream, &state) == cudaSuccess && state == cudaStreamCaptureStatusNone) return;
+  cudaGraph_t graph = nullptr;
+  (void)cudaStreamEndCapture(r.stream, &graph);
+  if (graph != nullptr) (void)cudaGraphDestroy(graph);
+  (void)cudaGetLastError();
+}
+
 int32_t CudaDevice::replay(int rank, int number, ModuleStatus& status) {
   Rank& r = on(rank);
   return checked(cudaGraphLaunch(r.captured[static_cast<size_t>(number)], r.stream), "replaying a captured step", rank, status);
@@ -266,6 +294,7 @@ int32_t CudaDevice::replay(int rank, int number, ModuleStatus& status) {
 
 void CudaDevice::forget_captures(int rank) {
   Rank& r = on(rank);
+  abandon_capture(r);
   for (cudaGraphExec_t graph : r.captured) (void)cudaGraphExecDestroy(graph);
   r.captured.clear();
 }
@@ -274,6 +303,12 @@ void CudaDevice::forget_captures(int rank) {
 void CudaDevice::give_up(int rank) {
   forget_captures(rank);
   nccl_->give_up(rank);
+}
+
+int32_t CudaDevice::prepare(ConnectionId* out_id, ModuleStatus& status) {
+  for (size_t r = 0; r < ranks_.size(); ++r) give_up(static_cast<int>(r));
+  on(0);
+  return nccl_->prepare(out_id, status);
 }
 
 int32_t CudaDevice::idle(int rank, ModuleStatus& status) {

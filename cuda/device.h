@@ -4,7 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cuda/marks.h"
@@ -28,6 +30,7 @@ class CudaDevice {
   int32_t write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height, ModuleStatus& status);
   int32_t pin(void* host, int64_t bytes, ModuleStatus& status);
+  void unpin(void* host);
   int32_t copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t copy_block(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t finish_blocks(int rank, ModuleStatus& status);
@@ -42,13 +45,13 @@ class CudaDevice {
   int32_t replay(int rank, int number, ModuleStatus& status);
   void forget_captures(int rank);
   int32_t idle(int rank, ModuleStatus& status);
-  int32_t ipc_marks(IpcHandle* out_handle, ModuleStatus& status) { return ipc_handle(marks_->memory(), out_handle, status); }
-  int32_t ipc_import_marks(const IpcHandle* handle, ModuleStatus& status);
+  int32_t share_marks(std::byte* own, std::byte* const* others, int num_others, ModuleStatus& status);
   int32_t ipc_handle(std::byte* memory, IpcHandle* out_handle, ModuleStatus& status);
   std::byte* ipc_open(int rank, const IpcHandle* handle, ModuleStatus& status);
   void ipc_close(std::byte* memory) { (void)cudaIpcCloseMemHandle(memory); }
   Exchange& nccl() const { return *nccl_; }
   void give_up(int rank);
+  int32_t prepare(ConnectionId* out_id, ModuleStatus& status);
   Exchange& nccl_on(int rank) {
     on(rank);
     return *nccl_;
@@ -60,20 +63,24 @@ class CudaDevice {
     int device = 0;
     cudaStream_t stream = nullptr;
     bool own_stream = true;
+    bool reads_pageable = false;  // through the host's page tables (GH200, GB200)
     cudaEvent_t marks[2] = {};  // in turn: a rank may set its next mark while others still pass this one
     unsigned num_marks = 0;
     BlockCopies blocks;
     std::vector<KeptBlocks> kept;
     std::vector<cudaGraphExec_t> captured;
   };
+  static void abandon_capture(const Rank& rank);
   Rank& on(int rank);  // makes the rank's device the calling thread's
   int32_t enable_peer_access(const std::vector<int>& devices, ModuleStatus& status);
 
-  int32_t share(const ModuleOptions& options, ModuleStatus& status);
+  bool is_pinned(const void* host);
   bool captures_together() const { return nccl_ == nullptr && marks_ == nullptr; }
 
   std::vector<std::unique_ptr<Rank>> ranks_;
   std::unique_ptr<SharedMarks> marks_;       // or null: all ranks are here
+  std::mutex pinned_mutex_;
+  std::map<const std::byte*, int64_t> pinned_;  // bytes
   cudaEvent_t fork_ = nullptr;               // in rank 0's stream where a capture begins that others join
   std::unique_ptr<Exchange> nccl_;           // or null: ranks read each other's memory
 };

@@ -18,8 +18,8 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, vo
 #ifdef MOEBIUS_EMULATED
   emulation::launch(grid, block, shared_bytes, static_cast<cudaStream_t>(queue), [=] { kernel(args...); });
 #else
-  constexpr size_t kShared = 48 << 10;  // what a kernel may use unasked
-  if (shared_bytes > kShared && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess)
+  // Unasked it gets 48 KiB together with its static shared memory.
+  if (shared_bytes > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess)
     return;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

@@ -1,6 +1,7 @@
 #include "cuda/marks.h"
 
-#include <cstring>
+#include <algorithm>
+#include <iterator>
 
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
@@ -8,11 +9,10 @@
 namespace moebius::cuda {
 namespace {
 
-constexpr int kMaxOthers = 64;
 constexpr size_t kPageBytes = 4096;
 
 struct Others {
-  const MarkFlags* of[kMaxOthers];
+  const MarkFlags* of[kMaxOtherRanks];
 };
 
 __global__ void mark_kernel(MarkFlags* own) {
@@ -40,33 +40,25 @@ __global__ void set_kernel(MarkFlags* own, uint64_t marks) {
 }  // namespace
 
 SharedMarks::~SharedMarks() {
-  for (MarkFlags* other : others_) (void)cudaIpcCloseMemHandle(other);
   if (pinned_) (void)cudaHostUnregister(stop_waiting_);
 }
 
-cudaError_t SharedMarks::open(std::byte* memory) {
-  own_ = reinterpret_cast<MarkFlags*>(memory);
+cudaError_t SharedMarks::open(std::byte* own, std::byte* const* others, int num_others) {
+  if (num_others > kMaxOtherRanks) return cudaErrorInvalidValue;
+  own_ = reinterpret_cast<MarkFlags*>(own);
+  for (int i = 0; i < num_others; ++i) others_[i] = reinterpret_cast<const MarkFlags*>(others[i]);
+  num_others_ = num_others;
   const cudaError_t e = cudaHostRegister(stop_waiting_, kPageBytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
   pinned_ = e == cudaSuccess;
   return e;
 }
 
-cudaError_t SharedMarks::import(const IpcHandle& handle) {
-  if (others_.size() == kMaxOthers) return cudaErrorInvalidValue;
-  cudaIpcMemHandle_t other;
-  std::memcpy(&other, &handle, sizeof other);
-  void* memory = nullptr;
-  if (const cudaError_t e = cudaIpcOpenMemHandle(&memory, other, cudaIpcMemLazyEnablePeerAccess); e != cudaSuccess) return e;
-  others_.push_back(static_cast<MarkFlags*>(memory));
-  return cudaSuccess;
-}
-
 void SharedMarks::mark(cudaStream_t stream) const { launch(mark_kernel, 1, 1, 0, stream, own_); }
 
 void SharedMarks::pass(cudaStream_t stream) const {
-  Others others{};
-  for (size_t i = 0; i < others_.size(); ++i) others.of[i] = others_[i];
-  if (!others_.empty()) launch(pass_kernel, 1, kMaxOthers, 0, stream, own_, others, static_cast<int>(others_.size()), wait_ns_, stop_waiting_);
+  Others others;
+  std::copy(std::begin(others_), std::end(others_), others.of);
+  if (num_others_ > 0) launch(pass_kernel, 1, 64, 0, stream, own_, others, num_others_, wait_ns_, stop_waiting_);
 }
 
 void SharedMarks::set(uint64_t marks, cudaStream_t stream) const { launch(set_kernel, 1, 1, 0, stream, own_, marks); }

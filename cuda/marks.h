@@ -8,30 +8,30 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "lib/device/module.h"
 
 namespace moebius::cuda {
 
+constexpr int kMaxOtherRanks = 63;
+
 struct MarkFlags {
   uint64_t marks;                // set so far
   alignas(128) uint64_t passed;  // the same, where others look: all that was queued before so many marks is done
 };
+static_assert(sizeof(MarkFlags) <= kMarkBytes);
 
 class SharedMarks {
  public:
-  // As ModuleOptions has them.
   SharedMarks(double wait_ms, uint32_t* stop_waiting) : wait_ns_(static_cast<uint64_t>(wait_ms * 1e6)), stop_waiting_(stop_waiting) {}
   ~SharedMarks();
   SharedMarks(const SharedMarks&) = delete;
   SharedMarks& operator=(const SharedMarks&) = delete;
 
-  // `memory`: the rank's, zeroed, of one allocation; it outlives this.
-  cudaError_t open(std::byte* memory);
-  std::byte* memory() const { return reinterpret_cast<std::byte*>(own_); }
-  cudaError_t import(const IpcHandle& handle);  // another rank's
+  // As DeviceModule::share_marks has it.
+  cudaError_t open(std::byte* own, std::byte* const* others, int num_others);
 
   void mark(cudaStream_t stream) const;
   void pass(cudaStream_t stream) const;
@@ -42,7 +42,8 @@ class SharedMarks {
  private:
   uint64_t wait_ns_;
   MarkFlags* own_ = nullptr;
-  std::vector<MarkFlags*> others_;
+  const MarkFlags* others_[kMaxOtherRanks] = {};
+  int num_others_ = 0;
   uint32_t* stop_waiting_;
   bool pinned_ = false;
 };

@@ -23,6 +23,15 @@ R guarded(ModuleStatus& status, R failed, F&& f) noexcept {
   }
 }
 
+// Leaves the calling thread's device as it was.
+struct KeptCurrent {
+  int before = 0;
+  bool had = cudaGetDevice(&before) == cudaSuccess;
+  ~KeptCurrent() {
+    if (had) (void)cudaSetDevice(before);
+  }
+};
+
 template <class F>
 int32_t asked(ModuleStatus& status, F&& f) noexcept {
   return guarded(status, -1, [&] {
@@ -37,14 +46,14 @@ constexpr DeviceModule kModule{
     .name = "cuda",
     .open = [](const ModuleOptions& options, ModuleStatus& s) -> void* {
       return guarded(s, static_cast<void*>(nullptr), [&]() -> void* { 
-        int before = 0;
-        const bool had = cudaGetDevice(&before) == cudaSuccess;
-        void* device = CudaDevice::open(options, s).release();
-        if (had) (void)cudaSetDevice(before);
-        return device;
+        const KeptCurrent current;
+        return CudaDevice::open(options, s).release();
       });
     },
-    .close = [](void* d) { delete static_cast<CudaDevice*>(d); },
+    .close = [](void* d) {
+      const KeptCurrent current;
+      delete static_cast<CudaDevice*>(d);
+    },
     .ops = [](void*) { return &ops(); },
     .place = [](void* d, int rank) -> int32_t { return of(d).place(rank); },
     .memory = [](void* d, int rank, int64_t* total, int64_t* free, ModuleStatus& s) { return of(d).memory(rank, total, free, s); },
@@ -54,8 +63,8 @@ constexpr DeviceModule kModule{
     .write = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).write(rank, to, from, n, s); },
     .read = [](void* d, int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height,
                ModuleStatus& s) { return of(d).read(rank, to, to_pitch, from, from_pitch, width, height, s); },
-    .pin = [](void* d, void* host, int64_t bytes, ModuleStatus& s) { return of(d).pin(host, bytes, s); },
-    .unpin = [](void*, void* host) { (void)cudaHostUnregister(host); },
+    .pin = [](void* d, void* host, int64_t bytes, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).pin(host, bytes, s); }); },
+    .unpin = [](void* d, void* host) { of(d).unpin(host); },
     .copy = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy(rank, to, from, n, s); },
     .copy_block = [](void* d, int rank, void* to, const void* from, int64_t n, ModuleStatus& s) { return of(d).copy_block(rank, to, from, n, s); },
     .finish_blocks = [](void* d, int rank, ModuleStatus& s) { return of(d).finish_blocks(rank, s); },
@@ -76,12 +85,11 @@ constexpr DeviceModule kModule{
     },
     .set_current = [](void*, int32_t device) { (void)cudaSetDevice(device); },
     .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
-    .ipc_marks = [](void* d, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_marks(out, s); },
-    .ipc_import_marks = [](void* d, const IpcHandle* handle, ModuleStatus& s) { return guarded(s, -1, [&] { return of(d).ipc_import_marks(handle, s); }); },
+    .share_marks = [](void* d, std::byte* own, std::byte* const* others, int n, ModuleStatus& s) { return of(d).share_marks(own, others, n, s); },
     .ipc_handle = [](void* d, std::byte* memory, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_handle(memory, out, s); },
     .ipc_open = [](void* d, int rank, const IpcHandle* handle, ModuleStatus& s) { return of(d).ipc_open(rank, handle, s); },
     .ipc_close = [](void* d, std::byte* memory) { of(d).ipc_close(memory); },
-    .prepare = [](void* d, ConnectionId* out, ModuleStatus& s) { return of(d).nccl_on(0).prepare(out, s); },
+    .prepare = [](void* d, ConnectionId* out, ModuleStatus& s) { return of(d).prepare(out, s); },
     .connect = [](void* d, int rank, const ConnectionId* id, ModuleStatus& s) { return of(d).nccl_on(rank).connect(rank, *id, s); },
     .all_reduce = [](void* d, int rank, void* data, int64_t count, Element element, ModuleStatus& s) {
       return asked(s, [&] { of(d).nccl().all_reduce(rank, data, count, element); });

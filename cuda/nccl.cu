@@ -63,7 +63,6 @@ class Nccl final : public Exchange {
 
   int32_t prepare(ConnectionId* out_id, ModuleStatus& status) override {
     if (handed_in_) return refuse(status, Code::kRankFailed, "NCCL: a rank failed and the host's communicators were aborted; only the host can make others");
-    for (size_t r = 0; r < ranks_.size(); ++r) give_up(static_cast<int>(r));
     ncclUniqueId id;
     static_assert(sizeof id <= sizeof *out_id);
     if (checked(library_.get_unique_id(&id), "a new world", 0, status) < 0) return status.code;
@@ -89,6 +88,10 @@ class Nccl final : public Exchange {
   int32_t exchange(int rank, cudaStream_t stream, ModuleStatus& status) override {
     Rank& r = of(rank);
     if (r.asked.empty()) return 0;
+    if (r.comm == nullptr) {
+      r.asked.clear();
+      return refuse(status, Code::kRankFailed, "NCCL, rank %d: it is not connected", first_rank_ + rank);
+    }
     int result = library_.group_start();
     for (const Asked& a : r.asked)
       if (good(result)) result = start(a, r.comm, stream);

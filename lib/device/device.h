@@ -27,7 +27,7 @@ class Device {
   virtual int64_t total_bytes(int rank) const = 0;  // of the rank's place
   virtual int64_t free_bytes(int rank) const = 0;   // the rank's share of what its place has to give now
 
-  // Zeroed, aligned to 4,096 bytes at least. Throws kOutOfMemory.
+  // Zeroed, aligned to 256 bytes at least. Throws kOutOfMemory.
   virtual std::byte* allocate(int rank, int64_t bytes) = 0;
   virtual void release(int rank, std::byte* memory, int64_t bytes) noexcept = 0;
 

