@@ -8,6 +8,7 @@
 #include "cuda/dense.h"
 #include "cuda/launch.h"
 #include "cuda/status.h"
+#include "cuda/turn.h"
 
 namespace moebius::cuda {
 namespace {
@@ -97,7 +98,10 @@ CudaDevice::~CudaDevice() {
   if (fork_ != nullptr) (void)cudaEventDestroy(fork_);
   for (size_t r = 0; r < ranks_.size(); ++r) {
     Rank& rank = on(static_cast<int>(r));
-    if (rank.stream != nullptr) (void)cudaStreamSynchronize(rank.stream);
+    if (rank.stream != nullptr) {
+      abandon_capture(rank);
+      (void)cudaStreamSynchronize(rank.stream);
+    }
     for (cudaGraphExec_t graph : rank.captured) (void)cudaGraphExecDestroy(graph);
     rank.kept.clear();
     if (rank.stream != nullptr && rank.own_stream) (void)cudaStreamDestroy(rank.stream);
@@ -206,6 +210,7 @@ int32_t CudaDevice::copy_kept(int rank, int number, int64_t begin, int64_t end, 
 
 int32_t CudaDevice::mark(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
+  const Turn turn;
   if (marks_ != nullptr) {
     marks_->mark(r.stream);
     return 0;
@@ -216,6 +221,7 @@ int32_t CudaDevice::mark(int rank, ModuleStatus& status) {
 // All ranks have set as many marks: the barrier between says so.
 int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
   const Rank& r = on(rank);
+  const Turn turn;
   if (marks_ != nullptr) {
     marks_->pass(r.stream);
     return 0;
@@ -257,16 +263,20 @@ int32_t CudaDevice::begin_capture(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
   if (checked(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeRelaxed), "beginning a capture", rank, status) < 0) return status.code;
   if (!captures_together()) return 0;
+  r.shares_capture = true;
+  ++shared_captures;
   if (fork_ == nullptr && checked(cudaEventCreateWithFlags(&fork_, cudaEventDisableTiming), "an event", rank, status) < 0) return status.code;
   return checked(cudaEventRecord(fork_, r.stream), "beginning a capture", rank, status);
 }
 
 int32_t CudaDevice::join_capture(int rank, ModuleStatus& status) {
+  const Turn turn;
   return checked(cudaStreamWaitEvent(on(rank).stream, fork_, 0), "joining a capture", rank, status);
 }
 
 int32_t CudaDevice::end_capture(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
+  if (std::exchange(r.shares_capture, false)) --shared_captures;
   cudaGraph_t graph = nullptr;
   if (checked(cudaStreamEndCapture(r.stream, &graph), "ending a capture", rank, status) < 0) return status.code;
   cudaGraphExec_t ready = nullptr;
@@ -278,7 +288,8 @@ int32_t CudaDevice::end_capture(int rank, ModuleStatus& status) {
 }
 
 // One that an error has left open: nothing else can be done on the stream before it has ended.
-void CudaDevice::abandon_capture(const Rank& r) {
+void CudaDevice::abandon_capture(Rank& r) {
+  if (std::exchange(r.shares_capture, false)) --shared_captures;
   cudaStreamCaptureStatus state = cudaStreamCaptureStatusNone;
   if (cudaStreamIsCapturing(r.stream, &state) == cudaSuccess && state == cudaStreamCaptureStatusNone) return;
   cudaGraph_t graph = nullptr;

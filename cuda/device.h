@@ -69,8 +69,9 @@ class CudaDevice {
     BlockCopies blocks;
     std::vector<KeptBlocks> kept;
     std::vector<cudaGraphExec_t> captured;
+    bool shares_capture = false;  // it has begun one that others join
   };
-  static void abandon_capture(const Rank& rank);
+  static void abandon_capture(Rank& rank);
   Rank& on(int rank);  // makes the rank's device the calling thread's
   int32_t enable_peer_access(const std::vector<int>& devices, ModuleStatus& status);
 

@@ -9,6 +9,7 @@
 #include "cuda/reshard.h"
 #include "cuda/route.h"
 #include "cuda/rows.h"
+#include "cuda/turn.h"
 
 namespace moebius::cuda {
 namespace {
@@ -17,27 +18,36 @@ size_t scratch_bytes(const OpLimits& limits) {
   return std::max({scratch_bytes_attention(limits), scratch_bytes_route(limits), limits.row_major ? kDenseScratch : 0});
 }
 
+template <auto op, class Args>
+void in_turn(const Args& args, const Lane& lane) {
+  const Turn turn;
+  op(args, lane);
+}
+
 }  // namespace
 
 const Ops& ops() {
   static constexpr Ops table{.name = "cuda",
                              .scratch_bytes = scratch_bytes,
-                             .embed = embed,
-                             .add_norm = add_norm,
-                             .linear = linear,
-                             .rope_store = rope_store,
-                             .attention = attention,
-                             .exact_linear = exact_linear,
-                             .route = route,
-                             .group_experts = group_experts,
-                             .experts_gate_up = experts_gate_up,
-                             .experts_down = experts_down,
-                             .pick_rows = pick_rows,
-                             .clear = clear,
-                             .choose_tokens = choose_tokens,
-                             .add_partials = add_partials,
-                             .fetch_rows = fetch_rows,
-                             .copy_pages = copy_pages,
+                             .embed = in_turn<embed>,
+                             .add_norm = in_turn<add_norm>,
+                             .linear = in_turn<linear>,
+                             .rope_store = in_turn<rope_store>,
+                             .attention = in_turn<attention>,
+                             .exact_linear = in_turn<exact_linear>,
+                             .route = in_turn<route>,
+                             .group_experts = in_turn<group_experts>,
+                             .experts_gate_up = in_turn<experts_gate_up>,
+                             .experts_down = in_turn<experts_down>,
+                             .pick_rows = in_turn<pick_rows>,
+                             .clear = [](void* to, size_t bytes, const Lane& lane) {
+                               const Turn turn;
+                               clear(to, bytes, lane);
+                             },
+                             .choose_tokens = in_turn<choose_tokens>,
+                             .add_partials = in_turn<add_partials>,
+                             .fetch_rows = in_turn<fetch_rows>,
+                             .copy_pages = in_turn<copy_pages>,
                              .arg_max = nullptr,
                              .exp_sum = nullptr,
                              .probe_read = nullptr,

@@ -6,6 +6,8 @@
 
 // Why this program's tests cannot run here; null when they can. A program without such a reason has no such function.
 [[gnu::weak]] const char* why_skipped();
+// What must go before the process's own ending; a program without it has no such function.
+[[gnu::weak]] void after_tests();
 
 int main(int argc, char** argv) {
   if (why_skipped != nullptr)
@@ -13,5 +15,7 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "skipped: %s\n", why);
       return 77;  // SKIP_RETURN_CODE
     }
-  return Catch::Session().run(argc, argv);
+  const int result = Catch::Session().run(argc, argv);
+  if (after_tests != nullptr) after_tests();
+  return result;
 }

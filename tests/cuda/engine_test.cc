@@ -6,7 +6,7 @@
 #include <cstdlib>
 
 namespace moebius::test {
-TEST_CASE("any number of ranks, either layout and every seam give the same bits") {
+TEST_CASE("any number of ranks, either layout and every seam give the same bits", "[engine]") {
   for (const std::string& model : {kQwen, kDense, kMixtral}) {
     Script script = short_script();
     const Outcome expected = run_script(model, device_config(1, Layout::kTp), script);
@@ -27,7 +27,7 @@ TEST_CASE("any number of ranks, either layout and every seam give the same bits"
   }
 }
 
-TEST_CASE("chunks of a prompt, and pages of another size, give the same bits") {
+TEST_CASE("chunks of a prompt, and pages of another size, give the same bits", "[engine]") {
   const Script script = short_script();
   const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
   for (int chunk : {1, 7}) {
@@ -39,7 +39,7 @@ TEST_CASE("chunks of a prompt, and pages of another size, give the same bits") {
   }
 }
 
-TEST_CASE("captured steps: used by decode steps of pure layouts, and they change no bit") {
+TEST_CASE("captured steps: used by decode steps of pure layouts, and they change no bit", "[engine]") {
   for (int ranks : {1, 2, 3})
     for (Layout layout : {Layout::kTp, Layout::kEp}) {
       INFO("ranks " << ranks << " " << name_of(layout));
@@ -68,7 +68,7 @@ TEST_CASE("captured steps: used by decode steps of pure layouts, and they change
     }
 }
 
-TEST_CASE("after an update captured steps compute with the new weights and scales, after a switch too") {
+TEST_CASE("after an update captured steps compute with the new weights and scales, after a switch too", "[engine]") {
   ModelCopy changed(kQwen);
   changed.change_all();
   const Script script = brief_script();
@@ -101,7 +101,7 @@ TEST_CASE("after an update captured steps compute with the new weights and scale
   }
 }
 
-TEST_CASE("the experts of every position are those of the cpu, and such a step is not a captured one") {
+TEST_CASE("the experts of every position are those of the cpu, and such a step is not a captured one", "[engine]") {
   const auto routes_of = [](EngineConfig config, int32_t seam) {
     config.mode = "exact";
     Engine engine(kQwen, config);
@@ -131,7 +131,7 @@ TEST_CASE("the experts of every position are those of the cpu, and such a step i
   CHECK(equal * 100 >= first.size() * 98);  // the router's logits differ from the cpu's in the last bits: a tie may fall the other way
 }
 
-TEST_CASE("keeping the logits changes no token") {
+TEST_CASE("keeping the logits changes no token", "[engine]") {
   std::vector<int32_t> tokens[2];
   for (int keep : {0, 1}) {
     Script script;
@@ -145,7 +145,7 @@ TEST_CASE("keeping the logits changes no token") {
   CHECK(tokens[0] == tokens[1]);
 }
 
-TEST_CASE("switches at once and a little in every step, there and back, change no bit") {
+TEST_CASE("switches at once and a little in every step, there and back, change no bit", "[engine]") {
   Script script = short_script();
   const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
   for (int ranks : {2, 4})
@@ -162,7 +162,7 @@ TEST_CASE("switches at once and a little in every step, there and back, change n
     }
 }
 
-TEST_CASE("a fault at any item of any rank is rolled back, and no bit changes") {
+TEST_CASE("a fault at any item of any rank is rolled back, and no bit changes", "[engine]") {
   Script script = short_script();
   const Outcome expected = run_script(kQwen, device_config(1, Layout::kTp), script);
   for (Layout start : {Layout::kTp, Layout::kEp})
@@ -178,7 +178,7 @@ TEST_CASE("a fault at any item of any rank is rolled back, and no bit changes") 
     }
 }
 
-TEST_CASE("an engine takes no more of a device than memory_bytes, with all its tables") {
+TEST_CASE("an engine takes no more of a device than memory_bytes, with all its tables", "[engine]") {
   if (std::string_view(MOEBIUS_TEST_DEVICE) != "cuda-emulated") return;  // a GPU gives in units of its own, and to others
   const std::unique_ptr<Device> device = open_module_device(MOEBIUS_TEST_DEVICE, {.ranks = 2});
   const auto free = [&](int rank) { return device->free_bytes(rank) / 9 * 10; };
@@ -197,7 +197,7 @@ TEST_CASE("an engine takes no more of a device than memory_bytes, with all its t
   }
 }
 
-TEST_CASE("what a device cannot do is refused before anything is loaded") {
+TEST_CASE("what a device cannot do is refused before anything is loaded", "[engine]") {
   using Catch::Matchers::Contains;
   EngineConfig config = device_config(2, Layout::kTp);
   config.threads = 2;

@@ -20,7 +20,7 @@ double rms(const std::vector<float>& a, const std::vector<float>& b, size_t n) {
 
 }  // namespace
 
-TEST_CASE("fast: any number of ranks, either layout, seams and switches stay near the exact logits") {
+TEST_CASE("fast: any number of ranks, either layout, seams and switches stay near the exact logits", "[engine]") {
   // The yardstick is the error of transformers' own bf16 run (docs/numerics.md); another order of float sums moves less than that.
   struct Case {
     std::string model;
@@ -46,7 +46,7 @@ TEST_CASE("fast: any number of ranks, either layout, seams and switches stay nea
   }
 }
 
-TEST_CASE("fast: it is what a device does unasked, and NCCL adds its sums too") {
+TEST_CASE("fast: it is what a device does unasked, and NCCL adds its sums too", "[engine]") {
   EngineConfig config = fast_config(2, Layout::kEp);
   config.mode.clear();
   config.communicator = "nccl";

@@ -25,6 +25,9 @@ Device& test_device() {
 
 }  // namespace moebius
 
+// A module's runtime ends before what is static here would.
+void after_tests() { moebius::device.reset(); }
+
 // Only where there is no GPU: a module that is missing or fails otherwise is a failure.
 const char* why_skipped() {
   moebius::open_once();

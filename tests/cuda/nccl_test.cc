@@ -135,7 +135,7 @@ TEST_CASE("NCCL: ranks that share a device are refused") {
   }
 }
 
-TEST_CASE("NCCL: either layout, every seam, captured or not, give the bits of ranks that read each other's memory") {
+TEST_CASE("NCCL: either layout, every seam, captured or not, give the bits of ranks that read each other's memory", "[engine]") {
   const int most = possible_ranks();
   for (const std::string& model : {kQwen, kDense}) {
     Script script = script_of_three(most > 0 ? 1.1 : 0);
@@ -158,7 +158,7 @@ TEST_CASE("NCCL: either layout, every seam, captured or not, give the bits of ra
   }
 }
 
-TEST_CASE("NCCL: switches at once and a little in every step, there and back, change no bit") {
+TEST_CASE("NCCL: switches at once and a little in every step, there and back, change no bit", "[engine]") {
   const int ranks = possible_ranks();
   if (ranks < 2) return;
   Script script = script_of_three(0);
@@ -176,7 +176,7 @@ TEST_CASE("NCCL: switches at once and a little in every step, there and back, ch
     }
 }
 
-TEST_CASE("NCCL: an update that fails takes the connection down, and the next one brings it back, with captured steps") {
+TEST_CASE("NCCL: an update that fails takes the connection down, and the next one brings it back, with captured steps", "[engine]") {
   if (possible_ranks() < 2) return;
   ModelCopy changed(kQwen);
   changed.change_all();
@@ -195,7 +195,7 @@ TEST_CASE("NCCL: an update that fails takes the connection down, and the next on
   CHECK(engine.step().captured);
 }
 
-TEST_CASE("NCCL: a fault on any rank is rolled back over a new connection, and no bit changes") {
+TEST_CASE("NCCL: a fault on any rank is rolled back over a new connection, and no bit changes", "[engine]") {
   const int ranks = possible_ranks();
   if (ranks < 2) return;
   Script script = script_of_three(0);

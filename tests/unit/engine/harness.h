@@ -1,6 +1,8 @@
 // Runs scripts of requests, arrivals, cancels and switches on an engine, and compares what came out bit for bit.
 #pragma once
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -14,14 +16,17 @@
 
 namespace moebius::test {
 
-// Under a sanitizer the longest sweeps take every 13th or 31st case: primes, so that none of the nested loops stands still.
+// The longest sweeps take every n-th case: a prime, so that none of the nested loops stands still. MOEBIUS_TEST_SWEEP says another.
+inline const int64_t kSweep = [] {
+  if (const char* given = std::getenv("MOEBIUS_TEST_SWEEP")) return std::max<int64_t>(1, std::atoll(given));
 #if defined(__SANITIZE_THREAD__)
-inline constexpr int64_t kSweep = 31;
+  return int64_t{31};
 #elif defined(__SANITIZE_ADDRESS__)
-inline constexpr int64_t kSweep = 13;
+  return int64_t{13};
 #else
-inline constexpr int64_t kSweep = 1;
+  return int64_t{1};
 #endif
+}();
 
 inline const std::string kQwen = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe";
 inline const std::string kDense = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe-dense";
@@ -250,19 +255,25 @@ inline std::vector<std::byte> bytes_at(Engine& engine, int rank, const void* at,
   return out;
 }
 
+inline std::vector<std::byte> arena_of(Engine& engine, int rank) {
+  const ModelStore& store = engine.impl().store();
+  return bytes_at(engine, rank, store.arenas()[static_cast<size_t>(rank)], store.arena().arena_bytes(rank));
+}
+
 // Every byte of every slice that a rank owns where the seam stands.
 inline std::vector<std::byte> weight_bytes(Engine& engine) {
   const ModelStore& store = engine.impl().store();
   std::vector<std::byte> out;
-  for (int r = 0; r < engine.impl().world().ranks(); ++r)
+  for (int r = 0; r < engine.impl().world().ranks(); ++r) {
+    const std::vector<std::byte> arena = arena_of(engine, r);
     for (int l = 0; l < engine.model().num_layers; ++l)
       for (size_t i = 0; i < store.slices().layer(l).size(); ++i) {
         const Layout layout = l < engine.impl().switcher().seam() ? Layout::kTp : Layout::kEp;
         const int64_t offset = store.arena().slice_offset(r, layout, l, static_cast<int>(i));
         if (offset < 0) continue;
-        const std::vector<std::byte> slice = bytes_at(engine, r, store.arenas()[r] + offset, store.slices().layer(l)[i].bytes);
-        out.insert(out.end(), slice.begin(), slice.end());
+        out.insert(out.end(), arena.begin() + offset, arena.begin() + offset + store.slices().layer(l)[i].bytes);
       }
+  }
   return out;
 }
 

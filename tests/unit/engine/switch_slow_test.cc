@@ -15,11 +15,6 @@ struct Slow {
   std::atomic<bool> asleep{false}, release{false}, awake{false};
 };
 
-std::vector<std::byte> arena_of(Engine& engine, int rank) {
-  const ModelStore& store = engine.impl().store();
-  return bytes_at(engine, rank, store.arenas()[rank], store.arena().arena_bytes(rank));
-}
-
 }  // namespace
 
 TEST_CASE("a rank that sleeps inside a copy within the deadline is waited for, and nothing is rolled back") {
@@ -47,7 +42,7 @@ TEST_CASE("a rank that sleeps inside a copy within the deadline is waited for, a
 }
 
 TEST_CASE("a rank that sleeps inside a copy beyond the deadline is given up in time, and writes nothing when it wakes") {
-  constexpr double kDeadline = kSweep > 1 ? 2000 : 400;  // ms: the steps before the switch must not need it
+  const double kDeadline = kSweep > 1 ? 2000 : 400;  // ms: the steps before the switch must not need it
   for (Layout start : {Layout::kTp, Layout::kEp})
     for (double budget : {0.0, 1e-6}) {
       if (kSweep > 1 && (budget > 0) != (start == Layout::kTp)) continue;

@@ -11,24 +11,26 @@ std::map<int32_t, std::vector<std::byte>> kv_bytes(Engine& engine, Layout layout
   const ModelStore& store = engine.impl().store();
   const KvManager& kv = engine.impl().kv();
   const int64_t slice = store.arena().kv_slice_bytes();
+  std::vector<std::vector<std::byte>> arenas;
+  for (int r = 0; r < kv.num_homes(); ++r) arenas.push_back(arena_of(engine, r));
   std::map<int32_t, std::vector<std::byte>> out;
   for (int32_t b : kv.live_blocks())
     for (int l = 0; l < engine.model().num_layers; ++l)
       for (int h = 0; h < store.forward(0).num_kv_heads; ++h) {
-        std::vector<std::byte> first;
+        const std::byte* first = nullptr;
         for (int r = 0; r < kv.num_homes(); ++r) {
           const auto& heads = store.arena().local_kv_heads(r, layout);
           const auto found = std::find(heads.begin(), heads.end(), h);
           if (found == heads.end() || (layout == Layout::kEp && kv.block(b).home != r)) continue;
           const int32_t page = layout == Layout::kTp ? kv.block(b).tp_page : kv.block(b).ep_page;
-          const std::byte* at = store.arenas()[r] + store.arena().kv_offset(r, layout, l) +
+          const std::byte* at = arenas[static_cast<size_t>(r)].data() + store.arena().kv_offset(r, layout, l) +
                                 (page * static_cast<int64_t>(heads.size()) + (found - heads.begin())) * slice;
-          const std::vector<std::byte> bytes = bytes_at(engine, r, at, slice);
-          if (first.empty()) first = bytes;
-          else if (first != bytes) FAIL("block " << b << " layer " << l << " head " << h << ": rank " << r << " differs");
+          if (first == nullptr)
+            out[b].insert(out[b].end(), first = at, at + slice);
+          else if (std::memcmp(first, at, slice) != 0)
+            FAIL("block " << b << " layer " << l << " head " << h << ": rank " << r << " differs");
         }
-        REQUIRE(!first.empty());
-        out[b].insert(out[b].end(), first.begin(), first.end());
+        REQUIRE(first != nullptr);
       }
   return out;
 }
