@@ -333,7 +333,7 @@ int32_t CudaDevice::idle(int rank, ModuleStatus& status) {
   }
   if (checked(error, "the rank's work", rank, status) < 0) return status.code;
   if (nccl_ != nullptr && nccl_->exchanged(rank, status) < 0) return status.code;
-  if (marks_ != nullptr && !marks_->waits()) return refuse(status, Code::kTimeout, "CUDA, rank %d: another rank's work did not end in time", rank);
+  if (marks_ != nullptr && !marks_->waits()) return refuse(status, Code::kTimeout, "CUDA, rank %d: another rank failed, or its work did not end in time", rank);
   return 1;
 }
 

@@ -29,7 +29,7 @@ struct EngineConfig {
   int ranks = 1;
   int threads = 0;                 // computing threads per rank; 0: cores ÷ ranks, at least 1
   Layout layout = Layout::kTp;     // to start in
-  int64_t memory_bytes = 0;        // per rank, weights + KV + workspace; 0: see default_memory_bytes in engine.cc
+  int64_t memory_bytes = 0;        // per rank, weights + KV + workspace; 0: what max_batch requests of up to 4,096 tokens need (ModelStore::plan)
   int64_t kv_tokens = 0;           // KV tokens at most, over all ranks; 0: as many as the memory holds
   std::string device = "cpu";      // or the name of a module, "cuda": libmoebius-<name>.so
   std::vector<int32_t> device_ids; // [ranks] the device of each rank; empty: ranks take turns

@@ -32,7 +32,11 @@ EngineConfig complete(EngineConfig config, const ModelConfig& model);           
 PolicyLimits policy_limits(const EngineConfig& config);
 int threads_per_rank(const EngineConfig& config, const ModelConfig& model);      // of a complete config; checks the ranks
 WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, Device& device);
+StepLimits step_limits(const WorkspaceShape& shape, const EngineConfig& config);
 int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config);
+
+inline double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
+inline int64_t ns_of(Clock::time_point t) { return std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count(); }
 
 struct DummyRound;
 
@@ -97,6 +101,8 @@ class Engine::Impl {
   std::function<void(int rank, int thread)> step_hook;  // called by every thread at the start of a step's region; may throw
 
  private:
+  static constexpr size_t kMaxWishes = 64;  // switches asked for between two steps; a host that asks for more has lost count
+
   void compare_ranks();
   void keep_costs() noexcept;
   int most_dummies(int64_t tokens) const;
