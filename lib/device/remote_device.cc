@@ -113,9 +113,15 @@ class RemoteRank {
   };
 
   void read(void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height) {
-    if (width == 0 || height == 0) return;
     const int64_t bytes = width * height;
-    if (read_bytes_ + bytes > kReadBytes) fail(Code::kUnsupported, "rank {} reads more than {} bytes at once from its process", rank_, kReadBytes);
+    if (bytes == 0) return;
+    if (bytes > kReadBytes) {  // row by row, and those that are too long in pieces
+      for (int64_t i = 0; i < height; ++i)
+        for (int64_t at = 0; at < width; at += kReadBytes)
+          read(static_cast<std::byte*>(to) + i * to_pitch + at, 0, static_cast<const std::byte*>(from) + i * from_pitch + at, 0, std::min(kReadBytes, width - at), 1);
+      return;
+    }
+    while (read_bytes_ + bytes > kReadBytes) idle();
     post(Command::kRead, Read{read_bytes_, width, from, from_pitch, width, height});
     reads_.push_back({static_cast<std::byte*>(to), to_pitch, read_bytes_, width, height});
     read_bytes_ = round_up(read_bytes_ + bytes, kAlign);

@@ -73,6 +73,29 @@ TEST_CASE("processes: either layout, seams and switches give the bits of one pro
   CHECK(children().empty());
 }
 
+TEST_CASE("processes: what is read comes whole, however much it is", "[engine]") {
+  const SharedMemory shared;
+  Engine engine(kQwen, processes_config(2, Layout::kTp));
+  Device& device = engine.impl().device();
+  constexpr int64_t kBytes = (200 << 20) + 64;
+  const DeviceBuffer buffer(device, 1, kBytes);
+  std::vector<uint32_t> in(kBytes / 4), out(kBytes / 4, 0);
+  for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<uint32_t>(i) * 2654435761u;
+  device.write(1, buffer.data(), in.data(), kBytes);
+  const auto read = [&](int64_t pitch, int64_t width, int64_t height) {
+    std::fill(out.begin(), out.end(), 0);
+    device.read(1, out.data(), width, buffer.data(), pitch, width, height);
+    while (!device.idle(1)) {
+    }
+    for (int64_t i = 0; i < height; ++i)
+      if (std::memcmp(reinterpret_cast<std::byte*>(out.data()) + i * width, reinterpret_cast<std::byte*>(in.data()) + i * pitch, static_cast<size_t>(width)) != 0)
+        FAIL("row " << i << " of " << width << " bytes");
+  };
+  read(kBytes, kBytes, 1);
+  read(100 << 20, 80 << 20, 2);
+  read(1 << 20, 4096, 200);
+}
+
 TEST_CASE("processes: a fault in a switch is rolled back, and no bit changes", "[engine]") {
   const SharedMemory shared;
   const Outcome expected = in_one_process(kQwen);
