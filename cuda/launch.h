@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <unordered_map>
 
 namespace moebius::cuda {
 
@@ -46,6 +47,14 @@ inline unsigned resident_blocks(int per_multiprocessor) {
   int device = 0, count = 1;
   if (cudaGetDevice(&device) == cudaSuccess) (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return static_cast<unsigned>(count * per_multiprocessor);
+}
+// As many as it holds of a kernel without dynamic shared memory: more would do their share of the work when the others have done theirs.
+template <class... P>
+unsigned resident_blocks(void (*kernel)(P...), int threads) {
+  thread_local std::unordered_map<const void*, int> known;  // a multiprocessor's
+  int& blocks = known[reinterpret_cast<const void*>(kernel)];
+  if (blocks == 0 && (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) != cudaSuccess || blocks < 1)) blocks = 1;
+  return resident_blocks(blocks);
 }
 
 }  // namespace moebius::cuda

@@ -1,7 +1,8 @@
 // A warp works on 32 outputs and up to kBlocks · 8 rows at a time: weights go from memory into registers, inputs come through the first-level
 // cache; nothing is staged in shared memory.
 //
-// Floors. Few rows: the weights that are reached, once (bytes ÷ bandwidth). Many rows: 2 · rows · n · k operations. There a block of k32 costs a
+// Floors. Few rows: the weights that are reached, once (bytes ÷ bandwidth). A warp has some 6 KiB of them on the way, a multiprocessor must have
+// some 23 KiB (4.3 TB/s · 700 ns ÷ 132): four warps that work, so where outputs are few several warps share them, each with a part of k. Many rows: 2 · rows · n · k operations. There a block of k32 costs a
 // warp 2 KiB of weights and 512 bytes of inputs for each 8 rows, and gives 16 Ki operations for each 8 rows: with 64 rows 6 KiB for 128 Ki
 // operations, with 32 rows 4 KiB for 64 Ki; at 128 bytes a clock from the first-level cache that is 2,730 and 2,048 operations a clock and
 // multiprocessor, of 4,096 that the tensor cores have and some 2,600 that mma.sync reaches.
@@ -17,7 +18,7 @@
 namespace moebius::cuda {
 namespace {
 
-constexpr int kWarps = 4;  // of a block; they share nothing but the cache
+constexpr int kWarps = 4;  // of a block
 
 // Blocks of k32 that are in registers at once, the one at work included: what is in flight hides the memory's latency.
 constexpr int depth_of(int blocks) { return blocks == 1 ? 4 : blocks == 2 ? 3 : 2; }
@@ -36,13 +37,15 @@ struct InputRows {
   }
 };
 
-// acc += weights · rows over `pairs` pairs of k.
+__device__ __forceinline__ int blocks_of(int pairs) { return (pairs + kBlockPairs - 1) / kBlockPairs; }
+
+// acc += weights · rows over blocks [begin, end) of `pairs` pairs of k.
 template <int kBlocks>
-__device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned) {
+__device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned,
+                                         int begin, int end) {
   constexpr int kDepth = depth_of(kBlocks);
   WeightBlock w[kDepth];
   uint4 x[kDepth][kBlocks];
-  const int blocks = (pairs + kBlockPairs - 1) / kBlockPairs;
   const auto load = [&](int slot, int b) {
     w[slot] = weights.load(b, pairs);
 #pragma unroll
@@ -50,16 +53,22 @@ __device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const Weig
   };
 #pragma unroll
   for (int i = 0; i < kDepth - 1; ++i)
-    if (i < blocks) load(i, i);
-  for (int first = 0; first < blocks; first += kDepth)
+    if (begin + i < end) load(i, begin + i);
+  for (int first = begin; first < end; first += kDepth)
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       const int b = first + i;
-      if (b >= blocks) break;
-      if (b + kDepth - 1 < blocks) load((i + kDepth - 1) % kDepth, b + kDepth - 1);
+      if (b >= end) break;
+      if (b + kDepth - 1 < end) load((i + kDepth - 1) % kDepth, b + kDepth - 1);
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) multiply_block(acc[j], w[i], x[i][j]);
     }
+}
+
+// Over all of them.
+template <int kBlocks>
+__device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned) {
+  multiply(acc, weights, rows, pairs, aligned, 0, blocks_of(pairs));
 }
 
 template <int kBlocks>
@@ -124,6 +133,24 @@ __device__ __forceinline__ void for_outputs(const T (&v)[kBlocks][2][4], F&& sto
     }
 }
 
+// Adds what the block's warps have of the same outputs, those of the upper half to those of the lower one, until warp 0 has all: always in one
+// order. `room`: shared memory. All threads of the block call it.
+template <int kNumWarps, int kSize, class T>
+__device__ __forceinline__ void block_join(T (&v)[kSize], T (*room)[kSize][32]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int half = kNumWarps / 2; half > 0; half /= 2) {
+    if (warp >= half && warp < 2 * half)
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) room[warp - half][i][lane] = v[i];
+    __syncthreads();
+    if (warp < half)
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) v[i] += room[warp][i][lane];
+    __syncthreads();
+  }
+}
+
 // ---- linear
 
 template <int kParts>
@@ -132,12 +159,12 @@ struct LinearTable {
   int units[kParts + 1];  // running number of pairs of tiles
 };
 
+// A block has a unit, each of its warps a part of k: one warp alone has too little in flight, and units are few in a decode step. Who has which
+// blocks of k depends on k alone, so that a row's bits are the same among any number of rows.
 template <int kParts, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, const __grid_constant__ LinearTable<kParts> table, int row_units) {
-  const int unit = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
-  // Units of the same outputs follow one another: warps side by side read the same weights.
-  const int tiles_unit = unit / row_units, row_unit = unit % row_units;
-  if (tiles_unit >= table.units[args.num_parts]) return;
+  __shared__ float room[kWarps / 2][kBlocks * 8][32];
+  const int tiles_unit = static_cast<int>(blockIdx.x) / row_units, row_unit = static_cast<int>(blockIdx.x) % row_units;
   const int p = holder_of(args.num_parts, [&](int i) { return table.units[i]; }, tiles_unit);
   const LinearPart& part = table.parts[p];
   const PackedMatrix matrix{part.n, args.k};
@@ -154,7 +181,10 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   }
   float acc[kBlocks][2][4];
   clear(acc);
-  multiply(acc, weights, rows, static_cast<int>(matrix.k_pairs()), args.ldx % 8 == 0);
+  const int pairs = static_cast<int>(matrix.k_pairs()), blocks = blocks_of(pairs), warp = static_cast<int>(threadIdx.x) / 32;
+  multiply(acc, weights, rows, pairs, args.ldx % 8 == 0, blocks * warp / kWarps, blocks * (warp + 1) / kWarps);
+  block_join<kWarps>(reinterpret_cast<float (&)[kBlocks * 8]>(acc), room);
+  if (warp > 0) return;
   const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
   for_outputs(acc, [&](int, int, int r, int output, const float (&v)[4]) {
     if (r >= num) return;
@@ -174,8 +204,7 @@ void launch_linear(const LinearArgs& args, void* queue) {
     table.units[p + 1] = table.units[p] + static_cast<int>(div_up(args.parts[p].n, kWarpOutputs));
   }
   const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
-  const int64_t units = int64_t{table.units[args.num_parts]} * row_units;
-  launch(linear_kernel<kParts, kBlocks>, static_cast<unsigned>(div_up(units, kWarps)), kWarps * 32, 0, queue, args, table, row_units);
+  launch(linear_kernel<kParts, kBlocks>, static_cast<unsigned>(int64_t{table.units[args.num_parts]} * row_units), kWarps * 32, 0, queue, args, table, row_units);
 }
 
 template <int kParts>
@@ -188,14 +217,19 @@ void launch_linear(const LinearArgs& args, void* queue) {
 
 // ---- O projection
 
+constexpr int kSplitWarps = 8;  // of a block
+
 template <int kParts>
 struct ExactTable {
   ExactLinearPart parts[kParts];
 };
 
-template <int kParts, int kBlocks, class Sums>
-__global__ void __launch_bounds__(kWarps * 32) exact_linear_kernel(ExactLinearArgs args, const __grid_constant__ ExactTable<kParts> table, int row_units) {
-  const int unit = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
+// kSplit warps have a unit together, and each some of the parts: where units are few.
+template <int kParts, int kBlocks, class Sums, int kSplit>
+__global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLinearArgs args, const __grid_constant__ ExactTable<kParts> table, int row_units) {
+  using Value = typename Sums::Value;
+  const int warp = static_cast<int>(threadIdx.x) / 32, split = warp % kSplit;
+  const int unit = (static_cast<int>(blockIdx.x) * kSplitWarps + warp) / kSplit;
   const int64_t tile = 2 * static_cast<int64_t>(unit / row_units);
   const PackedMatrix matrix{args.hidden, args.k};
   if (tile >= matrix.tiles()) return;
@@ -204,7 +238,7 @@ __global__ void __launch_bounds__(kWarps * 32) exact_linear_kernel(ExactLinearAr
   float factors[kBlocks][2];
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j) factors[j][0] = factors[j][1] = args.out.scale;
-  for (int g = 0; g < args.num_parts; ++g) {
+  for (int g = split; g < args.num_parts; g += kSplit) {
     const bf16* first = table.parts[g].w + tile * matrix.tile_elements();
     const WeightStream weights(first, tile + 1 < matrix.tiles() ? first + matrix.tile_elements() : first, kTile);
     InputRows<kBlocks> rows;
@@ -219,27 +253,45 @@ __global__ void __launch_bounds__(kWarps * 32) exact_linear_kernel(ExactLinearAr
     sums.add(acc, factors, args.out.limit);
   }
   const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  using Value = typename Sums::Value;
   Value* const out = reinterpret_cast<Value*>(args.out.sum);
-  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const Value (&v)[4]) {
+  // Whoever had a bad contribution says so; the sums are warp 0's.
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j)
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const int r = j * 8 + 2 * WeightStream::lane_t() + odd;
+      if (r < num && (sums.bad >> (2 * j + odd) & 1) != 0) args.out.flags[args.rows.begin + row0 + r] = 1;
+    }
+  if constexpr (kSplit > 1) {
+    __shared__ Value room[kSplit / 2][kBlocks * 8][32];
+    block_join<kSplit>(reinterpret_cast<Value(&)[kBlocks * 8]>(sums.sum), room);
+    if (split > 0) return;
+  }
+  for_outputs(sums.sum, [&](int, int, int r, int output, const Value (&v)[4]) {
     if (r >= num) return;
     const int64_t row = args.rows.begin + row0 + r;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (n0 + output + i < args.hidden) out[row * args.hidden + n0 + output + i] = v[i];
-    if (sums.bad >> (2 * j + odd) & 1) args.out.flags[row] = 1;
   });
+}
+
+template <int kParts, int kBlocks, int kSplit>
+void launch_exact_linear(const ExactLinearArgs& args, int row_units, int64_t units, void* queue) {
+  ExactTable<kParts> table;
+  std::copy_n(args.parts, args.num_parts, table.parts);
+  const auto blocks = static_cast<unsigned>(div_up(units * kSplit, kSplitWarps));
+  if (args.out.plain) launch(exact_linear_kernel<kParts, kBlocks, FloatSums<kBlocks>, kSplit>, blocks, kSplitWarps * 32, 0, queue, args, table, row_units);
+  else launch(exact_linear_kernel<kParts, kBlocks, FixedSums<kBlocks>, kSplit>, blocks, kSplitWarps * 32, 0, queue, args, table, row_units);
 }
 
 template <int kParts, int kBlocks>
 void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
-  ExactTable<kParts> table;
-  std::copy_n(args.parts, args.num_parts, table.parts);
+  constexpr int64_t kManyUnits = 1024;  // warps that have enough in flight together
   const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
   const int64_t units = div_up(args.hidden, kWarpOutputs) * row_units;
-  const auto blocks = static_cast<unsigned>(div_up(units, kWarps));
-  if (args.out.plain) launch(exact_linear_kernel<kParts, kBlocks, FloatSums<kBlocks>>, blocks, kWarps * 32, 0, queue, args, table, row_units);
-  else launch(exact_linear_kernel<kParts, kBlocks, FixedSums<kBlocks>>, blocks, kWarps * 32, 0, queue, args, table, row_units);
+  if (units < kManyUnits) launch_exact_linear<kParts, kBlocks, kSplitWarps>(args, row_units, units, queue);
+  else launch_exact_linear<kParts, kBlocks, 1>(args, row_units, units, queue);
 }
 
 template <int kParts>
@@ -251,8 +303,10 @@ void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
 
 // ---- experts
 
-// Experts are worked on in four classes by their number of rows, each by a kernel of its own: with up to 8, 16 and 32 rows a unit has all
-// of an expert's rows, so its weights are read once; beyond, units of as many rows as the last argument says times 8.
+// Experts are worked on in up to four classes by their number of rows, each by a kernel of its own: with up to 8, 16 and 32 rows a unit has all
+// of an expert's rows, so its weights are read once; beyond, units of as many rows as the last argument says times 8. The more rows a step
+// has, the fewer classes of few rows: reading the weights takes longer than multiplying by rows that are not there, and a kernel less is no
+// gap in reading.
 struct RowClass {
   int above, upto;  // rows
 
@@ -384,12 +438,14 @@ __global__ void __launch_bounds__(kWarps * 32) down_kernel(ExpertsArgs args, Row
 // Starts the kernels of the classes that an expert may be in; the host knows no more than how many rows there are.
 using ExpertsKernel = void (*)(ExpertsArgs, RowClass);
 void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], const int (&blocks)[4], int64_t output_groups, void* queue) {
-  for (int c = 0; c < 4; ++c) {
-    if (args.rows.size() <= kClasses[c].above) return;
-    const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (kClasses[c].above + 1));
+  const int first = args.rows.size() <= 8 ? 0 : args.rows.size() <= 96 ? 1 : 2;
+  for (int c = first; c < 4; ++c) {
+    const RowClass rows{c == first ? 0 : kClasses[c].above, kClasses[c].upto};
+    if (args.rows.size() <= rows.above) return;
+    const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (rows.above + 1));
     const int64_t units = output_groups * (experts + args.max_pairs / (blocks[c] * 8));
-    const auto grid = static_cast<unsigned>(std::min<int64_t>(div_up(units, kWarps), resident_blocks(4)));
-    launch(kernels[c], grid, kWarps * 32, 0, queue, args, kClasses[c]);
+    const auto grid = static_cast<unsigned>(std::min<int64_t>(div_up(units, kWarps), resident_blocks(kernels[c], kWarps * 32)));
+    launch(kernels[c], grid, kWarps * 32, 0, queue, args, rows);
   }
 }
 

@@ -186,7 +186,7 @@ TEST_CASE("experts: against the plain sum, one hot expert, empty ones, and a row
     int64_t hidden, neurons;
     int cuts, experts, rows;
   };
-  for (const Shape& s : {Shape{64, 16, 2, 4, 20}, Shape{72, 24, 1, 5, 75}, Shape{100, 64, 2, 3, 150}}) {
+  for (const Shape& s : {Shape{64, 16, 2, 4, 20}, Shape{72, 24, 1, 5, 75}, Shape{100, 64, 2, 3, 150}, Shape{64, 16, 1, 6, 100}, Shape{64, 16, 2, 10, 75}}) {
     const MlpCut cut{s.neurons, s.hidden};
     std::vector<Matrix> gate, up, down;
     std::vector<Array<bf16>> slices;
