@@ -36,13 +36,14 @@ struct WeightStream {
   static __device__ int lane_g() { return static_cast<int>(threadIdx.x) % 32 / 4; }
   static __device__ int lane_t() { return static_cast<int>(threadIdx.x) % 4; }
 
-  // Block `b`; pairs from `pairs` on are zeros.
+  // Block `b`; pairs from `pairs` on are zeros. kWhole: no block ends within.
+  template <bool kWhole>
   __device__ __forceinline__ WeightBlock load(int b, int pairs) const {
     WeightBlock w;
     const int first = b * kBlockPairs + lane_t() * kLanePairs;
 #pragma unroll
     for (int i = 0; i < kLanePairs; ++i)
-      w.pair[i] = first + i < pairs ? load_once(base + static_cast<int64_t>(first + i) * pair_stride) : make_uint4(0, 0, 0, 0);
+      w.pair[i] = kWhole || first + i < pairs ? load_once(base + static_cast<int64_t>(first + i) * pair_stride) : make_uint4(0, 0, 0, 0);
     return w;
   }
 };

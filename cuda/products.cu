@@ -28,28 +28,28 @@ template <int kBlocks>
 struct InputRows {
   const uint32_t* row[kBlocks];
 
-  // Pairs 4t … 4t + 3 of block b; from `pairs` on they are zeros.
+  // Pairs 4t … 4t + 3 of block b; from `pairs` on they are zeros. kWhole: rows are aligned to 16 bytes, and no block ends within.
+  template <bool kWhole>
   __device__ __forceinline__ uint4 load(int j, int b, int pairs, bool aligned) const {
     const int first = b * kBlockPairs + WeightStream::lane_t() * kLanePairs;
     const uint32_t* p = row[j] + first;
-    if (aligned && first + kLanePairs <= pairs) return *reinterpret_cast<const uint4*>(p);
+    if (kWhole || (aligned && first + kLanePairs <= pairs)) return *reinterpret_cast<const uint4*>(p);
     return make_uint4(first < pairs ? p[0] : 0, first + 1 < pairs ? p[1] : 0, first + 2 < pairs ? p[2] : 0, first + 3 < pairs ? p[3] : 0);
   }
 };
 
 __device__ __forceinline__ int blocks_of(int pairs) { return (pairs + kBlockPairs - 1) / kBlockPairs; }
 
-// acc += weights · rows over blocks [begin, end) of `pairs` pairs of k.
-template <int kBlocks>
-__device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned,
+template <bool kWhole, int kBlocks>
+__device__ __forceinline__ void multiply_blocks(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned,
                                          int begin, int end) {
   constexpr int kDepth = depth_of(kBlocks);
   WeightBlock w[kDepth];
   uint4 x[kDepth][kBlocks];
   const auto load = [&](int slot, int b) {
-    w[slot] = weights.load(b, pairs);
+    w[slot] = weights.load<kWhole>(b, pairs);
 #pragma unroll
-    for (int j = 0; j < kBlocks; ++j) x[slot][j] = rows.load(j, b, pairs, aligned);
+    for (int j = 0; j < kBlocks; ++j) x[slot][j] = rows.template load<kWhole>(j, b, pairs, aligned);
   };
 #pragma unroll
   for (int i = 0; i < kDepth - 1; ++i)
@@ -63,6 +63,14 @@ __device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const Weig
 #pragma unroll
       for (int j = 0; j < kBlocks; ++j) multiply_block(acc[j], w[i], x[i][j]);
     }
+}
+
+// acc += weights · rows over blocks [begin, end) of `pairs` pairs of k.
+template <int kBlocks>
+__device__ __forceinline__ void multiply(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned,
+                                         int begin, int end) {
+  if (aligned && pairs % kBlockPairs == 0) multiply_blocks<true>(acc, weights, rows, pairs, aligned, begin, end);
+  else multiply_blocks<false>(acc, weights, rows, pairs, aligned, begin, end);
 }
 
 // Over all of them.
@@ -287,7 +295,11 @@ void launch_exact_linear(const ExactLinearArgs& args, int row_units, int64_t uni
 
 template <int kParts, int kBlocks>
 void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
+#ifdef MOEBIUS_EMULATED
+  constexpr int64_t kManyUnits = 4;  // so that small tests have many
+#else
   constexpr int64_t kManyUnits = 1024;  // warps that have enough in flight together
+#endif
   const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
   const int64_t units = div_up(args.hidden, kWarpOutputs) * row_units;
   if (units < kManyUnits) launch_exact_linear<kParts, kBlocks, kSplitWarps>(args, row_units, units, queue);
