@@ -31,6 +31,7 @@ struct WeightStream {
   const uint4* base;
   int pair_stride;  // in 16-byte units
 
+  WeightStream() = default;
   __device__ WeightStream(const bf16* first, const bf16* second, int pair_words)
       : base(reinterpret_cast<const uint4*>((lane_g() < 4 ? first : second)) + lane_g() % 4), pair_stride(pair_words / 4) {}
   static __device__ int lane_g() { return static_cast<int>(threadIdx.x) % 32 / 4; }

@@ -40,17 +40,9 @@ struct InputRows {
 
 __device__ __forceinline__ int blocks_of(int pairs) { return (pairs + kBlockPairs - 1) / kBlockPairs; }
 
-template <bool kWhole, int kBlocks>
-__device__ __forceinline__ void multiply_blocks(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned,
-                                         int begin, int end) {
-  constexpr int kDepth = depth_of(kBlocks);
-  WeightBlock w[kDepth];
-  uint4 x[kDepth][kBlocks];
-  const auto load = [&](int slot, int b) {
-    w[slot] = weights.load<kWhole>(b, pairs);
-#pragma unroll
-    for (int j = 0; j < kBlocks; ++j) x[slot][j] = rows.template load<kWhole>(j, b, pairs, aligned);
-  };
+// Calls use(slot, b) for each block of [begin, end) once load(slot, b) has been called for it, kDepth − 1 blocks ahead.
+template <int kDepth, class Load, class Use>
+__device__ __forceinline__ void in_depth(int begin, int end, const Load& load, const Use& use) {
 #pragma unroll
   for (int i = 0; i < kDepth - 1; ++i)
     if (begin + i < end) load(i, begin + i);
@@ -60,9 +52,27 @@ __device__ __forceinline__ void multiply_blocks(float (&acc)[kBlocks][2][4], con
       const int b = first + i;
       if (b >= end) break;
       if (b + kDepth - 1 < end) load((i + kDepth - 1) % kDepth, b + kDepth - 1);
-#pragma unroll
-      for (int j = 0; j < kBlocks; ++j) multiply_block(acc[j], w[i], x[i][j]);
+      use(i, b);
     }
+}
+
+template <bool kWhole, int kBlocks>
+__device__ __forceinline__ void multiply_blocks(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned,
+                                         int begin, int end) {
+  constexpr int kDepth = depth_of(kBlocks);
+  WeightBlock w[kDepth];
+  uint4 x[kDepth][kBlocks];
+  in_depth<kDepth>(
+      begin, end,
+      [&](int slot, int b) {
+        w[slot] = weights.load<kWhole>(b, pairs);
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) x[slot][j] = rows.template load<kWhole>(j, b, pairs, aligned);
+      },
+      [&](int slot, int) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) multiply_block(acc[j], w[slot], x[slot][j]);
+      });
 }
 
 // acc += weights · rows over blocks [begin, end) of `pairs` pairs of k.
@@ -398,12 +408,56 @@ __global__ void __launch_bounds__(kWarps * 32) gate_up_kernel(ExpertsArgs args, 
     warp_gate_up<kBlocks>(args, unit_at(units, args, i, kBlocks * 8));
 }
 
+// The cuts of an expert one after the other, as one run of blocks: the next cut's are on their way while the last ones of this are multiplied.
+template <bool kWhole, int kBlocks, class Sums>
+__device__ __forceinline__ void add_cuts(Sums& sums, const float (&factors)[kBlocks][2], const ExpertsArgs& args, const ExpertUnit& u, int64_t tile) {
+  constexpr int kDepth = depth_of(kBlocks);
+  const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const PackedMatrix down = cut.down();
+  const int64_t width = args.num_cuts * cut.padded();
+  const int pairs = static_cast<int>(down.k_pairs()), blocks = blocks_of(pairs);
+  const bf16* const* next_cut = args.cuts + static_cast<int64_t>(u.expert) * args.num_cuts;
+  InputRows<kBlocks> rows;
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    const int r = min(j * 8 + WeightStream::lane_g(), u.num - 1);
+    rows.row[j] = reinterpret_cast<const uint32_t*>(args.act + (u.pair0 + r) * width);
+  }
+  WeightStream weights;
+  WeightBlock w[kDepth];
+  uint4 x[kDepth][kBlocks];
+  float acc[kBlocks][2][4];
+  clear(acc);
+  int loaded = 0, used = 0;  // blocks of their cuts
+  in_depth<kDepth>(
+      0, args.num_cuts * blocks,
+      [&](int slot, int) {
+        if (loaded == 0) {
+          const bf16* first = *next_cut++ + cut.gate_up_elements() + tile * down.tile_elements();
+          weights = WeightStream(first, tile + 1 < down.tiles() ? first + down.tile_elements() : first, kTile);
+        }
+        w[slot] = weights.load<kWhole>(loaded, pairs);
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) x[slot][j] = rows.template load<kWhole>(j, loaded, pairs, true);  // widths are multiples of 16
+        if (++loaded < blocks) return;
+        loaded = 0;
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) rows.row[j] += cut.padded() / 2;
+      },
+      [&](int slot, int) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) multiply_block(acc[j], w[slot], x[slot][j]);
+        if (++used < blocks) return;
+        used = 0;
+        sums.add(acc, factors, args.out.limit);
+        clear(acc);
+      });
+}
+
 // 32 outputs of the hidden size: the sum over the rank's cuts for the unit's rows.
 template <int kBlocks, class Sums>
 __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertUnit& u) {
-  const MlpCut cut{args.neurons_per_cut, args.hidden};
-  const PackedMatrix down = cut.down();
-  const int64_t tile = 2 * static_cast<int64_t>(u.group), width = args.num_cuts * cut.padded();
+  const int64_t tile = 2 * static_cast<int64_t>(u.group);
   const int t = WeightStream::lane_t();
   float factors[kBlocks][2];
 #pragma unroll
@@ -411,20 +465,8 @@ __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertU
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) factors[j][odd] = args.pair_weights[u.pair0 + min(j * 8 + 2 * t + odd, u.num - 1)] * args.out.scale;
   Sums sums;
-  for (int c = 0; c < args.num_cuts; ++c) {
-    const bf16* first = args.cuts[static_cast<int64_t>(u.expert) * args.num_cuts + c] + cut.gate_up_elements() + tile * down.tile_elements();
-    const WeightStream weights(first, tile + 1 < down.tiles() ? first + down.tile_elements() : first, kTile);
-    InputRows<kBlocks> rows;
-#pragma unroll
-    for (int j = 0; j < kBlocks; ++j) {
-      const int r = min(j * 8 + WeightStream::lane_g(), u.num - 1);
-      rows.row[j] = reinterpret_cast<const uint32_t*>(args.act + (u.pair0 + r) * width + c * cut.padded());
-    }
-    float acc[kBlocks][2][4];
-    clear(acc);
-    multiply(acc, weights, rows, static_cast<int>(down.k_pairs()), true);  // widths are multiples of 16
-    sums.add(acc, factors, args.out.limit);
-  }
+  if (MlpCut{args.neurons_per_cut, args.hidden}.down().k_pairs() % kBlockPairs == 0) add_cuts<true, kBlocks>(sums, factors, args, u, tile);
+  else add_cuts<false, kBlocks>(sums, factors, args, u, tile);
   const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
   using Value = typename Sums::Value;
   Value* const out = reinterpret_cast<Value*>(args.out.sum);
