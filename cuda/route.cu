@@ -1,63 +1,104 @@
-// Floors. Router: its weights (experts · hidden · 2 bytes) once for each kRouterRows rows from the second-level cache, and a launch. Grouping:
-// the choices are some KiB in a decode step, so one launch; a prompt's are sorted (CUB).
+// Floors. Router: its weights (experts · hidden · 2 bytes) once for each group of rows (1 or 8) from the second-level cache, and a launch: 128
+// experts of hidden 2048 are 512 KiB, 0.1 µs. A decode step has a block for each 16 experts and row, so few multiprocessors are busy and what
+// counts is how often a block waits for memory: 8 warps with 16 loads of 16 bytes a lane have 64 KiB under way, hidden 2048 at once. With 8 rows
+// it is 16 KiB of weights and as much of inputs. Grouping: the choices are some KiB in a decode step, so one launch; a prompt's are sorted (CUB).
 #include "cuda/route.h"
 
 #include <algorithm>
 
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/ptx.h"
 #include "cuda/sort.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius::cuda {
 namespace {
 
-constexpr int kRouterWarps = 4;
-constexpr int kChains = 4;  // sums of a lane side by side: one alone would wait four cycles for each step
+constexpr int kRouterWarps = 8;
+constexpr int kWarpPairs = 8, kStepPairs = kRouterWarps * kWarpPairs;  // pairs of k that a warp, a block loads at once
 
-// Logits of kRows rows for a tile of 16 experts by one warp: lane e + 16·h takes expert e and the pairs p with p mod 2 = h, those with
-// p / 2 mod kChains = c in chain c. The order is the same for every number of rows.
+// Adds up over the 8 lanes of the same experts, by a tree. Of two lanes each takes half of the rows and hands over the others, as long as
+// there are two; so the sums of row r end as sum[0] of lanes 4·r … 4·r + 3. To begin with left = kRows, bits = 4.
+template <int left, int bits, int kRows>
+__device__ __forceinline__ void add_pair_lanes(float (&sum)[kRows][4], int lane) {
+  if constexpr (bits < 32) {
+    constexpr int kept = left > 1 ? left / 2 : 1;
+    const bool upper = (lane & bits) != 0;
+#pragma unroll
+    for (int r = 0; r < kept; ++r) {
+      constexpr int kStep = left > 1 ? 2 : 1;
+      const int low = kStep * r, high = low + kStep - 1;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float mine = upper ? sum[high][e] : sum[low][e], others = upper ? sum[low][e] : sum[high][e];
+        sum[r][e] = mine + __shfl_xor_sync(kAllLanes, others, bits);
+      }
+    }
+    add_pair_lanes<kept, 2 * bits>(sum, lane);
+  }
+}
+
+// Logits of kRows rows for a tile of 16 experts by one block. Lane 4·q + c takes experts 4·c … 4·c + 3 at pair q of its warp's 8, so a warp
+// loads 512 bytes in one piece. A lane adds up its pairs in order, the lanes of the same experts theirs by a tree, the warps theirs in order:
+// the order is the same for every number of rows. One block a multiprocessor is asked for since for more the compiler saves registers, and
+// puts off each load until it is needed.
 template <int kRows>
-__global__ void __launch_bounds__(kRouterWarps * 32) router_logits_kernel(RouteArgs args, float* logits, int64_t stride) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, expert = lane % 16, odd = lane / 16;
-  const int64_t tiles = div_up(args.num_experts, kTile), unit = static_cast<int64_t>(blockIdx.x) * kRouterWarps + threadIdx.x / 32;
-  const int64_t first = unit / tiles * kRows, tile = unit % tiles, num = min(args.rows.size() - first, int64_t{kRows});
-  if (num <= 0) return;
-  const int64_t pairs = div_up(args.hidden, 2);
-  const uint32_t* w = reinterpret_cast<const uint32_t*>(args.w) + tile * pairs * kTile + expert;
+__global__ void __launch_bounds__(kRouterWarps * 32, 1) router_logits_kernel(RouteArgs args, float* logits, int64_t stride) {
+  constexpr int kAhead = kRows == 1 ? 16 : 4;  // loads of weights under way, each with kRows of inputs: what registers hold
+  __shared__ float of_warp[kRouterWarps][kRows * kTile];
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int64_t tile = blockIdx.y, first = int64_t{blockIdx.x} * kRows, num = min(args.rows.size() - first, int64_t{kRows});
+  const int pairs = static_cast<int>(div_up(args.hidden, 2));
+  const uint4* w = reinterpret_cast<const uint4*>(args.w) + tile * pairs * (kTile / 4) + lane % 4;
   const float2* x[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r)  // rows past the last repeat it
     x[r] = reinterpret_cast<const float2*>(args.x + (args.rows.begin + first + (r < num ? r : 0)) * args.hidden);
-  float sum[kRows][kChains] = {};
-  for (int64_t p = odd; p < pairs; p += 2 * kChains) {
-    uint32_t word[kChains];
+  float sum[kRows][4] = {};
+  for (int begin = warp * kWarpPairs; begin < pairs; begin += kAhead * kStepPairs) {
+    uint4 loaded[kAhead];
+    float2 v[kAhead][kRows];
 #pragma unroll
-    for (int c = 0; c < kChains; ++c) word[c] = p + 2 * c < pairs ? w[(p + 2 * c) * kTile] : 0;
+    for (int i = 0; i < kAhead; ++i) {  // past the end both are zeros: 0 · NaN would be NaN
+      const int p = begin + i * kStepPairs + lane / 4;
+      loaded[i] = p < pairs ? load_once(w + p * (kTile / 4)) : make_uint4(0, 0, 0, 0);
 #pragma unroll
-    for (int c = 0; c < kChains; ++c) {
-      if (p + 2 * c >= pairs) continue;
-      const float even = to_float(static_cast<bf16>(word[c])), high = to_float(static_cast<bf16>(word[c] >> 16));
+      for (int r = 0; r < kRows; ++r) v[i][r] = p < pairs ? x[r][p] : make_float2(0, 0);
+    }
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float2 v = x[r][p + 2 * c];
-        sum[r][c] = __fmaf_rn(high, v.y, __fmaf_rn(even, v.x, sum[r][c]));
+    for (int i = 0; i < kAhead; ++i) {
+      const uint32_t word[4] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float even = to_float(static_cast<bf16>(word[e])), odd = to_float(static_cast<bf16>(word[e] >> 16));
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) sum[r][e] = __fmaf_rn(odd, v[i][r].y, __fmaf_rn(even, v[i][r].x, sum[r][e]));
       }
     }
   }
+  add_pair_lanes<kRows, 4>(sum, lane);
+  if (lane < kRows * 4) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    float total = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
-    total += __shfl_xor_sync(kAllLanes, total, 16);
-    if (r < num && odd == 0 && tile * kTile + expert < args.num_experts) logits[(first + r) * stride + tile * kTile + expert] = total;
+    for (int e = 0; e < 4; ++e) of_warp[warp][lane * 4 + e] = sum[0][e];
   }
+  __syncthreads();
+  const int64_t row = thread / kTile, expert = tile * kTile + thread % kTile;
+  if (row >= num || expert >= args.num_experts) return;
+  float total = of_warp[0][thread];
+#pragma unroll
+  for (int other = 1; other < kRouterWarps; ++other) total += of_warp[other][thread];
+  logits[(first + row) * stride + expert] = total;
 }
+
+constexpr int kChooseWarps = 4;
 
 // Softmax and the top_k of one row by one warp; lane l has experts l, l + 32, ….
 template <int kPerLane>
-__global__ void __launch_bounds__(kRouterWarps * 32) choose_experts_kernel(RouteArgs args, const float* logits, int64_t stride) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRouterWarps + threadIdx.x / 32;
+__global__ void __launch_bounds__(kChooseWarps * 32) choose_experts_kernel(RouteArgs args, const float* logits, int64_t stride) {
+  __shared__ float values[kChooseWarps][kPerLane * 32];  // of the chosen, in order
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kChooseWarps + warp;
   if (i >= args.rows.size()) return;
   const float infinity = __uint_as_float(0x7f800000u);
   float p[kPerLane], most = -infinity, sum = 0;
@@ -99,11 +140,14 @@ __global__ void __launch_bounds__(kRouterWarps * 32) choose_experts_kernel(Route
     chosen += value;
     if (lane == 0) {
       args.ids[out + k] = id;
-      args.weights[out + k] = __fdiv_rn(value, sum);
+      values[warp][k] = value;
     }
   }
-  if (args.renormalise && lane == 0)
-    for (int k = 0; k < args.top_k; ++k) args.weights[out + k] = __fdiv_rn(args.weights[out + k] * sum, chosen);
+  __syncwarp();
+  for (int k = lane; k < args.top_k; k += 32) {
+    const float weight = __fdiv_rn(values[warp][k], sum);
+    args.weights[out + k] = args.renormalise ? __fdiv_rn(weight * sum, chosen) : weight;
+  }
 }
 
 // ---- grouping
@@ -191,7 +235,7 @@ __global__ void group_dense_kernel(GroupArgs args) {
 
 template <int kPerLane>
 void choose(const RouteArgs& args, const float* logits, int64_t stride, void* queue) {
-  launch(choose_experts_kernel<kPerLane>, static_cast<unsigned>(div_up(args.rows.size(), kRouterWarps)), kRouterWarps * 32, 0, queue, args, logits,
+  launch(choose_experts_kernel<kPerLane>, static_cast<unsigned>(div_up(args.rows.size(), kChooseWarps)), kChooseWarps * 32, 0, queue, args, logits,
          stride);
 }
 
@@ -201,9 +245,9 @@ void route(const RouteArgs& args, const Lane& lane) {
   constexpr int kManyRows = 8;
   const int64_t rows = args.rows.size(), tiles = div_up(args.num_experts, kTile), stride = tiles * kTile;
   float* const logits = reinterpret_cast<float*>(lane.scratch);
-  const auto blocks = [&](int64_t rows_of_warp) { return static_cast<unsigned>(div_up(div_up(rows, rows_of_warp) * tiles, kRouterWarps)); };
-  if (rows < 4 * kManyRows) launch(router_logits_kernel<1>, blocks(1), kRouterWarps * 32, 0, lane.queue, args, logits, stride);
-  else launch(router_logits_kernel<kManyRows>, blocks(kManyRows), kRouterWarps * 32, 0, lane.queue, args, logits, stride);
+  const auto grid = [&](int64_t rows_of_block) { return dim3(static_cast<unsigned>(div_up(rows, rows_of_block)), static_cast<unsigned>(tiles)); };
+  if (rows < 4 * kManyRows) launch(router_logits_kernel<1>, grid(1), kRouterWarps * 32, 0, lane.queue, args, logits, stride);
+  else launch(router_logits_kernel<kManyRows>, grid(kManyRows), kRouterWarps * 32, 0, lane.queue, args, logits, stride);
   if (args.num_experts <= 128) choose<4>(args, logits, stride, lane.queue);
   else if (args.num_experts <= 256) choose<8>(args, logits, stride, lane.queue);
   else choose<kGpuMaxExperts / 32>(args, logits, stride, lane.queue);
