@@ -28,6 +28,8 @@ constexpr int kWarps = 4;         // of a block; they share the cache
 constexpr int kRows = 16;         // query rows of a warp
 constexpr int kStep = 64;         // tokens between two looks at the maximum
 constexpr int kGroupTokens = 32;  // two tiles of keys
+constexpr int kLineBytes = 128;
+constexpr int kPrefetchBytes = 16 << 20;  // of all warps together: it has to stay in the second-level cache until it is read
 // Splits that may wait to be merged: some 4 for each warp that a device runs. (Few where kernels are emulated: tests want both ways.)
 #ifdef MOEBIUS_EMULATED
 constexpr int kMaxPartials = 64;
@@ -107,8 +109,9 @@ struct Unit {
   __device__ int end() const { return position_of(num_m - 1) + 1; }                 // tokens that any of its rows sees
 };
 
-// The work of a launch as items: for each chunk its units, for each of these the KV heads, and for each of these its splits where they
-// have warps of their own. begin[c] is the first item of chunk c. Every block makes it for itself from the chunks.
+// The work of a launch as items: for each chunk the KV heads, for each of these its units, so that the warps of a block read the same K and V,
+// and for each of these its splits where they have warps of their own. begin[c] is the first item of chunk c. Every block makes it for itself
+// from the chunks.
 struct Work {
   int begin[kMaxChunks + 1];
   bool spread;
@@ -134,17 +137,17 @@ __device__ void block_list_work(Work& work, const AttentionArgs& args, int most_
 }
 
 // An item: a unit and, where they are spread, one of its chunk's splits.
-__device__ Unit unit_at(const Work& work, const AttentionArgs& args, const Heads& heads, int item, int* split) {
+__device__ Unit unit_at(const Work& work, const AttentionArgs& args, const Heads& heads, int most_heads, int item, int* split) {
   const int c = holder_of(args.num_chunks, [&](int i) { return work.begin[i]; }, item);
   const SequenceChunk chunk = args.chunks[c];
-  const int splits = work.spread ? splits_of(chunk) : 1, at = item - work.begin[c];
+  const int units = units_of(chunk, most_heads), splits = work.spread ? splits_of(chunk) : 1, at = item - work.begin[c];
   *split = at % splits;
   Unit u;
-  u.kv_head = at / splits % args.kv.num_kv_heads;
+  u.kv_head = at / splits / units;
   u.heads = heads.count[u.kv_head];
   u.first_head = heads.first[u.kv_head];
   u.first_row = chunk.row_begin;
-  u.m0 = at / splits / args.kv.num_kv_heads * kRows;
+  u.m0 = at / splits % units * kRows;
   u.num_m = min(chunk.num_rows * u.heads - u.m0, kRows);
   u.first_position = chunk.first_position;
   u.pages = chunk.pages;
@@ -168,12 +171,27 @@ struct KvWalk {
   __device__ const char* tile(int token) const {
     return base + pages[token / page_tokens] * page_bytes + static_cast<int64_t>(token % page_tokens) * head_dim * 2;
   }
+  // Tokens [begin, end), by the whole warp, tile for tile as they are read.
+  __device__ void prefetch(int begin, int end) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    for (int token = begin; token < end; token += kTile) {
+      const char* lines = tile(token) + lane % 2 * value_bytes;
+      const int bytes = (lane % 2 == 0 ? kTile : min(end - token, kTile)) * head_dim * 2;  // of keys the whole tile, whose tokens lie side by side
+      for (int at = lane / 2 * kLineBytes; at < bytes; at += 16 * kLineBytes) prefetch_line(lines + at);
+    }
+  }
 };
 
 __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
+// Of K and V; where other warps of the block read the same, through the first-level cache.
+template <bool kOnce>
+__device__ __forceinline__ uint4 load_kv(const char* p) {
+  return kOnce ? load_once(reinterpret_cast<const uint4*>(p)) : *reinterpret_cast<const uint4*>(p);
+}
+
 // Tokens [begin, end) of one split. q: the lane's pairs of dimensions of rows g and g + 8, by blocks of 32 dimensions.
-template <int kGroups>
+template <bool kOnce, int kGroups>
 __device__ __forceinline__ void walk_split(const KvWalk& kv, int begin, int end, const int (&position)[2], float softmax_scale,
                                            const uint4 (&q)[2 * kGroups][2], State<kGroups>& state) {
   const int g = WeightStream::lane_g(), t = WeightStream::lane_t();
@@ -194,7 +212,7 @@ __device__ __forceinline__ void walk_split(const KvWalk& kv, int begin, int end,
 #pragma unroll
         for (int i = 0; i < kLanePairs; ++i) {
           const int pair = d * kBlockPairs + t * kLanePairs + i;
-          k[i] = there && pair < kv.head_dim / 2 ? load_once(reinterpret_cast<const uint4*>(keys) + pair * 4 + g % 4) : make_uint4(0, 0, 0, 0);
+          k[i] = there && pair < kv.head_dim / 2 ? load_kv<kOnce>(keys + (pair * 4 + g % 4) * 16) : make_uint4(0, 0, 0, 0);
         }
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
@@ -257,7 +275,7 @@ __device__ __forceinline__ void walk_split(const KvWalk& kv, int begin, int end,
           for (int i = 0; i < 4; ++i) {
             const int token = 4 * (i % 2) + two + i / 2;
             const bool there = token_of(half, token) < end && dim < kv.head_dim;  // slots behind the end may hold anything
-            x[i] = there ? load_once(reinterpret_cast<const uint4*>(values + ((8 * (t % 2) + token) * kv.head_dim + dim) * 2)) : make_uint4(0, 0, 0, 0);
+            x[i] = there ? load_kv<kOnce>(values + ((8 * (t % 2) + token) * kv.head_dim + dim) * 2) : make_uint4(0, 0, 0, 0);
           }
 #pragma unroll
           for (int j = 0; j < 8; ++j) {
@@ -318,8 +336,9 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
   }
 }
 
-// partials: [item][word][lane], of items that are splits.
-template <int kGroups>
+// partials: [item][word][lane], of items that are splits. kOnce: no two warps read the same K and V, as where chunks are of one row each; not
+// decided on the device, where it would cost registers.
+template <bool kOnce, int kGroups>
 __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials) {
   __shared__ Work work;
   block_list_work(work, args, most_heads);
@@ -327,21 +346,25 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
   float* const total = dynamic_shared<float>() + warp * (State<kGroups>::kWords * 32);
   for (int item = static_cast<int>(blockIdx.x) * kWarps + warp; item < work.begin[args.num_chunks]; item += static_cast<int>(gridDim.x) * kWarps) {
     int own_split = 0;
-    const Unit u = unit_at(work, args, heads, item, &own_split);
+    const Unit u = unit_at(work, args, heads, most_heads, item, &own_split);
     if (u.num_m <= 0) continue;
     const int end = u.end(), splits = splits_of(end);
+    if (own_split >= splits) continue;  // of a later unit of the chunk
     const KvWalk kv(args.kv, u.kv_head, u.pages);
+    if constexpr (kOnce) {
+      const int begin = own_split * kAttentionSplit, tokens = kPrefetchBytes / (args.kv.head_dim * 4) / work.begin[args.num_chunks];
+      kv.prefetch(begin, min(end, begin + min(tokens, kAttentionSplit)));
+    }
     uint4 q[2 * kGroups][2];
     load_queries<kGroups>(args, u, q);
     const int position[2] = {u.position_of(g), u.position_of(g + 8)};
     State<kGroups> state;
     const bool alone = work.spread && splits > 1;  // one split, to be merged later
-    if (own_split >= splits) continue;              // of a later unit of the chunk
     const int last = alone ? own_split + 1 : splits;
     for (int split = own_split; split < last; ++split) {
       const int begin = split * kAttentionSplit;
       state.clear();
-      walk_split(kv, begin, min(end, begin + kAttentionSplit), position, args.softmax_scale, q, state);
+      walk_split<kOnce>(kv, begin, min(end, begin + kAttentionSplit), position, args.softmax_scale, q, state);
       float* const words = alone ? partials + static_cast<int64_t>(item) * State<kGroups>::kWords * 32 : total;
       if (split == own_split) state.for_words([&](int at, float& v, int) { words[at * 32 + lane] = v; });
       else merge(words, state, {position[0] >= begin, position[1] >= begin});
@@ -362,7 +385,7 @@ __global__ void __launch_bounds__(kWarps * 32) merge_kernel(AttentionArgs args, 
   const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
   for (int item = warp; item < work.begin[args.num_chunks]; item += static_cast<int>(gridDim.x) * kWarps) {
     int own_split = 0;
-    const Unit u = unit_at(work, args, heads, item, &own_split);
+    const Unit u = unit_at(work, args, heads, most_heads, item, &own_split);
     if (own_split > 0 || u.num_m <= 0) continue;
     const int splits = splits_of(u.end());
     if (splits == 1) continue;
@@ -388,7 +411,8 @@ void launch_attention(const AttentionArgs& args, const Heads& heads, int most_he
   const int64_t items = units * args.kv.num_kv_heads * std::max<int64_t>(1, div_up(args.max_tokens, kAttentionSplit));
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(div_up(items, kWarps), resident_blocks(4)));
   float* const partials = reinterpret_cast<float*>(lane.scratch);
-  launch(attention_kernel<kGroups>, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, partials);
+  const auto kernel = args.num_rows > args.num_chunks ? attention_kernel<false, kGroups> : attention_kernel<true, kGroups>;
+  launch(kernel, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, partials);
   if (args.max_tokens > kAttentionSplit) launch(merge_kernel<kGroups>, blocks, kWarps * 32, 0, lane.queue, args, heads, most_heads, partials);
 }
 

@@ -13,6 +13,7 @@ namespace moebius::cuda {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr int kAtOnce = 8;  // logits that a thread has on their way
 constexpr int kTileTokens = 1024;
 constexpr int kMaxTiles = kGpuMaxVocab / kTileTokens;
 
@@ -134,17 +135,26 @@ __global__ void __launch_bounds__(kThreads) choose_tokens_kernel(ChooseArgs args
   __shared__ double sums[kMaxTiles];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t row = args.rows.begin + blockIdx.x, vocab = shares.columns[shares.num - 1].end;
-  const TokenChoice choice = args.choices[row];
   if (thread == 0) bad = 0;
   __syncthreads();
 
   float most = -__uint_as_float(0x7f800000u);
   int best = 0x7fffffff;
-  for (int64_t i = thread; i < vocab; i += kThreads) {
-    const float x = logit_at(shares, args.stride, row, i);
-    if (!(fabsf(x) < __uint_as_float(0x7f800000u)) && !(x < 0)) bad = 1;  // NaN, +infinity (−infinity is a token that is never chosen)
-    if (x > most) most = x, best = static_cast<int>(i);
+  for (int64_t first = thread; first < vocab; first += kAtOnce * kThreads) {
+    float logits[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t i = first + j * kThreads;
+      logits[j] = i < vocab ? logit_at(shares, args.stride, row, i) : -__uint_as_float(0x7f800000u);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const float x = logits[j];
+      if (!(fabsf(x) < __uint_as_float(0x7f800000u)) && !(x < 0)) bad = 1;  // NaN, +infinity (−infinity is a token that is never chosen)
+      if (x > most) most = x, best = static_cast<int>(first + j * kThreads);
+    }
   }
+  const TokenChoice choice = args.choices[row];  // not before: it would take registers from the logits
   const auto join = [&](float other, int other_best) {
     if (other > most || (other == most && other_best < best)) most = other, best = other_best;
   };
