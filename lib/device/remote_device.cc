@@ -285,17 +285,10 @@ class RemoteDevice final : public Device, private Collectives {
       opened.push_back(rank->ask(Command::kOpen, open));
       devices_.push_back(opened.back().values[0]);
     }
-    if (has_collectives_) {
-      const auto devices = static_cast<int>(std::set<int64_t>(devices_.begin(), devices_.end()).size());
-      if (devices < options.ranks) fail(Code::kUnsupported, "{} ranks on {} devices: NCCL needs a device for each; communicator peer does not", options.ranks, devices);
-      return;
-    }
-    for (const auto& rank : ranks_) {
-      std::vector<IpcHandle> others;
-      for (const auto& other : ranks_)
-        if (rank != other) others.push_back(opened[static_cast<size_t>(other->rank())].handle);
-      rank->ask(Command::kImportMarks, static_cast<int64_t>(others.size()), RemoteRank::Bytes{others.data(), static_cast<int64_t>(others.size() * sizeof(IpcHandle))});
-    }
+    const auto devices = static_cast<int>(std::set<int64_t>(devices_.begin(), devices_.end()).size());
+    if (!has_collectives_) share_marks(opened);
+    else if (devices < options.ranks)
+      fail(Code::kUnsupported, "{} ranks on {} devices: NCCL needs a device for each; communicator peer does not", options.ranks, devices);
     for (const auto& rank : ranks_) {
       rank->on_failure = [this] { stop_waiting(); };
       rank->set_deadline(options.wait_ms);
@@ -381,6 +374,7 @@ class RemoteDevice final : public Device, private Collectives {
     of(rank).post(Command::kReplay, int64_t{number});
   }
   void forget_captures(int rank) override {
+    marks_of(rank).capturing = false;
     marks_of(rank).captured.clear();
     of(rank).post(Command::kForgetCaptures, 0);
   }
@@ -388,6 +382,15 @@ class RemoteDevice final : public Device, private Collectives {
   Collectives* collectives() override { return has_collectives_ ? this : nullptr; }
 
  private:
+  void share_marks(const std::vector<Answer>& opened) {
+    for (const auto& rank : ranks_) {
+      std::vector<IpcHandle> others;
+      for (const auto& other : ranks_)
+        if (rank != other) others.push_back(opened[static_cast<size_t>(other->rank())].handle);
+      rank->ask(Command::kImportMarks, static_cast<int64_t>(others.size()), RemoteRank::Bytes{others.data(), static_cast<int64_t>(others.size() * sizeof(IpcHandle))});
+    }
+  }
+
   void prepare() override {
     for (const auto& rank : ranks_) rank->post(Command::kGiveUp, 0);
     id_ = ranks_[0]->ask(Command::kPrepare).connection;

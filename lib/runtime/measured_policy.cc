@@ -14,9 +14,6 @@ constexpr double kKnown = 0.25, kSure = 0.1;
 // A visit: as many steps settle a curve to a few percent. One whose costs were never seen may be this many times as slow.
 constexpr int kVisitSteps = 16;
 constexpr double kWorstFactor = 4;
-// A switch that failed is asked for again when the load has moved by a quarter, or after so many steps (as with thresholds).
-constexpr double kHoldMargin = 0.25;
-constexpr uint64_t kHoldSteps = 256;
 
 using EstimateText = FixedText<31>;
 EstimateText text_of(const Estimate& e) {

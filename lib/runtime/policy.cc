@@ -44,11 +44,6 @@ struct VariantDefaults {
 };
 constexpr VariantDefaults kVariants[] = {{"decode", 64, 32, 60}, {"prefill", 1024, 8, 10}, {"rollout", 8, 1, 5}};
 
-// A switch that failed is asked for again when the load has moved by a quarter of the threshold, for then it may fit or be
-// wanted no more, or after so many steps: often enough to catch room that others left, too rarely to cost anything.
-constexpr double kHoldMargin = 0.25;
-constexpr uint64_t kHoldSteps = 256;
-
 // EP when the mean of the window is at or above the threshold, TP when it is below. After a switch nothing is asked for until
 // the cooldown has passed.
 class ThresholdPolicy final : public Policy {

@@ -79,6 +79,11 @@ class Policy {
   virtual const PolicyFigures* figures() const { return nullptr; }
 };
 
+// A switch that failed is asked for again when the load has moved by a quarter (of the threshold, of what it was), for then it may fit or be
+// wanted no more, or after so many steps: often enough to catch room that others left, too rarely to cost anything.
+inline constexpr double kHoldMargin = 0.25;
+inline constexpr uint64_t kHoldSteps = 256;
+
 // What bounds the load that a policy can see.
 struct PolicyLimits {
   int ranks = 1;
