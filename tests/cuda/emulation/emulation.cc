@@ -488,7 +488,10 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* out) {
     s->capture = nullptr;
     all_joined = all_joined && (s == stream || capture.joined[s] == capture.queued[s]);
   }
-  if (!all_joined) return give(cudaErrorStreamCaptureUnjoined);
+  if (!all_joined) {
+    capture.work.clear();
+    return give(cudaErrorStreamCaptureUnjoined);
+  }
   *out = new CUgraph_st{std::exchange(capture.work, {})};
   return cudaSuccess;
 }

@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <filesystem>
@@ -107,6 +109,7 @@ struct ncclComm {
   std::vector<size_t> sent;  // and not known to have been received
   bool joined = false;
   ncclResult_t failed = ncclSuccess;  // the ends of an exchange do not match
+  std::shared_ptr<int> captured = std::make_shared<int>();  // captured work has it too
 
   void add(const Op& op) {
     const Header header = header_of(op);
@@ -183,7 +186,7 @@ ncclResult_t flush_group() {
     start();
     return ncclInProgress;
   }
-  moebius::emulation::queue(group_stream, [comm, start] {
+  moebius::emulation::queue(group_stream, [comm, start, captured = comm->captured] {
     start();
     while (comm->progress() == ncclInProgress) {
       if (fs::exists(comm->folder / "aborted")) return;  // the thread that would abort this rank's communicator is this one
@@ -241,6 +244,10 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id
 // The last one out takes the folder along.
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
   const std::unique_ptr<ncclComm> gone(comm);
+  if (gone->captured.use_count() > 1) {  // NCCL would wait for its end for ever
+    std::fprintf(stderr, "emulated NCCL: rank %d is aborted while captured work refers to it\n", gone->rank);
+    std::abort();
+  }
   mark(gone->folder / "aborted");
   mark(gone->folder / ("left" + std::to_string(gone->rank)));
   for (int r = 0; r < gone->ranks; ++r)
