@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <iterator>
 #include <utility>
 
 #include "cuda/dense.h"
@@ -150,7 +149,10 @@ void CudaDevice::release(int rank, std::byte* memory) {
 int32_t CudaDevice::write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
   const Rank& r = on(rank);
   if (checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, r.stream), "writing", rank, status) < 0) return status.code;
-  return !r.reads_pageable || is_pinned(from) ? 0 : checked(cudaStreamSynchronize(r.stream), "writing", rank, status);
+  if (!r.reads_pageable) return 0;
+  cudaPointerAttributes memory{};
+  if (cudaPointerGetAttributes(&memory, from) == cudaSuccess && memory.type == cudaMemoryTypeHost) return 0;  // pinned
+  return checked(cudaStreamSynchronize(r.stream), "writing", rank, status);
 }
 
 int32_t CudaDevice::read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height, ModuleStatus& status) {
@@ -163,23 +165,7 @@ int32_t CudaDevice::read(int rank, void* to, int64_t to_pitch, const void* from,
 }
 
 int32_t CudaDevice::pin(void* host, int64_t bytes, ModuleStatus& status) {
-  if (checked(cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterPortable), "pinning memory", 0, status) < 0) return status.code;
-  std::lock_guard lock(pinned_mutex_);
-  pinned_[static_cast<const std::byte*>(host)] = bytes;
-  return 0;
-}
-
-void CudaDevice::unpin(void* host) {
-  (void)cudaHostUnregister(host);
-  std::lock_guard lock(pinned_mutex_);
-  pinned_.erase(static_cast<const std::byte*>(host));
-}
-
-bool CudaDevice::is_pinned(const void* host) {
-  const auto* p = static_cast<const std::byte*>(host);
-  std::lock_guard lock(pinned_mutex_);
-  const auto after = pinned_.upper_bound(p);
-  return after != pinned_.begin() && p < std::prev(after)->first + std::prev(after)->second;
+  return checked(cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterPortable), "pinning memory", 0, status);
 }
 
 int32_t CudaDevice::copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
@@ -233,9 +219,8 @@ int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
 }
 
 int32_t CudaDevice::set_marks(int rank, int64_t marks, ModuleStatus&) {
-  Rank& r = on(rank);
-  if (marks_ != nullptr) marks_->set(static_cast<uint64_t>(marks), r.stream);
-  r.num_marks = static_cast<unsigned>(marks);
+  if (marks_ != nullptr) marks_->set(static_cast<uint64_t>(marks), on(rank).stream);
+  else ranks_[static_cast<size_t>(rank)]->num_marks = static_cast<unsigned>(marks);
   return 0;
 }
 

@@ -4,9 +4,7 @@
 
 #include <cuda_runtime.h>
 
-#include <map>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "cuda/marks.h"
@@ -30,7 +28,6 @@ class CudaDevice {
   int32_t write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height, ModuleStatus& status);
   int32_t pin(void* host, int64_t bytes, ModuleStatus& status);
-  void unpin(void* host);
   int32_t copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t copy_block(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status);
   int32_t finish_blocks(int rank, ModuleStatus& status);
@@ -75,13 +72,10 @@ class CudaDevice {
   Rank& on(int rank);  // makes the rank's device the calling thread's
   int32_t enable_peer_access(const std::vector<int>& devices, ModuleStatus& status);
 
-  bool is_pinned(const void* host);
   bool captures_together() const { return nccl_ == nullptr && marks_ == nullptr; }
 
   std::vector<std::unique_ptr<Rank>> ranks_;
   std::unique_ptr<SharedMarks> marks_;       // or null: all ranks are here
-  std::mutex pinned_mutex_;
-  std::map<const std::byte*, int64_t> pinned_;  // bytes
   cudaEvent_t fork_ = nullptr;               // in rank 0's stream where a capture begins that others join
   std::unique_ptr<Exchange> nccl_;           // or null: ranks read each other's memory
 };

@@ -1,8 +1,5 @@
 #include "cuda/marks.h"
 
-#include <algorithm>
-#include <iterator>
-
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
 
@@ -11,19 +8,15 @@ namespace {
 
 constexpr size_t kPageBytes = 4096;
 
-struct Others {
-  const MarkFlags* of[kMaxOtherRanks];
-};
-
 __global__ void mark_kernel(MarkFlags* own) {
   own->marks += 1;
   __threadfence_system();  // what kernels before this one have written, too
   store_release_system(&own->passed, own->marks);
 }
 
-__global__ void pass_kernel(const MarkFlags* own, Others others, int num, uint64_t wait_ns, volatile uint32_t* stop_waiting) {
+__global__ void pass_kernel(const MarkFlags* own, OtherMarks others, uint64_t wait_ns, volatile uint32_t* stop_waiting) {
   const auto i = static_cast<int>(threadIdx.x);
-  if (i >= num) return;
+  if (i >= others.num) return;
   const uint64_t begin = global_timer_ns();
   for (unsigned turn = 1; load_acquire_system(&others.of[i]->passed) < own->marks; ++turn) {
     __nanosleep(100);
@@ -45,10 +38,10 @@ SharedMarks::~SharedMarks() {
 }
 
 cudaError_t SharedMarks::open(std::byte* own, std::byte* const* others, int num_others) {
-  if (num_others > kMaxOtherRanks) return cudaErrorInvalidValue;
+  if (num_others >= kMaxRanks) return cudaErrorInvalidValue;
   own_ = reinterpret_cast<MarkFlags*>(own);
-  for (int i = 0; i < num_others; ++i) others_[i] = reinterpret_cast<const MarkFlags*>(others[i]);
-  num_others_ = num_others;
+  for (int i = 0; i < num_others; ++i) others_.of[i] = reinterpret_cast<const MarkFlags*>(others[i]);
+  others_.num = num_others;
   const cudaError_t e = cudaHostRegister(stop_waiting_, kPageBytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
   pinned_ = e == cudaSuccess;
   return e;
@@ -57,9 +50,7 @@ cudaError_t SharedMarks::open(std::byte* own, std::byte* const* others, int num_
 void SharedMarks::mark(cudaStream_t stream) const { launch(mark_kernel, 1, 1, 0, stream, own_); }
 
 void SharedMarks::pass(cudaStream_t stream) const {
-  Others others;
-  std::copy(std::begin(others_), std::end(others_), others.of);
-  if (num_others_ > 0) launch(pass_kernel, 1, 64, 0, stream, own_, others, num_others_, wait_ns_, stop_waiting_);
+  if (others_.num > 0) launch(pass_kernel, 1, kMaxRanks, 0, stream, own_, others_, wait_ns_, stop_waiting_);
 }
 
 void SharedMarks::set(uint64_t marks, cudaStream_t stream) const { launch(set_kernel, 1, 1, 0, stream, own_, marks); }

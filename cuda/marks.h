@@ -12,16 +12,21 @@
 #include <cstdint>
 
 #include "lib/device/module.h"
+#include "lib/layout/owners.h"
 
 namespace moebius::cuda {
-
-constexpr int kMaxOtherRanks = 63;
 
 struct MarkFlags {
   uint64_t marks;                // set so far
   alignas(128) uint64_t passed;  // the same, where others look: all that was queued before so many marks is done
 };
 static_assert(sizeof(MarkFlags) <= kMarkBytes);
+
+// As kernels have them.
+struct OtherMarks {
+  const MarkFlags* of[kMaxRanks];
+  int num = 0;
+};
 
 class SharedMarks {
  public:
@@ -42,8 +47,7 @@ class SharedMarks {
  private:
   uint64_t wait_ns_;
   MarkFlags* own_ = nullptr;
-  const MarkFlags* others_[kMaxOtherRanks] = {};
-  int num_others_ = 0;
+  OtherMarks others_;
   uint32_t* stop_waiting_;
   bool pinned_ = false;
 };

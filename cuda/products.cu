@@ -2,10 +2,11 @@
 // cache; nothing is staged in shared memory.
 //
 // Floors. Few rows: the weights that are reached, once (bytes ÷ bandwidth). A warp has some 6 KiB of them on the way, a multiprocessor must have
-// some 23 KiB (4.3 TB/s · 700 ns ÷ 132): four warps that work, so where outputs are few several warps share them, each with a part of k. Many rows: 2 · rows · n · k operations. There a block of k32 costs a
-// warp 2 KiB of weights and 512 bytes of inputs for each 8 rows, and gives 16 Ki operations for each 8 rows: with 64 rows 6 KiB for 128 Ki
-// operations, with 32 rows 4 KiB for 64 Ki; at 128 bytes a clock from the first-level cache that is 2,730 and 2,048 operations a clock and
-// multiprocessor, of 4,096 that the tensor cores have and some 2,600 that mma.sync reaches.
+// some 23 KiB (4.3 TB/s · 700 ns ÷ 132): four warps that work, so where outputs are few several warps share them, each with a part of k.
+// Many rows: 2 · rows · n · k operations. There a block of k32 costs a warp 2 KiB of weights and 512 bytes of inputs for each 8 rows, and
+// gives 16 Ki operations for each 8 rows: with 64 rows 6 KiB for 128 Ki operations, with 32 rows 4 KiB for 64 Ki; at 128 bytes a clock from the
+// first-level cache that is 2,730 and 2,048 operations a clock and multiprocessor, of 4,096 that the tensor cores have and some 2,600 that
+// mma.sync reaches.
 #include "cuda/products.h"
 
 #include <algorithm>
@@ -56,9 +57,10 @@ __device__ __forceinline__ void in_depth(int begin, int end, const Load& load, c
     }
 }
 
+// (What is loaded are arrays of the function: as members of a struct they took a third more registers.)
 template <bool kWhole, int kBlocks>
 __device__ __forceinline__ void multiply_blocks(float (&acc)[kBlocks][2][4], const WeightStream& weights, const InputRows<kBlocks>& rows, int pairs, bool aligned,
-                                         int begin, int end) {
+                                                int begin, int end) {
   constexpr int kDepth = depth_of(kBlocks);
   WeightBlock w[kDepth];
   uint4 x[kDepth][kBlocks];

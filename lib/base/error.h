@@ -6,6 +6,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include <fmt/format.h>
@@ -36,6 +37,18 @@ class Error : public std::runtime_error {
 template <typename... Args>
 [[noreturn]] void fail(Code code, fmt::format_string<Args...> format, Args&&... args) {
   throw Error(code, fmt::format(format, std::forward<Args>(args)...));
+}
+
+// Inside a handler: calls f with what the exception says of itself. Allocates nothing.
+template <class F>
+void with_reason(const F& f) {
+  try {
+    throw;
+  } catch (const std::exception& e) {
+    f(std::string_view(e.what()));
+  } catch (...) {
+    f(std::string_view("an exception of unknown type"));
+  }
 }
 
 [[noreturn]] inline void assertion_failed(const char* condition, std::source_location where) {

@@ -15,7 +15,7 @@
 
 namespace moebius {
 
-inline constexpr int64_t kKeptBlockBytes = 24;
+inline constexpr int64_t kKeptBlockBytes = 24;  // of a rank's memory, for each block that is kept
 
 class Device {
  public:
@@ -42,12 +42,13 @@ class Device {
   virtual void unpin(void* /*host*/) noexcept {}
   // From a rank's memory into this rank's.
   virtual void copy(int rank, void* to, int from_rank, const void* from, int64_t bytes) = 0;
-  // The same of a block that is written once and read much later (a switch): bytes a multiple of 64, addresses aligned to it. Blocks need not begin before finish_blocks(rank), and are in order with what is queued afterwards.
+  // The same of a block that is written once and read much later (a switch): bytes a multiple of 64, addresses aligned to it. Blocks need not
+  // begin before finish_blocks(rank), and are in order with what is queued afterwards.
   virtual void copy_block(int rank, void* to, int from_rank, const void* from, int64_t bytes) = 0;
   virtual void finish_blocks(int rank) = 0;
   // Keeps the blocks that were asked for and not yet begun, as a table in the rank's memory (kKeptBlockBytes for each, and once more), instead
-  // of copying them; its number. Copying
-  // bytes [begin, end) of its blocks laid end to end, multiples of 64, then needs nothing of the host. Not where host_memory().
+  // of copying them; its number. Copying bytes [begin, end) of its blocks laid end to end, multiples of 64, then needs nothing of the host. Not
+  // where host_memory().
   virtual int keep_blocks(int /*rank*/) { return -1; }
   virtual void copy_kept(int /*rank*/, int /*number*/, int64_t /*begin*/, int64_t /*end*/) {}
 

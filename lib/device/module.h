@@ -24,7 +24,7 @@ struct IpcHandle {
   std::byte bytes[64] = {};
 };
 
-inline constexpr int64_t kMarkBytes = 256;
+inline constexpr int64_t kMarkBytes = 256;  // DeviceModule::share_marks
 
 struct ModuleOptions {
   int32_t ranks = 1;

@@ -188,6 +188,10 @@ class RemoteRank {
   // it has not come back, at once.
   template <class F>
   void wait(const F& done) {
+    if (done()) {
+      is_late_ = false;
+      return;
+    }
     Waited waited;
     for (int64_t turn = 0; !done(); ++turn) {
       if (process_ <= 0) fail(Code::kRankFailed, "the process of rank {} {}", rank_, how_it_ended_);
@@ -392,7 +396,6 @@ class RemoteDevice final : public Device, private Collectives {
   }
 
   void prepare() override {
-    for (const auto& rank : ranks_) rank->post(Command::kGiveUp, 0);
     id_ = ranks_[0]->ask(Command::kPrepare).connection;
     connection_begins();
   }
@@ -405,9 +408,8 @@ class RemoteDevice final : public Device, private Collectives {
   void receive(int rank, void* data, int64_t bytes, int from) override { collective(rank, Command::kReceive, {data, bytes, Element::kUint8, from}); }
   void exchange(int rank) override { of(rank).post(Command::kExchange, 0); }
   bool exchanged(int rank) override { return of(rank).ask(Command::kExchanged).values[0] != 0; }
-  void give_up(int rank) noexcept override {
+  void give_up(int) noexcept override {
     connection_ends();
-    marks_of(rank).captured.clear();
     // In NCCL one process's abort waits for the others'.
     for (const auto& one : ranks_) if_it_lives([&] { one->post(Command::kGiveUp, 0); });
   }

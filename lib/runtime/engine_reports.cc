@@ -33,11 +33,8 @@ void Engine::Impl::update_weights(const ModelFiles& files, bool partial) {
   try {
     if (store_.update(*source, switcher_.seam(), config_.progress)) captured_connection_ = 0;  // captured steps hold the scales
     prepare_ranks();
-  } catch (const std::exception& e) {
-    fail_update(e.what());
-    throw;
   } catch (...) {
-    fail_update("an exception of unknown type");
+    with_reason([this](std::string_view why) { fail_update(why); });
     throw;
   }
   {

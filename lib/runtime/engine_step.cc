@@ -180,11 +180,8 @@ StepResult Engine::Impl::run_step() {
     scheduler_.plan(plan_, [&](Sequence& s) { emit_request(EventType::kPreempted, s); });
     if (plan_.num_rows() > 0) run_plan(result);
     result.worked = plan_.num_rows() > 0 || switcher_.moving() || !scheduler_.waiting().empty();
-  } catch (const std::exception& e) {
-    fail_everything(e.what());
-    throw;
   } catch (...) {
-    fail_everything("an exception of unknown type");
+    with_reason([this](std::string_view why) { fail_everything(why); });
     throw;
   }
   result.decode_rows = plan_.decode_rows;

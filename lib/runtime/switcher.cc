@@ -241,12 +241,9 @@ bool Switcher::attempt(F&& f) {
   try {
     f();
     return true;
-  } catch (const std::exception& e) {
-    if (!can_go_back()) throw;
-    roll_back(e.what());
   } catch (...) {
     if (!can_go_back()) throw;
-    roll_back("an exception of unknown type");
+    with_reason([this](std::string_view why) { roll_back(why); });
   }
   return false;
 }
