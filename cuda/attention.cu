@@ -1,5 +1,5 @@
 // A warp works on 16 query rows of one KV head: rows of one chunk times the query heads that share the head. It walks splits of
-// kAttentionSplit tokens at absolute positions. Each split has its own (maximum, sum, output); they are merged in order. So a row's bits
+// kSplitTokens tokens at absolute positions. Each split has its own (maximum, sum, output); they are merged in order. So a row's bits
 // depend on its position alone, whether one warp walks all splits (prompts, large batches) or each split has a warp of its own and a
 // second kernel merges (few rows, long contexts). Which of the two is decided on the device, where the chunks' lengths are known: a
 // captured step serves any lengths.
@@ -27,6 +27,7 @@ namespace {
 constexpr int kWarps = 4;         // of a block; they share the cache
 constexpr int kRows = 16;         // query rows of a warp
 constexpr int kStep = 64;         // tokens between two looks at the maximum
+constexpr int kSplitTokens = 128;  // shorter than the CPU's kAttentionSplit: a warp's steps wait one for the other
 constexpr int kGroupTokens = 32;  // two tiles of keys
 constexpr int kLineBytes = 128;
 constexpr int kPrefetchBytes = 16 << 20;  // of all warps together: it has to stay in the second-level cache until it is read
@@ -118,7 +119,7 @@ struct Work {
 };
 
 __device__ __forceinline__ int units_of(const SequenceChunk& chunk, int heads) { return (chunk.num_rows * heads + kRows - 1) / kRows; }
-__device__ __forceinline__ int splits_of(int end) { return (end + kAttentionSplit - 1) / kAttentionSplit; }
+__device__ __forceinline__ int splits_of(int end) { return (end + kSplitTokens - 1) / kSplitTokens; }
 __device__ __forceinline__ int splits_of(const SequenceChunk& chunk) { return splits_of(chunk.first_position + chunk.num_rows); }
 
 __device__ void block_list_work(Work& work, const AttentionArgs& args, int most_heads) {
@@ -187,7 +188,7 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) { return i ==
 // Of K and V; where other warps of the block read the same, through the first-level cache.
 template <bool kOnce>
 __device__ __forceinline__ uint4 load_kv(const char* p) {
-  return kOnce ? load_once(reinterpret_cast<const uint4*>(p)) : *reinterpret_cast<const uint4*>(p);
+  return kOnce ? load_written(reinterpret_cast<const uint4*>(p)) : *reinterpret_cast<const uint4*>(p);
 }
 
 // Tokens [begin, end) of one split. q: the lane's pairs of dimensions of rows g and g + 8, by blocks of 32 dimensions.
@@ -340,8 +341,10 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
 // decided on the device, where it would cost registers.
 template <bool kOnce, int kGroups>
 __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials) {
+  begin_next();
   __shared__ Work work;
-  block_list_work(work, args, most_heads);
+  block_list_work(work, args, most_heads);  // from the step's tables, which are there before its first kernel
+  await_previous();
   const int lane = static_cast<int>(threadIdx.x) % 32, g = WeightStream::lane_g(), warp = static_cast<int>(threadIdx.x) / 32;
   float* const total = dynamic_shared<float>() + warp * (State<kGroups>::kWords * 32);
   for (int item = static_cast<int>(blockIdx.x) * kWarps + warp; item < work.begin[args.num_chunks]; item += static_cast<int>(gridDim.x) * kWarps) {
@@ -352,8 +355,8 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
     if (own_split >= splits) continue;  // of a later unit of the chunk
     const KvWalk kv(args.kv, u.kv_head, u.pages);
     if constexpr (kOnce) {
-      const int begin = own_split * kAttentionSplit, tokens = kPrefetchBytes / (args.kv.head_dim * 4) / work.begin[args.num_chunks];
-      kv.prefetch(begin, min(end, begin + min(tokens, kAttentionSplit)));
+      const int begin = own_split * kSplitTokens, tokens = kPrefetchBytes / (args.kv.head_dim * 4) / work.begin[args.num_chunks];
+      kv.prefetch(begin, min(end, begin + min(tokens, kSplitTokens)));
     }
     uint4 q[2 * kGroups][2];
     load_queries<kGroups>(args, u, q);
@@ -362,9 +365,9 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
     const bool alone = work.spread && splits > 1;  // one split, to be merged later
     const int last = alone ? own_split + 1 : splits;
     for (int split = own_split; split < last; ++split) {
-      const int begin = split * kAttentionSplit;
+      const int begin = split * kSplitTokens;
       state.clear();
-      walk_split<kOnce>(kv, begin, min(end, begin + kAttentionSplit), position, args.softmax_scale, q, state);
+      walk_split<kOnce>(kv, begin, min(end, begin + kSplitTokens), position, args.softmax_scale, q, state);
       float* const words = alone ? partials + static_cast<int64_t>(item) * State<kGroups>::kWords * 32 : total;
       if (split == own_split) state.for_words([&](int at, float& v, int) { words[at * 32 + lane] = v; });
       else merge(words, state, {position[0] >= begin, position[1] >= begin});
@@ -378,8 +381,10 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
 // Merges the splits of each unit that had warps of their own.
 template <int kGroups>
 __global__ void __launch_bounds__(kWarps * 32) merge_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials) {
+  begin_next();
   __shared__ Work work;
-  block_list_work(work, args, most_heads);
+  block_list_work(work, args, most_heads);  // from the step's tables, which are there before its first kernel
+  await_previous();
   if (!work.spread) return;
   const int lane = static_cast<int>(threadIdx.x) % 32, g = WeightStream::lane_g();
   const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
@@ -395,7 +400,7 @@ __global__ void __launch_bounds__(kWarps * 32) merge_kernel(AttentionArgs args, 
     for (int split = 1; split < splits; ++split) {
       const float* part = total + static_cast<int64_t>(split) * State<kGroups>::kWords * 32;
       state.for_words([&](int at, float& v, int) { v = part[at * 32 + lane]; });
-      const int begin = split * kAttentionSplit;
+      const int begin = split * kSplitTokens;
       merge(total, state, {position[0] >= begin, position[1] >= begin});
     }
     state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
@@ -408,12 +413,12 @@ void launch_attention(const AttentionArgs& args, const Heads& heads, int most_he
   constexpr size_t kTotals = kWarps * State<kGroups>::kWords * 32 * sizeof(float);
   const int64_t units = args.num_rows * most_heads / kRows + args.num_chunks;  // each chunk's last may be short
   // The host knows no lengths: as many blocks as there may be items, up to what a device runs at once.
-  const int64_t items = units * args.kv.num_kv_heads * std::max<int64_t>(1, div_up(args.max_tokens, kAttentionSplit));
+  const int64_t items = units * args.kv.num_kv_heads * std::max<int64_t>(1, div_up(args.max_tokens, kSplitTokens));
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(div_up(items, kWarps), resident_blocks(4)));
   float* const partials = reinterpret_cast<float*>(lane.scratch);
   const auto kernel = args.num_rows > args.num_chunks ? attention_kernel<false, kGroups> : attention_kernel<true, kGroups>;
   launch(kernel, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, partials);
-  if (args.max_tokens > kAttentionSplit) launch(merge_kernel<kGroups>, blocks, kWarps * 32, 0, lane.queue, args, heads, most_heads, partials);
+  if (args.max_tokens > kSplitTokens) launch(merge_kernel<kGroups>, blocks, kWarps * 32, 0, lane.queue, args, heads, most_heads, partials);
 }
 
 }  // namespace

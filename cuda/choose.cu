@@ -7,6 +7,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/ptx.h"
 #include "lib/layout/owners.h"
 
 namespace moebius::cuda {
@@ -128,7 +129,8 @@ __device__ Among block_choose_among_largest(int64_t vocab, const Logit& logit, f
   return {cut.key, goal > cut.before ? (goal - cut.before) / weight(value_of(cut.key)) : 0};
 }
 
-__global__ void __launch_bounds__(kThreads) choose_tokens_kernel(ChooseArgs args, const __grid_constant__ Shares shares) {
+__global__ void __launch_bounds__(kThreads, 1) choose_tokens_kernel(ChooseArgs args, const __grid_constant__ Shares shares) {
+  follow_previous();
   __shared__ float warp_most[kWarps];
   __shared__ int warp_best[kWarps];
   __shared__ int bad;

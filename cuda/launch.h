@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdlib>
+#include <cstring>
 #include <unordered_map>
 
 namespace moebius::cuda {
@@ -11,13 +13,34 @@ namespace moebius::cuda {
 // What an op could not start that CUDA's runtime knows nothing of; Device::idle asks.
 inline thread_local const char* failed_op = nullptr;
 
+// Whether the kernel may start while the one ahead of it in the stream still runs (programmatic dependent launch, decision 0014): where its code
+// is made for GPUs from Hopper on, so that it waits by itself, and the driver captures such starts. MOEBIUS_CUDA_OVERLAP=0: never.
+#ifndef MOEBIUS_EMULATED
+inline bool starts_early(const void* kernel) {
+  static const bool possible = [] {
+    const char* asked = std::getenv("MOEBIUS_CUDA_OVERLAP");
+    int driver = 0;
+    return (asked == nullptr || std::strcmp(asked, "0") != 0) && CUDART_VERSION >= 12030 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+  }();
+  thread_local std::unordered_map<const void*, bool> known;
+  const auto [found, added] = known.try_emplace(kernel, false);
+  if (cudaFuncAttributes code; added && possible && cudaFuncGetAttributes(&code, kernel) == cudaSuccess) found->second = code.ptxVersion >= 90;
+  return found->second;
+}
+#endif
+
 // Queues a kernel on a stream (Lane::queue); nothing when the grid is empty. An error stays with the host's thread (cudaGetLastError),
-// which Device::idle asks.
+// which Device::idle asks. Each thread of a kernel calls await_previous before it touches memory that another kernel writes, and in any case
+// before it ends: what comes after the kernel takes it that what was ahead of it has ended too.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* queue, const A&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef MOEBIUS_EMULATED
-  emulation::launch(grid, block, shared_bytes, static_cast<cudaStream_t>(queue), [=] { kernel(args...); });
+  emulation::launch(grid, block, shared_bytes, static_cast<cudaStream_t>(queue), [=] {
+    emulation::start_thread();
+    kernel(args...);
+    emulation::end_thread();
+  });
 #else
   // Unasked it gets 48 KiB together with its static shared memory.
   if (shared_bytes > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess)
@@ -27,6 +50,11 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, vo
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(queue);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = starts_early(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
   (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 #endif
 }

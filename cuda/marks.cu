@@ -9,12 +9,15 @@ namespace {
 constexpr size_t kPageBytes = 4096;
 
 __global__ void mark_kernel(MarkFlags* own) {
+  follow_previous();
   own->marks += 1;
   __threadfence_system();  // what kernels before this one have written, too
   store_release_system(&own->passed, own->marks);
 }
 
 __global__ void pass_kernel(const MarkFlags* own, OtherMarks others, uint64_t wait_ns, volatile uint32_t* stop_waiting) {
+  // The next kernel starts when this one has ended: one that is held could take the place of what the other processes on this device need.
+  await_previous();
   const auto i = static_cast<int>(threadIdx.x);
   if (i >= others.num) return;
   const uint64_t begin = global_timer_ns();
@@ -27,6 +30,7 @@ __global__ void pass_kernel(const MarkFlags* own, OtherMarks others, uint64_t wa
 }
 
 __global__ void set_kernel(MarkFlags* own, uint64_t marks) {
+  follow_previous();
   own->marks = marks;
   store_release_system(&own->passed, marks);
 }

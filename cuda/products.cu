@@ -171,6 +171,11 @@ __device__ __forceinline__ void block_join(T (&v)[kSize], T (*room)[kSize][32]) 
   }
 }
 
+// The two tiles from `tile` on, or one where it is the last.
+__device__ __forceinline__ void prefetch_tiles(const PackedMatrix& matrix, const bf16* first, int64_t tile) {
+  prefetch_bytes(first, min(matrix.tiles() - tile, int64_t{2}) * matrix.tile_elements() * 2);
+}
+
 // ---- linear
 
 template <int kParts>
@@ -184,6 +189,7 @@ struct LinearTable {
 template <int kParts, int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, const __grid_constant__ LinearTable<kParts> table, int row_units) {
   __shared__ float room[kWarps / 2][kBlocks * 8][32];
+  begin_next();
   const int tiles_unit = static_cast<int>(blockIdx.x) / row_units, row_unit = static_cast<int>(blockIdx.x) % row_units;
   const int p = holder_of(args.num_parts, [&](int i) { return table.units[i]; }, tiles_unit);
   const LinearPart& part = table.parts[p];
@@ -191,6 +197,8 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   const int64_t tile = 2 * static_cast<int64_t>(tiles_unit - table.units[p]);
   const bf16* first = part.w + tile * matrix.tile_elements();
   const WeightStream weights(first, tile + 1 < matrix.tiles() ? first + matrix.tile_elements() : first, kTile);
+  if (row_unit == 0 && threadIdx.x == 0) prefetch_tiles(matrix, first, tile);
+  await_previous();
 
   const int64_t row0 = static_cast<int64_t>(row_unit) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
   InputRows<kBlocks> rows;
@@ -248,10 +256,14 @@ struct ExactTable {
 template <int kParts, int kBlocks, class Sums, int kSplit>
 __global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLinearArgs args, const __grid_constant__ ExactTable<kParts> table, int row_units) {
   using Value = typename Sums::Value;
+  begin_next();
   const int warp = static_cast<int>(threadIdx.x) / 32, split = warp % kSplit;
   const int unit = (static_cast<int>(blockIdx.x) * kSplitWarps + warp) / kSplit;
   const int64_t tile = 2 * static_cast<int64_t>(unit / row_units);
   const PackedMatrix matrix{args.hidden, args.k};
+  if (tile < matrix.tiles() && unit % row_units == 0 && threadIdx.x % 32 == 0)
+    for (int g = split; g < args.num_parts; g += kSplit) prefetch_tiles(matrix, table.parts[g].w + tile * matrix.tile_elements(), tile);
+  await_previous();
   if (tile >= matrix.tiles()) return;
   const int64_t row0 = static_cast<int64_t>(unit % row_units) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
   Sums sums;
@@ -333,6 +345,7 @@ void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
 // gap in reading.
 struct RowClass {
   int above, upto;  // rows
+  bool first = false;  // of the classes that are started
 
   __device__ bool has(int rows) const { return rows > above && rows <= upto; }
 };
@@ -401,13 +414,39 @@ __device__ __forceinline__ void warp_gate_up(const ExpertsArgs& args, const Expe
   });
 }
 
+constexpr int64_t kFetchedBytes = 32 << 20;  // of down matrices: what the second-level cache keeps beside the others, which pass through it
+
+// Where few experts are reached, a unit fetches all of its weights at once, since then warps are too few to have enough of them on the way, and
+// its share of its cut's down matrix, so that the memory does not rest between the two kernels.
+__device__ __forceinline__ void prefetch_unit(const ExpertsArgs& args, const ExpertUnit& u) {
+  const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const int64_t tiles = cut.tiles(), c = u.group / tiles, tile = u.group % tiles;
+  const bf16* weights = args.cuts[u.expert * args.num_cuts + c];
+  prefetch_bytes(weights + tile * cut.gate_up_tile_elements(), cut.gate_up_tile_elements() * 2);
+  const int64_t bytes = cut.down().bytes(), share = round_up(div_up(bytes, tiles), int64_t{16}), begin = tile * share, end = min(bytes, begin + share);
+  if (begin < end) prefetch_bytes(reinterpret_cast<const char*>(weights + cut.gate_up_elements()) + begin, end - begin);
+}
+
+// Sets the sums that down_kernel adds to to 0.
+__device__ void grid_clear_sums(const ExpertsArgs& args) {
+  const int64_t words = args.hidden * (args.out.plain ? 1 : 2), begin = args.rows.begin * words, end = args.rows.end * words;
+  auto* const sums = reinterpret_cast<uint32_t*>(args.out.sum);
+  for (int64_t i = begin + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < end; i += static_cast<int64_t>(gridDim.x) * blockDim.x) sums[i] = 0;
+}
+
 template <int kBlocks>
 __global__ void __launch_bounds__(kWarps * 32) gate_up_kernel(ExpertsArgs args, RowClass rows) {
+  follow_previous();
+  if (rows.first) grid_clear_sums(args);
   __shared__ ExpertUnits units;
   block_count_units(units, args, rows, static_cast<int>(args.num_cuts * MlpCut{args.neurons_per_cut, args.hidden}.tiles()), kBlocks * 8);
-  const int warps = static_cast<int>(gridDim.x) * kWarps;
-  for (int i = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32; i < units.begin[args.num_experts]; i += warps)
-    warp_gate_up<kBlocks>(args, unit_at(units, args, i, kBlocks * 8));
+  const int warps = static_cast<int>(gridDim.x) * kWarps, num = units.begin[args.num_experts];
+  const bool fetches = kBlocks == 1 && int64_t{num} * args.hidden * kTile * 2 <= kFetchedBytes;  // of tiles' shares, padding aside
+  for (int i = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32; i < num; i += warps) {
+    const ExpertUnit unit = unit_at(units, args, i, kBlocks * 8);
+    if (fetches && threadIdx.x % 32 == 0) prefetch_unit(args, unit);
+    warp_gate_up<kBlocks>(args, unit);
+  }
 }
 
 // The cuts of an expert one after the other, as one run of blocks: the next cut's are on their way while the last ones of this are multiplied.
@@ -484,6 +523,7 @@ __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertU
 
 template <int kBlocks, template <int> class Sums>
 __global__ void __launch_bounds__(kWarps * 32) down_kernel(ExpertsArgs args, RowClass rows) {
+  follow_previous();
   __shared__ ExpertUnits units;
   block_count_units(units, args, rows, static_cast<int>(div_up(args.hidden, kWarpOutputs)), kBlocks * 8);
   const int warps = static_cast<int>(gridDim.x) * kWarps;
@@ -496,7 +536,7 @@ using ExpertsKernel = void (*)(ExpertsArgs, RowClass);
 void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], const int (&blocks)[4], int64_t output_groups, void* queue) {
   const int first = args.rows.size() <= 8 ? 0 : args.rows.size() <= 96 ? 1 : 2;
   for (int c = first; c < 4; ++c) {
-    const RowClass rows{c == first ? 0 : kClasses[c].above, kClasses[c].upto};
+    const RowClass rows{c == first ? 0 : kClasses[c].above, kClasses[c].upto, c == first};
     if (args.rows.size() <= rows.above) return;
     const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (rows.above + 1));
     const int64_t units = output_groups * (experts + args.max_pairs / (blocks[c] * 8));
@@ -533,9 +573,6 @@ void experts_down(const ExpertsArgs& given, const Lane& lane) {
   if (given.rows.empty()) return;
   ExpertsArgs args = given;
   if (args.out.plain) args.out.scale = 1;
-  const int64_t row = args.hidden * static_cast<int64_t>(args.out.plain ? sizeof(float) : sizeof(int64_t));
-  (void)cudaMemsetAsync(reinterpret_cast<std::byte*>(args.out.sum) + args.rows.begin * row, 0, static_cast<size_t>(args.rows.size() * row),
-                        static_cast<cudaStream_t>(lane.queue));
   const int64_t groups = div_up(args.hidden, kWarpOutputs);
   const int blocks[] = {1, 2, 4, 4};
   if (args.out.plain)

@@ -37,13 +37,19 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
 }
 
-// What is read once and not again soon: passes the first-level cache.
+// Weights, which nobody writes meanwhile: passes the first-level cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-// The same where the memory may have been written by this kernel's grid or a peer meanwhile.
+// The same where the memory may have been written since the kernel started.
+__device__ __forceinline__ uint4 load_written(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+// And is read once in all.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.cs.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
@@ -51,6 +57,25 @@ __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
 }
 __device__ __forceinline__ void store_streaming(uint4* p, uint4 v) {
   asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// A kernel may start while the ones ahead of it in its stream still run (launch.h). The next one may start once all blocks of this have called
+// begin_next, and is held at await_previous until those ahead have ended and what they wrote is there.
+__device__ __forceinline__ void begin_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Starts the way of `bytes`, a multiple of 16, into the second-level cache; nothing waits for it. (From Hopper on.)
+__device__ __forceinline__ void prefetch_bytes(const void* p, int64_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(static_cast<uint32_t>(bytes)) : "memory");
+#endif
 }
 
 // Starts the way of a line of 128 bytes into the second-level cache; nothing waits for it.
@@ -89,3 +114,13 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
 }  // namespace moebius::cuda
 
 #endif
+
+namespace moebius::cuda {
+
+// What a kernel does first that has nothing to fetch before.
+__device__ __forceinline__ void follow_previous() {
+  begin_next();
+  await_previous();
+}
+
+}  // namespace moebius::cuda

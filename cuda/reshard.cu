@@ -36,6 +36,7 @@ __device__ __forceinline__ void warp_copy(void* to_bytes, const void* from_bytes
 }
 
 __global__ void __launch_bounds__(kWarps * 32) copy_blocks_kernel(const CopyEntry* table, int64_t num, int64_t begin, int64_t end) {
+  follow_previous();
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32, warps = static_cast<int64_t>(gridDim.x) * kWarps;
   const int64_t pieces = div_up(end - begin, kPieceBytes), per_part = div_up(pieces, kParts);
   for (int64_t i = warp; i < per_part * kParts; i += warps) {
@@ -61,6 +62,7 @@ struct Pools {
 // A warp copies a head's part of a page at a time, as for_each_kv_block lists them. Neighbouring warps have the heads of a page and then
 // other pages, whose sources are different ranks.
 __global__ void __launch_bounds__(kWarps * 32) copy_pages_kernel(CopyPagesArgs args, const __grid_constant__ Pools pools) {
+  follow_previous();
   const int64_t warps = static_cast<int64_t>(gridDim.x) * kWarps, heads = args.num_kv_heads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; i < args.num * heads; i += warps) {
     const PagePair pair = args.pairs[i / heads];

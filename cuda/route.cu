@@ -50,6 +50,9 @@ __global__ void __launch_bounds__(kRouterWarps * 32, 1) router_logits_kernel(Rou
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t tile = blockIdx.y, first = int64_t{blockIdx.x} * kRows, num = min(args.rows.size() - first, int64_t{kRows});
   const int pairs = static_cast<int>(div_up(args.hidden, 2));
+  begin_next();
+  if (blockIdx.x == 0 && thread == 0) prefetch_bytes(args.w + tile * pairs * 2 * kTile, int64_t{pairs} * 2 * kTile * 2);
+  await_previous();
   const uint4* w = reinterpret_cast<const uint4*>(args.w) + tile * pairs * (kTile / 4) + lane % 4;
   const float2* x[kRows];
 #pragma unroll
@@ -96,6 +99,7 @@ constexpr int kChooseWarps = 4;
 // Softmax and the top_k of one row by one warp; lane l has experts l, l + 32, ….
 template <int kPerLane>
 __global__ void __launch_bounds__(kChooseWarps * 32) choose_experts_kernel(RouteArgs args, const float* logits, int64_t stride) {
+  follow_previous();
   __shared__ float values[kChooseWarps][kPerLane * 32];  // of the chosen, in order
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kChooseWarps + warp;
@@ -157,8 +161,9 @@ constexpr int kMaxInBlock = 4096;   // choices that one block groups
 
 // local number of choice i, or num_experts when it is not one of the rank's, or of no row.
 __device__ int local_of(const GroupArgs& args, int64_t i) {
-  if (args.tokens != nullptr && args.tokens[args.rows.begin + i / args.top_k] < 0) return args.num_experts;
-  const int local = args.local_of_expert[args.ids[args.rows.begin * args.top_k + i]];
+  const int token = args.tokens != nullptr ? args.tokens[args.rows.begin + i / args.top_k] : 0;
+  const int id = args.ids[args.rows.begin * args.top_k + i];  // both on their way together
+  const int local = token >= 0 ? args.local_of_expert[id] : -1;
   return local >= 0 ? local : args.num_experts;
 }
 
@@ -169,7 +174,8 @@ __device__ void put_pair(const GroupArgs& args, int64_t to, int64_t choice) {
 }
 
 // One block: counts, a scan of the counts, then each warp takes experts and finds their choices in order by ballots.
-__global__ void __launch_bounds__(kGroupThreads) group_small_kernel(GroupArgs args) {
+__global__ void __launch_bounds__(kGroupThreads, 1) group_small_kernel(GroupArgs args) {
+  follow_previous();
   __shared__ int counts[kGpuMaxExperts + 1];
   __shared__ int begins[kGpuMaxExperts + 1];
   __shared__ int16_t locals[kMaxInBlock];
@@ -205,6 +211,7 @@ __global__ void __launch_bounds__(kGroupThreads) group_small_kernel(GroupArgs ar
 }
 
 __global__ void number_choices_kernel(GroupArgs args, int32_t* keys, int32_t* choices, int64_t num) {
+  follow_previous();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= num) return;
   keys[i] = local_of(args, i);
@@ -213,6 +220,7 @@ __global__ void number_choices_kernel(GroupArgs args, int32_t* keys, int32_t* ch
 
 // keys and choices are sorted by key, equal ones in order.
 __global__ void place_pairs_kernel(GroupArgs args, const int32_t* keys, const int32_t* choices, int64_t num) {
+  follow_previous();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i > num) return;
   const int here = i < num ? keys[i] : args.num_experts, before = i > 0 ? keys[i - 1] : -1;
@@ -222,6 +230,7 @@ __global__ void place_pairs_kernel(GroupArgs args, const int32_t* keys, const in
 }
 
 __global__ void group_dense_kernel(GroupArgs args) {
+  follow_previous();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, num = args.rows.size();
   if (i == 0) {
     args.begins[0] = 0;

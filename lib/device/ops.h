@@ -130,7 +130,7 @@ struct RopeStoreArgs {
 // The order of operations is a function of the position alone: splits of kAttentionSplit tokens at absolute positions, each
 // with its own (max, sum, output), merged in order; slots past a row's position are not read into any sum.
 // Shares: (chunk rows, KV head) units.
-inline constexpr int kAttentionSplit = 256;  // tokens; a multiple of every page size we accept up to 256, and of the tile
+inline constexpr int kAttentionSplit = 256;  // tokens, on the CPU; a multiple of every page size we accept up to 256, and of the tile
 
 struct SequenceChunk {
   int32_t row_begin = 0;
@@ -210,7 +210,7 @@ struct ExpertsArgs {
   const float* pair_weights = nullptr;    // [pairs] router weights
   const bf16* x = nullptr;                // row r at x + r·hidden
   bf16* act = nullptr;                    // [pairs, num_cuts·padded neurons]; the order inside an expert is the path's own
-  Range rows;                             // of the step, which an expert has once at most; experts_down clears the sums of all before adding
+  Range rows;                             // of the step, which an expert has once at most; the sums of all of them are written
   ExactSum out;
 };
 
@@ -294,9 +294,9 @@ struct Ops {
   void (*exact_linear)(const ExactLinearArgs&, const Lane&);
   void (*route)(const RouteArgs&, const Lane&);
   void (*group_experts)(const GroupArgs&, const Lane&);  // by the first lane alone
-  // act = bf16(silu(gate·x) · (up·x)) for every pair. Shares: (expert, cut, tile) units of equal cost.
+  // act = bf16(silu(gate·x) · (up·x)) for every pair; on a GPU also out.sum = 0. Shares: (expert, cut, tile) units of equal cost.
   void (*experts_gate_up)(const ExpertsArgs&, const Lane&);
-  // out.sum[row] += fixed(weight · down·act), one contribution per (pair, cut). Shares: tiles of hidden.
+  // out.sum[row] = Σ fixed(weight · down·act), one contribution per (pair, cut). Shares: tiles of hidden.
   void (*experts_down)(const ExpertsArgs&, const Lane&);
   void (*pick_rows)(const PickArgs&, const Lane&);
   void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone

@@ -14,6 +14,7 @@ namespace moebius::cuda {
 namespace {
 
 __global__ void reverse_kernel(int* data, int n) {
+  follow_previous();
   __shared__ int copy[256];
   const int i = static_cast<int>(threadIdx.x);
   if (i < n) copy[i] = data[static_cast<int>(blockIdx.x) * n + i];
@@ -22,6 +23,7 @@ __global__ void reverse_kernel(int* data, int n) {
 }
 
 __global__ void sum_kernel(const float* x, float* sums) {
+  follow_previous();
   float v = x[blockIdx.x * blockDim.x + threadIdx.x];
   for (int bits = 16; bits > 0; bits /= 2) v += __shfl_xor_sync(0xffffffffu, v, bits);
   const unsigned odd = __ballot_sync(0xffffffffu, threadIdx.x % 2);
@@ -29,6 +31,7 @@ __global__ void sum_kernel(const float* x, float* sums) {
 }
 
 __global__ void mma_kernel(const bf16* a, const bf16* b, float* d) {
+  follow_previous();
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, t = lane % 4;
   const auto pair = [](const bf16* p) { return static_cast<uint32_t>(p[0]) | static_cast<uint32_t>(p[1]) << 16; };
   const uint32_t fa[4] = {pair(a + g * 16 + 2 * t), pair(a + (g + 8) * 16 + 2 * t), pair(a + g * 16 + 2 * t + 8), pair(a + (g + 8) * 16 + 2 * t + 8)};
@@ -39,6 +42,7 @@ __global__ void mma_kernel(const bf16* a, const bf16* b, float* d) {
 }
 
 __global__ void reverse_without_barrier_kernel(int* data) {
+  follow_previous();
   __shared__ int copy[256];
   const int i = static_cast<int>(threadIdx.x);
   copy[i] = data[i];
@@ -46,20 +50,33 @@ __global__ void reverse_without_barrier_kernel(int* data) {
 }
 
 __global__ void lanes_left_kernel(int* out) {
+  follow_previous();
   if (threadIdx.x % 32 >= 16) return;
   out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, static_cast<int>(threadIdx.x), 1);
 }
 __global__ void lanes_elsewhere_kernel(int* out) {
+  follow_previous();
   if (threadIdx.x % 32 >= 16) __syncthreads();
   else out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, static_cast<int>(threadIdx.x), 1);
 }
-__global__ void mask_without_caller_kernel(int* out) { out[threadIdx.x] = __shfl_sync(0xffffu, static_cast<int>(threadIdx.x), 0); }
+__global__ void mask_without_caller_kernel(int* out) {
+  follow_previous();
+  out[threadIdx.x] = __shfl_sync(0xffffu, static_cast<int>(threadIdx.x), 0);
+}
 __global__ void masks_differ_kernel(int* out) {
+  follow_previous();
   out[threadIdx.x] = __shfl_sync(threadIdx.x == 0 ? 0x3u : 0xffffffffu, static_cast<int>(threadIdx.x), 0);
 }
 __global__ void functions_differ_kernel(int* out) {
+  follow_previous();
   if (threadIdx.x % 2 == 0) out[threadIdx.x] = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x), 0);
   else __syncwarp();
+}
+
+__global__ void goes_ahead_kernel(int* out) {
+  begin_next();
+  if (threadIdx.x > 0) await_previous();
+  out[threadIdx.x] = 0;
 }
 
 // What a kernel that ends the program says, found by a child process; empty when it runs to its end.
@@ -134,6 +151,10 @@ TEST_CASE("lanes that do not meet as they must are reported") {
   CHECK_THAT(report_of(mask_without_caller_kernel), Contains("leaves it out"));
   CHECK_THAT(report_of(masks_differ_kernel), Contains("others of its mask never call"));
   CHECK_THAT(report_of(functions_differ_kernel), Contains("different warp functions"));
+}
+
+TEST_CASE("a thread that does not await the kernels ahead is reported") {
+  CHECK_THAT(report_of(goes_ahead_kernel), Catch::Matchers::Contains("has not awaited"));
 }
 
 TEST_CASE("a stream with new work is not ready when it is asked at once, and that stays as the thread's error") {

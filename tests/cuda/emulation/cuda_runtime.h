@@ -64,6 +64,10 @@ void block_barrier();
 const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes, const void* function);
 void release_warp(const std::byte* result);
 int lane();
+// A thread that ends without having awaited the kernels ahead is reported.
+void start_thread();
+void await_previous();
+void end_thread();
 
 // Runs f for every thread of the grid; false when a device would refuse the numbers.
 bool run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& f);
@@ -288,6 +292,7 @@ void keep_error(cudaError_t error);
 void queue(cudaStream_t stream, std::function<void()> work);
 bool is_captured(cudaStream_t stream);
 int device_of(const void* memory);  // −1: of none
+void check_prefetch(const void* memory, int64_t bytes);  // reports what a device would fault at
 
 // A refusal stays as the thread's last error. f holds its arguments: it may be kept.
 template <class F>

@@ -38,6 +38,7 @@ struct Thread {
   boost::context::fiber fiber, scheduler;
   Place place;
   int number = 0;  // in its block
+  bool awaited = false;
   State state = State::kDone;
   // At a warp function:
   unsigned mask = 0;
@@ -142,6 +143,11 @@ void run_block(size_t n) {
 const Place& here() { return current->place; }
 std::byte* dynamic_shared() { return shared_memory; }
 int lane() { return current->number % kWarp; }
+void start_thread() { current->awaited = false; }
+void await_previous() { current->awaited = true; }
+void end_thread() {
+  if (!current->awaited) report("a thread ends that has not awaited the kernels ahead");
+}
 
 void block_barrier() {
   current->state = State::kAtBlock;
@@ -382,6 +388,12 @@ int moebius::emulation::device_of(const void* memory) {
   for (const auto& [begin, allocation] : allocations)
     if (memory >= begin && memory < static_cast<const std::byte*>(begin) + allocation.bytes) return allocation.device;
   return -1;
+}
+
+void moebius::emulation::check_prefetch(const void* memory, int64_t bytes) {
+  const auto* begin = static_cast<const std::byte*>(memory);
+  if (bytes <= 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(memory) % 16 != 0 || device_of(begin) < 0 || device_of(begin + bytes - 1) != device_of(begin))
+    report("a prefetch of what is no memory of a device, or not by 16 bytes");
 }
 
 void moebius::emulation::queue(cudaStream_t stream, std::function<void()> work) {

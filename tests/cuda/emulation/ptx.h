@@ -54,7 +54,11 @@ void cp_async_wait() {}
 inline uint4 load_once(const uint4* p) { return *p; }
 inline uint4 load_streaming(const uint4* p) { return *p; }
 inline void store_streaming(uint4* p, uint4 v) { *p = v; }
+inline uint4 load_written(const uint4* p) { return *p; }
 inline void prefetch_line(const void*) {}
+inline void prefetch_bytes(const void* p, int64_t bytes) { emulation::check_prefetch(p, bytes); }
+inline void begin_next() {}
+inline void await_previous() { emulation::await_previous(); }
 inline void add_relaxed(int64_t* p, int64_t v) { *p = static_cast<int64_t>(static_cast<uint64_t>(*p) + static_cast<uint64_t>(v)); }
 inline void add_relaxed(float* p, float v) { *p += v; }
 inline void store_release_system(uint64_t* p, uint64_t v) { std::atomic_ref(*p).store(v, std::memory_order_release); }
