@@ -1,7 +1,7 @@
 // A warp works on 16 query rows of one KV head: rows of one chunk times the query heads that share the head. It walks splits of
 // kSplitTokens tokens at absolute positions. Each split has its own (maximum, sum, output); they are merged in order. So a row's bits
-// depend on its position alone, whether one warp walks all splits (prompts, large batches) or each split has a warp of its own and a
-// second kernel merges (few rows, long contexts). Which of the two is decided on the device, where the chunks' lengths are known: a
+// depend on its position alone, whether one warp walks all splits (prompts, large batches) or each split has a warp of its own and the
+// last of them merges (few rows, long contexts). Which of the two is decided on the device, where the chunks' lengths are known: a
 // captured step serves any lengths.
 //
 // Floors. Decode: K and V of each KV head once, 4 · tokens · head_dim bytes. Prompts: 4 · rows · tokens / 2 · heads · head_dim operations.
@@ -20,6 +20,7 @@
 #include "cuda/fragments.h"
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/scratch.h"
 
 namespace moebius::cuda {
 namespace {
@@ -37,6 +38,7 @@ constexpr int kMaxPartials = 64;
 #else
 constexpr int kMaxPartials = 4096;
 #endif
+static_assert(kMaxPartials <= kCounters);
 constexpr int kMaxChunks = 4096;    // of one launch
 
 struct Heads {
@@ -337,10 +339,11 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
   }
 }
 
-// partials: [item][word][lane], of items that are splits. kOnce: no two warps read the same K and V, as where chunks are of one row each; not
-// decided on the device, where it would cost registers.
+// partials: [item][word][lane], of items that are splits; counters: [item]. kOnce: no two warps read the same K and V, as where chunks are of one
+// row each; not decided on the device, where it would cost registers.
 template <bool kOnce, int kGroups>
-__global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials) {
+__global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials,
+                                                                unsigned* counters) {
   begin_next();
   __shared__ Work work;
   block_list_work(work, args, most_heads);  // from the step's tables, which are there before its first kernel
@@ -362,48 +365,32 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
     load_queries<kGroups>(args, u, q);
     const int position[2] = {u.position_of(g), u.position_of(g + 8)};
     State<kGroups> state;
-    const bool alone = work.spread && splits > 1;  // one split, to be merged later
+    const auto add_split = [&](int split) {
+      if (split == 0) state.for_words([&](int at, float& v, int) { total[at * 32 + lane] = v; });
+      else merge(total, state, {position[0] >= split * kSplitTokens, position[1] >= split * kSplitTokens});
+    };
+    const bool alone = work.spread && splits > 1;  // with one split: the last warp of the unit adds up all of them
     const int last = alone ? own_split + 1 : splits;
     for (int split = own_split; split < last; ++split) {
       const int begin = split * kSplitTokens;
       state.clear();
       walk_split<kOnce>(kv, begin, min(end, begin + kSplitTokens), position, args.softmax_scale, q, state);
-      float* const words = alone ? partials + static_cast<int64_t>(item) * State<kGroups>::kWords * 32 : total;
-      if (split == own_split) state.for_words([&](int at, float& v, int) { words[at * 32 + lane] = v; });
-      else merge(words, state, {position[0] >= begin, position[1] >= begin});
+      if (splits > 1 && !alone) add_split(split);
     }
-    if (alone) continue;
+    if (alone) {
+      constexpr int kPartial = State<kGroups>::kWords * 32;
+      float* const words = partials + static_cast<int64_t>(item) * kPartial;
+      state.for_words([&](int at, float& v, int) { words[at * 32 + lane] = v; });
+      __syncwarp();
+      const int first = item - own_split;
+      if (__shfl_sync(kAllLanes, lane == 0 && comes_last(counters + first, splits), 0) == 0) continue;
+      for (int split = 0; split < splits; ++split) {
+        const float* part = partials + static_cast<int64_t>(first + split) * kPartial;
+        state.for_words([&](int at, float& v, int) { v = part[at * 32 + lane]; });
+        add_split(split);
+      }
+    }
     if (splits > 1) state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
-    store_rows(args, u, state);
-  }
-}
-
-// Merges the splits of each unit that had warps of their own.
-template <int kGroups>
-__global__ void __launch_bounds__(kWarps * 32) merge_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials) {
-  begin_next();
-  __shared__ Work work;
-  block_list_work(work, args, most_heads);  // from the step's tables, which are there before its first kernel
-  await_previous();
-  if (!work.spread) return;
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = WeightStream::lane_g();
-  const int warp = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / 32;
-  for (int item = warp; item < work.begin[args.num_chunks]; item += static_cast<int>(gridDim.x) * kWarps) {
-    int own_split = 0;
-    const Unit u = unit_at(work, args, heads, most_heads, item, &own_split);
-    if (own_split > 0 || u.num_m <= 0) continue;
-    const int splits = splits_of(u.end());
-    if (splits == 1) continue;
-    const int position[2] = {u.position_of(g), u.position_of(g + 8)};
-    float* const total = partials + static_cast<int64_t>(item) * State<kGroups>::kWords * 32;
-    State<kGroups> state;
-    for (int split = 1; split < splits; ++split) {
-      const float* part = total + static_cast<int64_t>(split) * State<kGroups>::kWords * 32;
-      state.for_words([&](int at, float& v, int) { v = part[at * 32 + lane]; });
-      const int begin = split * kSplitTokens;
-      merge(total, state, {position[0] >= begin, position[1] >= begin});
-    }
-    state.for_words([&](int at, float& v, int) { v = total[at * 32 + lane]; });
     store_rows(args, u, state);
   }
 }
@@ -415,10 +402,8 @@ void launch_attention(const AttentionArgs& args, const Heads& heads, int most_he
   // The host knows no lengths: as many blocks as there may be items, up to what a device runs at once.
   const int64_t items = units * args.kv.num_kv_heads * std::max<int64_t>(1, div_up(args.max_tokens, kSplitTokens));
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(div_up(items, kWarps), resident_blocks(4)));
-  float* const partials = reinterpret_cast<float*>(lane.scratch);
   const auto kernel = args.num_rows > args.num_chunks ? attention_kernel<false, kGroups> : attention_kernel<true, kGroups>;
-  launch(kernel, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, partials);
-  if (args.max_tokens > kSplitTokens) launch(merge_kernel<kGroups>, blocks, kWarps * 32, 0, lane.queue, args, heads, most_heads, partials);
+  launch(kernel, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, scratch_of<float>(lane), counters_of(lane));
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/library.h"
+#include "cuda/scratch.h"
 #include "cuda/status.h"
 
 namespace moebius::cuda {
@@ -113,7 +114,7 @@ void dense_linear(const LinearArgs& args, const Lane& lane) {
     }
     if (CublasLt::get().multiply(handle, product.description, &one, part.w, product.w, args.x + args.rows.begin * args.ldx, product.x, &zero,
                                 part.y + args.rows.begin * part.ldy, product.y, part.y + args.rows.begin * part.ldy, product.y, &product.algorithm,
-                                lane.scratch, kDenseScratch, static_cast<cudaStream_t>(lane.queue)) != CUBLAS_STATUS_SUCCESS) {
+                                scratch_of<std::byte>(lane), kDenseScratch, static_cast<cudaStream_t>(lane.queue)) != CUBLAS_STATUS_SUCCESS) {
       failed_op = kFailure;
       return;
     }

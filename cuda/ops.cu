@@ -9,13 +9,14 @@
 #include "cuda/reshard.h"
 #include "cuda/route.h"
 #include "cuda/rows.h"
+#include "cuda/scratch.h"
 #include "cuda/turn.h"
 
 namespace moebius::cuda {
 namespace {
 
 size_t scratch_bytes(const OpLimits& limits) {
-  return std::max({scratch_bytes_attention(limits), scratch_bytes_route(limits), limits.row_major ? kDenseScratch : 0});
+  return kCounterBytes + std::max({scratch_bytes_attention(limits), scratch_bytes_route(limits), limits.row_major ? kDenseScratch : 0});
 }
 
 template <auto op, class Args>

@@ -352,15 +352,19 @@ struct RowClass {
 constexpr RowClass kClasses[] = {{0, 8}, {8, 16}, {16, 32}, {32, 0x7fffffff}};
 
 // Which unit is whose: begin[e] is the first of expert e's. A unit is a group of outputs and some rows of an expert; those of the same
-// outputs follow one another. Made by every block for itself from begins[], which only the device knows.
+// outputs follow one another. Made by every block for itself from args.begins, of which it keeps a copy: only the device knows it.
 struct ExpertUnits {
-  int begin[kGpuMaxExperts + 1];
+  int begin[kGpuMaxExperts + 1], pairs[kGpuMaxExperts + 1];
+
+  __device__ int rows_of(int e) const { return pairs[e + 1] - pairs[e]; }
 };
 
 __device__ void block_count_units(ExpertUnits& units, const ExpertsArgs& args, RowClass rows_of_class, int output_groups, int rows_of_unit) {
+  for (int e = static_cast<int>(threadIdx.x); e <= args.num_experts; e += kWarps * 32) units.pairs[e] = args.begins[e];
+  __syncthreads();
   if (threadIdx.x < 32)
     warp_lay_end_to_end(units.begin, args.num_experts, [&](int e) {
-      const int rows = args.begins[e + 1] - args.begins[e];
+      const int rows = units.rows_of(e);
       return rows_of_class.has(rows) ? output_groups * ((rows + rows_of_unit - 1) / rows_of_unit) : 0;
     });
   __syncthreads();
@@ -373,13 +377,13 @@ struct ExpertUnit {
 
 __device__ ExpertUnit unit_at(const ExpertUnits& units, const ExpertsArgs& args, int unit, int rows_of_unit) {
   const int e = holder_of(args.num_experts, [&](int i) { return units.begin[i]; }, unit);
-  const int rows = args.begins[e + 1] - args.begins[e], row_units = (rows + rows_of_unit - 1) / rows_of_unit;
+  const int rows = units.rows_of(e), row_units = (rows + rows_of_unit - 1) / rows_of_unit;
   ExpertUnit u;
   u.expert = e;
   u.group = (unit - units.begin[e]) / row_units;
   u.row0 = (unit - units.begin[e]) % row_units * rows_of_unit;
   u.num = min(rows - u.row0, rows_of_unit);
-  u.pair0 = args.begins[e] + u.row0;
+  u.pair0 = units.pairs[e] + u.row0;
   return u;
 }
 

@@ -9,6 +9,7 @@
 #include "cuda/launch.h"
 #include "cuda/math.h"
 #include "cuda/ptx.h"
+#include "cuda/scratch.h"
 #include "cuda/sort.h"
 #include "lib/tensor/packed.h"
 
@@ -39,14 +40,70 @@ __device__ __forceinline__ void add_pair_lanes(float (&sum)[kRows][4], int lane)
   }
 }
 
+// Softmax and the top_k of row i of args.rows by one warp; lane l has experts l, l + 32, …. values: room for those of the chosen, in order.
+template <int kPerLane>
+__device__ __forceinline__ void warp_choose_experts(const RouteArgs& args, int64_t i, const float* logits, float* values) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float infinity = __uint_as_float(0x7f800000u);
+  float p[kPerLane], most = -infinity, sum = 0;
+#pragma unroll
+  for (int n = 0; n < kPerLane; ++n) {
+    const int e = n * 32 + lane;
+    p[n] = e < args.num_experts ? logits[e] : -infinity;
+    most = larger(p[n], most);
+  }
+  most = warp_max(most);
+  // Ranks for choosing: a probability; −0.5 for NaN, which comes after all numbers; −1 for what does not exist or has been taken.
+  float rank[kPerLane];
+#pragma unroll
+  for (int n = 0; n < kPerLane; ++n) {
+    const bool exists = n * 32 + lane < args.num_experts;
+    p[n] = exists ? exp_of(p[n] - most) : 0;
+    rank[n] = !exists ? -1.0f : p[n] >= 0 ? p[n] : -0.5f;
+    sum += p[n];
+  }
+  sum = warp_sum(sum);
+
+  const int64_t out = (args.rows.begin + i) * args.top_k;
+  float chosen = 0;
+  for (int k = 0; k < args.top_k; ++k) {
+    float best = -2, value = 0;
+    int id = 0;
+#pragma unroll
+    for (int n = 0; n < kPerLane; ++n)
+      if (rank[n] > best) best = rank[n], value = p[n], id = n * 32 + lane;  // the lowest of the lane's
+#pragma unroll
+    for (int bits = 16; bits > 0; bits /= 2) {
+      const float other = __shfl_xor_sync(kAllLanes, best, bits), other_value = __shfl_xor_sync(kAllLanes, value, bits);
+      const int other_id = __shfl_xor_sync(kAllLanes, id, bits);
+      if (other > best || (other == best && other_id < id)) best = other, value = other_value, id = other_id;
+    }
+#pragma unroll
+    for (int n = 0; n < kPerLane; ++n)
+      if (n * 32 + lane == id) rank[n] = -1;
+    chosen += value;
+    if (lane == 0) {
+      args.ids[out + k] = id;
+      values[k] = value;
+    }
+  }
+  __syncwarp();
+  for (int k = lane; k < args.top_k; k += 32) {
+    const float weight = __fdiv_rn(values[k], sum);
+    args.weights[out + k] = args.renormalise ? __fdiv_rn(weight * sum, chosen) : weight;
+  }
+}
+
 // Logits of kRows rows for a tile of 16 experts by one block. Lane 4·q + c takes experts 4·c … 4·c + 3 at pair q of its warp's 8, so a warp
 // loads 512 bytes in one piece. A lane adds up its pairs in order, the lanes of the same experts theirs by a tree, the warps theirs in order:
-// the order is the same for every number of rows. One block a multiprocessor is asked for since for more the compiler saves registers, and
+// the order is the same for every number of rows. The last block of the rows chooses their experts, a warp for each row. One block a multiprocessor is asked for since for more the compiler saves registers, and
 // puts off each load until it is needed.
-template <int kRows>
-__global__ void __launch_bounds__(kRouterWarps * 32, 1) router_logits_kernel(RouteArgs args, float* logits, int64_t stride) {
+template <int kRows, int kPerLane>
+__global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs args, float* logits, int64_t stride, unsigned* counters) {
   constexpr int kAhead = kRows == 1 ? 16 : 4;  // loads of weights under way, each with kRows of inputs: what registers hold
   __shared__ float of_warp[kRouterWarps][kRows * kTile];
+  __shared__ float values[kRows][kPerLane * 32];
+  __shared__ bool last;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t tile = blockIdx.y, first = int64_t{blockIdx.x} * kRows, num = min(args.rows.size() - first, int64_t{kRows});
   const int pairs = static_cast<int>(div_up(args.hidden, 2));
@@ -86,72 +143,17 @@ __global__ void __launch_bounds__(kRouterWarps * 32, 1) router_logits_kernel(Rou
     for (int e = 0; e < 4; ++e) of_warp[warp][lane * 4 + e] = sum[0][e];
   }
   __syncthreads();
-  const int64_t row = thread / kTile, expert = tile * kTile + thread % kTile;
-  if (row >= num || expert >= args.num_experts) return;
-  float total = of_warp[0][thread];
+  const int64_t expert = tile * kTile + thread % kTile;
+  if (thread / kTile < num && expert < args.num_experts) {
+    float total = of_warp[0][thread];
 #pragma unroll
-  for (int other = 1; other < kRouterWarps; ++other) total += of_warp[other][thread];
-  logits[(first + row) * stride + expert] = total;
-}
-
-constexpr int kChooseWarps = 4;
-
-// Softmax and the top_k of one row by one warp; lane l has experts l, l + 32, ….
-template <int kPerLane>
-__global__ void __launch_bounds__(kChooseWarps * 32) choose_experts_kernel(RouteArgs args, const float* logits, int64_t stride) {
-  follow_previous();
-  __shared__ float values[kChooseWarps][kPerLane * 32];  // of the chosen, in order
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kChooseWarps + warp;
-  if (i >= args.rows.size()) return;
-  const float infinity = __uint_as_float(0x7f800000u);
-  float p[kPerLane], most = -infinity, sum = 0;
-#pragma unroll
-  for (int n = 0; n < kPerLane; ++n) {
-    const int e = n * 32 + lane;
-    p[n] = e < args.num_experts ? logits[i * stride + e] : -infinity;
-    most = larger(p[n], most);
+    for (int other = 1; other < kRouterWarps; ++other) total += of_warp[other][thread];
+    logits[(first + thread / kTile) * stride + expert] = total;
   }
-  most = warp_max(most);
-  // Ranks for choosing: a probability; −0.5 for NaN, which comes after all numbers; −1 for what does not exist or has been taken.
-  float rank[kPerLane];
-#pragma unroll
-  for (int n = 0; n < kPerLane; ++n) {
-    const bool exists = n * 32 + lane < args.num_experts;
-    p[n] = exists ? exp_of(p[n] - most) : 0;
-    rank[n] = !exists ? -1.0f : p[n] >= 0 ? p[n] : -0.5f;
-    sum += p[n];
-  }
-  sum = warp_sum(sum);
-
-  const int64_t out = (args.rows.begin + i) * args.top_k;
-  float chosen = 0;
-  for (int k = 0; k < args.top_k; ++k) {
-    float best = -2, value = 0;
-    int id = 0;
-#pragma unroll
-    for (int n = 0; n < kPerLane; ++n)
-      if (rank[n] > best) best = rank[n], value = p[n], id = n * 32 + lane;  // the lowest of the lane's
-#pragma unroll
-    for (int bits = 16; bits > 0; bits /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, best, bits), other_value = __shfl_xor_sync(kAllLanes, value, bits);
-      const int other_id = __shfl_xor_sync(kAllLanes, id, bits);
-      if (other > best || (other == best && other_id < id)) best = other, value = other_value, id = other_id;
-    }
-#pragma unroll
-    for (int n = 0; n < kPerLane; ++n)
-      if (n * 32 + lane == id) rank[n] = -1;
-    chosen += value;
-    if (lane == 0) {
-      args.ids[out + k] = id;
-      values[warp][k] = value;
-    }
-  }
-  __syncwarp();
-  for (int k = lane; k < args.top_k; k += 32) {
-    const float weight = __fdiv_rn(values[warp][k], sum);
-    args.weights[out + k] = args.renormalise ? __fdiv_rn(weight * sum, chosen) : weight;
-  }
+  __syncthreads();
+  if (thread == 0) last = comes_last(counters + blockIdx.x, static_cast<int>(gridDim.y));
+  __syncthreads();
+  if (last && warp < num) warp_choose_experts<kPerLane>(args, first + warp, logits + (first + warp) * stride, values[warp]);
 }
 
 // ---- grouping
@@ -242,24 +244,32 @@ __global__ void group_dense_kernel(GroupArgs args) {
   args.pair_weights[i] = 1.0f;
 }
 
+template <int kRows, int kPerLane>
+void launch_route(const RouteArgs& args, int64_t tiles, const Lane& lane) {
+  const int64_t stride = tiles * kTile;
+  RouteArgs some = args;
+  for (some.rows.end = args.rows.begin; some.rows.end < args.rows.end;) {  // as many groups of rows as there are counters
+    some.rows.begin = some.rows.end;
+    some.rows.end = std::min(args.rows.end, some.rows.begin + int64_t{kCounters} * kRows);
+    const dim3 grid(static_cast<unsigned>(div_up(some.rows.size(), kRows)), static_cast<unsigned>(tiles));
+    launch(route_kernel<kRows, kPerLane>, grid, kRouterWarps * 32, 0, lane.queue, some, scratch_of<float>(lane), stride, counters_of(lane));
+  }
+}
+
 template <int kPerLane>
-void choose(const RouteArgs& args, const float* logits, int64_t stride, void* queue) {
-  launch(choose_experts_kernel<kPerLane>, static_cast<unsigned>(div_up(args.rows.size(), kChooseWarps)), kChooseWarps * 32, 0, queue, args, logits,
-         stride);
+void launch_route(const RouteArgs& args, const Lane& lane) {
+  constexpr int kManyRows = 8;
+  const int64_t tiles = div_up(args.num_experts, kTile);
+  if (args.rows.size() < 4 * kManyRows) launch_route<1, kPerLane>(args, tiles, lane);
+  else launch_route<kManyRows, kPerLane>(args, tiles, lane);
 }
 
 }  // namespace
 
 void route(const RouteArgs& args, const Lane& lane) {
-  constexpr int kManyRows = 8;
-  const int64_t rows = args.rows.size(), tiles = div_up(args.num_experts, kTile), stride = tiles * kTile;
-  float* const logits = reinterpret_cast<float*>(lane.scratch);
-  const auto grid = [&](int64_t rows_of_block) { return dim3(static_cast<unsigned>(div_up(rows, rows_of_block)), static_cast<unsigned>(tiles)); };
-  if (rows < 4 * kManyRows) launch(router_logits_kernel<1>, grid(1), kRouterWarps * 32, 0, lane.queue, args, logits, stride);
-  else launch(router_logits_kernel<kManyRows>, grid(kManyRows), kRouterWarps * 32, 0, lane.queue, args, logits, stride);
-  if (args.num_experts <= 128) choose<4>(args, logits, stride, lane.queue);
-  else if (args.num_experts <= 256) choose<8>(args, logits, stride, lane.queue);
-  else choose<kGpuMaxExperts / 32>(args, logits, stride, lane.queue);
+  if (args.num_experts <= 128) launch_route<4>(args, lane);
+  else if (args.num_experts <= 256) launch_route<8>(args, lane);
+  else launch_route<kGpuMaxExperts / 32>(args, lane);
 }
 
 void group_experts(const GroupArgs& args, const Lane& lane) {
@@ -274,7 +284,7 @@ void group_experts(const GroupArgs& args, const Lane& lane) {
     launch(group_small_kernel, 1, kGroupThreads, 0, lane.queue, args);
     return;
   }
-  SortScratch scratch(lane.scratch, num);
+  SortScratch scratch(scratch_of<std::byte>(lane), num);
   launch(number_choices_kernel, blocks(num), kThreads, 0, lane.queue, args, scratch.keys, scratch.values, num);
   sort_by_key(scratch, num, args.num_experts, lane.queue);
   launch(place_pairs_kernel, blocks(num + 1), kThreads, 0, lane.queue, args, scratch.sorted_keys, scratch.sorted_values, num);

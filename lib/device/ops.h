@@ -18,7 +18,7 @@
 namespace moebius {
 
 // One thread's share of an op: thread `thread` of `num_threads`, with scratch memory of its own (64-byte aligned,
-// at least Ops::scratch_bytes of the engine's limits).
+// at least Ops::scratch_bytes of the engine's limits, zeros before the first op).
 struct Lane {
   int thread = 0;
   int num_threads = 1;

@@ -58,7 +58,7 @@ inline const Ops& reference() { return cpu_ops(Isa::kPortable); }
 // A lane with scratch memory for the limits, on the device and on the host.
 struct Lanes {
   explicit Lanes(const OpLimits& limits)
-      : memory(test_device().ops().scratch_bytes(limits) + 64),
+      : memory(std::vector<unsigned char>(test_device().ops().scratch_bytes(limits))),
         host_memory(reference().scratch_bytes(limits) + 128),
         device{0, 1, reinterpret_cast<std::byte*>(memory.get()), test_device().queue(0)},
         host{0, 1, host_memory.data() + (64 - reinterpret_cast<uintptr_t>(host_memory.data()) % 64), nullptr} {}

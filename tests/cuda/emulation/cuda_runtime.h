@@ -152,6 +152,7 @@ template <class T, class V>
 T atomicMax(T* p, V v) { return std::exchange(*p, *p > static_cast<T>(v) ? *p : static_cast<T>(v)); }
 template <class T, class V>
 T atomicExch(T* p, V v) { return std::exchange(*p, static_cast<T>(v)); }
+inline unsigned atomicInc(unsigned* p, unsigned most) { return std::exchange(*p, *p >= most ? 0 : *p + 1); }
 template <class T>
 T __ldg(const T* p) { return *p; }
 
