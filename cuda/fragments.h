@@ -34,6 +34,9 @@ struct WeightStream {
   WeightStream() = default;
   __device__ WeightStream(const bf16* first, const bf16* second, int pair_words)
       : base(reinterpret_cast<const uint4*>((lane_g() < 4 ? first : second)) + lane_g() % 4), pair_stride(pair_words / 4) {}
+  // The two tiles of a packed matrix from `tile` on; where it is the last, it twice.
+  __device__ WeightStream(const PackedMatrix& matrix, const bf16* w, int64_t tile)
+      : WeightStream(w + tile * matrix.tile_elements(), w + min(tile + 1, matrix.tiles() - 1) * matrix.tile_elements(), kTile) {}
   static __device__ int lane_g() { return static_cast<int>(threadIdx.x) % 32 / 4; }
   static __device__ int lane_t() { return static_cast<int>(threadIdx.x) % 4; }
 

@@ -15,6 +15,7 @@
 #include "cuda/fragments.h"
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/wide.h"
 
 namespace moebius::cuda {
 namespace {
@@ -172,9 +173,44 @@ __device__ __forceinline__ void block_join(T (&v)[kSize], T (*room)[kSize][32]) 
 }
 
 // The two tiles from `tile` on, or one where it is the last.
-__device__ __forceinline__ void prefetch_tiles(const PackedMatrix& matrix, const bf16* first, int64_t tile) {
-  prefetch_bytes(first, min(matrix.tiles() - tile, int64_t{2}) * matrix.tile_elements() * 2);
+__device__ __forceinline__ void prefetch_tiles(const PackedMatrix& matrix, const bf16* w, int64_t tile) {
+  prefetch_bytes(w + tile * matrix.tile_elements(), min(matrix.tiles() - tile, int64_t{2}) * matrix.tile_elements() * 2);
 }
+
+// ---- many rows (cuda/wide.h)
+
+template <class RowOf>
+__device__ __forceinline__ void wide_rows(const bf16* (&rows)[kWideThreadRows], const RowOf& row_of) {
+#pragma unroll
+  for (int j = 0; j < kWideThreadRows; ++j) rows[j] = row_of(static_cast<int>(threadIdx.x) / 8 + j * (kWideWarps * 4));
+}
+
+// Blocks of k32 of one matrix, or of several one after the other: stream_of(i).
+template <class StreamOf>
+struct WideStream {
+  StreamOf stream_of;
+  int left, blocks_of_one, within = 0, matrix = 0;
+  const uint4* at;
+  int pair_stride;
+
+  __device__ WideStream(const StreamOf& of, int count, int64_t k) : stream_of(of), left(count * static_cast<int>(k / 32)), blocks_of_one(static_cast<int>(k / 32)) { begin(); }
+  __device__ void begin() {
+    const WeightStream stream = stream_of(matrix);
+    pair_stride = stream.pair_stride;
+    at = stream.base + WeightStream::lane_t() * pair_stride;
+  }
+  __device__ __forceinline__ const uint4* next() {
+    const uint4* const here = at;
+    if (--left > 0) {
+      at += kBlockPairs * pair_stride;
+      if (++within == blocks_of_one) within = 0, ++matrix, begin();
+    }
+    return here;
+  }
+};
+
+// Whether so many blocks of 128 rows and 256 outputs keep the device busy.
+bool fills_wide(int64_t units) { return units >= resident_blocks(1) && has_wide(); }
 
 // ---- linear
 
@@ -183,6 +219,18 @@ struct LinearTable {
   LinearPart parts[kParts];
   int units[kParts + 1];  // running number of pairs of tiles
 };
+
+template <int kBlocks>
+__device__ __forceinline__ void store_linear(const LinearArgs& args, const LinearPart& part, int64_t tile, int64_t row0, int64_t num, const float (&acc)[kBlocks][2][4]) {
+  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
+  for_outputs(acc, [&](int, int, int r, int output, const float (&v)[4]) {
+    if (r >= num) return;
+    float* y = part.y + (args.rows.begin + row0 + r) * part.ldy + n0 + output;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n0 + output + i < part.n) y[i] = v[i];
+  });
+}
 
 // A block has a unit, each of its warps a part of k: one warp alone has too little in flight, and units are few in a decode step. Who has which
 // blocks of k depends on k alone, so that a row's bits are the same among any number of rows.
@@ -195,9 +243,8 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   const LinearPart& part = table.parts[p];
   const PackedMatrix matrix{part.n, args.k};
   const int64_t tile = 2 * static_cast<int64_t>(tiles_unit - table.units[p]);
-  const bf16* first = part.w + tile * matrix.tile_elements();
-  const WeightStream weights(first, tile + 1 < matrix.tiles() ? first + matrix.tile_elements() : first, kTile);
-  if (row_unit == 0 && threadIdx.x == 0) prefetch_tiles(matrix, first, tile);
+  const WeightStream weights(matrix, part.w, tile);
+  if (row_unit == 0 && threadIdx.x == 0) prefetch_tiles(matrix, part.w, tile);
   await_previous();
 
   const int64_t row0 = static_cast<int64_t>(row_unit) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
@@ -212,18 +259,33 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   const int pairs = static_cast<int>(matrix.k_pairs()), blocks = blocks_of(pairs), warp = static_cast<int>(threadIdx.x) / 32;
   multiply(acc, weights, rows, pairs, args.ldx % 8 == 0, blocks * warp / kWarps, blocks * (warp + 1) / kWarps);
   block_join<kWarps>(reinterpret_cast<float (&)[kBlocks * 8]>(acc), room);
-  if (warp > 0) return;
-  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  for_outputs(acc, [&](int, int, int r, int output, const float (&v)[4]) {
-    if (r >= num) return;
-    float* y = part.y + (args.rows.begin + row0 + r) * part.ldy + n0 + output;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (n0 + output + i < part.n) y[i] = v[i];
-  });
+  if (warp == 0) store_linear(args, part, tile, row0, num, acc);
+}
+
+template <int kParts>
+__global__ void __launch_bounds__(kWideWarps * 32, 1) wide_linear_kernel(LinearArgs args, const __grid_constant__ LinearTable<kParts> table, int row_units) {
+  follow_previous();
+  const int all = table.units[args.num_parts], own = static_cast<int>(blockIdx.x) / row_units * kWideWarps + static_cast<int>(threadIdx.x) / 32;
+  const int unit = min(own, all - 1), p = holder_of(args.num_parts, [&](int i) { return table.units[i]; }, unit);
+  const LinearPart& part = table.parts[p];
+  const PackedMatrix matrix{part.n, args.k};
+  const int64_t tile = 2 * static_cast<int64_t>(unit - table.units[p]), row0 = static_cast<int64_t>(blockIdx.x) % row_units * kWideRows;
+  const int64_t num = min(args.rows.size() - row0, int64_t{kWideRows});
+  const bf16* rows[kWideThreadRows];
+  wide_rows(rows, [&](int r) { return args.x + (args.rows.begin + row0 + min(int64_t{r}, num - 1)) * args.ldx; });
+  float acc[kWideBlocks][2][4];
+  clear(acc);
+  block_multiply_wide(acc, rows, WideStream([&](int) { return WeightStream(matrix, part.w, tile); }, 1, args.k), static_cast<int>(args.k / 32));
+  if (own < all) store_linear(args, part, tile, row0, num, acc);
 }
 
 template <int kParts, int kBlocks>
+void launch_linear(const LinearArgs& args, const LinearTable<kParts>& table, void* queue) {
+  const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
+  launch(linear_kernel<kParts, kBlocks>, static_cast<unsigned>(int64_t{table.units[args.num_parts]} * row_units), kWarps * 32, 0, queue, args, table, row_units);
+}
+
+template <int kParts>
 void launch_linear(const LinearArgs& args, void* queue) {
   LinearTable<kParts> table;
   table.units[0] = 0;
@@ -231,16 +293,14 @@ void launch_linear(const LinearArgs& args, void* queue) {
     table.parts[p] = args.parts[p];
     table.units[p + 1] = table.units[p] + static_cast<int>(div_up(args.parts[p].n, kWarpOutputs));
   }
-  const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
-  launch(linear_kernel<kParts, kBlocks>, static_cast<unsigned>(int64_t{table.units[args.num_parts]} * row_units), kWarps * 32, 0, queue, args, table, row_units);
-}
-
-template <int kParts>
-void launch_linear(const LinearArgs& args, void* queue) {
-  if (args.rows.size() <= 8) launch_linear<kParts, 1>(args, queue);
-  else if (args.rows.size() <= 16) launch_linear<kParts, 2>(args, queue);
-  else if (args.rows.size() <= 32) launch_linear<kParts, 4>(args, queue);
-  else launch_linear<kParts, 8>(args, queue);
+  const int row_units = static_cast<int>(div_up(args.rows.size(), kWideRows));
+  const int64_t units = div_up(table.units[args.num_parts], kWideWarps) * row_units;
+  if (args.plain && args.k % 32 == 0 && args.ldx % 8 == 0 && fills_wide(units))
+    launch(wide_linear_kernel<kParts>, static_cast<unsigned>(units), kWideWarps * 32, kWideShared, queue, args, table, row_units);
+  else if (args.rows.size() <= 8) launch_linear<kParts, 1>(args, table, queue);
+  else if (args.rows.size() <= 16) launch_linear<kParts, 2>(args, table, queue);
+  else if (args.rows.size() <= 32) launch_linear<kParts, 4>(args, table, queue);
+  else launch_linear<kParts, 8>(args, table, queue);
 }
 
 // ---- O projection
@@ -252,6 +312,18 @@ struct ExactTable {
   ExactLinearPart parts[kParts];
 };
 
+template <int kBlocks, class Value>
+__device__ __forceinline__ void store_exact_linear(const ExactLinearArgs& args, int64_t tile, int64_t row0, int64_t num, const Value (&sums)[kBlocks][2][4]) {
+  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
+  for_outputs(sums, [&](int, int, int r, int output, const Value (&v)[4]) {
+    if (r >= num) return;
+    Value* out = reinterpret_cast<Value*>(args.out.sum) + (args.rows.begin + row0 + r) * args.hidden + n0 + output;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n0 + output + i < args.hidden) out[i] = v[i];
+  });
+}
+
 // kSplit warps have a unit together, and each some of the parts: where units are few.
 template <int kParts, int kBlocks, class Sums, int kSplit>
 __global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLinearArgs args, const __grid_constant__ ExactTable<kParts> table, int row_units) {
@@ -262,7 +334,7 @@ __global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLin
   const int64_t tile = 2 * static_cast<int64_t>(unit / row_units);
   const PackedMatrix matrix{args.hidden, args.k};
   if (tile < matrix.tiles() && unit % row_units == 0 && threadIdx.x % 32 == 0)
-    for (int g = split; g < args.num_parts; g += kSplit) prefetch_tiles(matrix, table.parts[g].w + tile * matrix.tile_elements(), tile);
+    for (int g = split; g < args.num_parts; g += kSplit) prefetch_tiles(matrix, table.parts[g].w, tile);
   await_previous();
   if (tile >= matrix.tiles()) return;
   const int64_t row0 = static_cast<int64_t>(unit % row_units) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
@@ -271,8 +343,7 @@ __global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLin
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j) factors[j][0] = factors[j][1] = args.out.scale;
   for (int g = split; g < args.num_parts; g += kSplit) {
-    const bf16* first = table.parts[g].w + tile * matrix.tile_elements();
-    const WeightStream weights(first, tile + 1 < matrix.tiles() ? first + matrix.tile_elements() : first, kTile);
+    const WeightStream weights(matrix, table.parts[g].w, tile);
     InputRows<kBlocks> rows;
 #pragma unroll
     for (int j = 0; j < kBlocks; ++j) {
@@ -284,8 +355,6 @@ __global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLin
     multiply(acc, weights, rows, static_cast<int>(matrix.k_pairs()), args.ldx % 8 == 0 && table.parts[g].column % 8 == 0);
     sums.add(acc, factors, args.out.limit);
   }
-  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  Value* const out = reinterpret_cast<Value*>(args.out.sum);
   // Whoever had a bad contribution says so; the sums are warp 0's.
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j)
@@ -299,13 +368,22 @@ __global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLin
     block_join<kSplit>(reinterpret_cast<Value(&)[kBlocks * 8]>(sums.sum), room);
     if (split > 0) return;
   }
-  for_outputs(sums.sum, [&](int, int, int r, int output, const Value (&v)[4]) {
-    if (r >= num) return;
-    const int64_t row = args.rows.begin + row0 + r;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (n0 + output + i < args.hidden) out[row * args.hidden + n0 + output + i] = v[i];
-  });
+  store_exact_linear(args, tile, row0, num, sums.sum);
+}
+
+template <int kParts>
+__global__ void __launch_bounds__(kWideWarps * 32, 1) wide_exact_linear_kernel(ExactLinearArgs args, const __grid_constant__ ExactTable<kParts> table, int row_units) {
+  follow_previous();
+  const PackedMatrix matrix{args.hidden, args.k};
+  const int64_t own = 2 * (static_cast<int64_t>(blockIdx.x) / row_units * kWideWarps + threadIdx.x / 32), tile = min(own, (matrix.tiles() - 1) / 2 * 2);
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) % row_units * kWideRows, num = min(args.rows.size() - row0, int64_t{kWideRows});
+  const bf16* rows[kWideThreadRows];
+  wide_rows(rows, [&](int r) { return args.x + (args.rows.begin + row0 + min(int64_t{r}, num - 1)) * args.ldx; });
+  float acc[kWideBlocks][2][4];
+  clear(acc);
+  block_multiply_wide(acc, rows, WideStream([&](int g) { return WeightStream(matrix, table.parts[g].w, tile); }, args.num_parts, args.k),
+                      static_cast<int>(args.num_parts * args.k / 32));
+  if (own < matrix.tiles()) store_exact_linear(args, tile, row0, num, acc);
 }
 
 template <int kParts, int kBlocks, int kSplit>
@@ -332,7 +410,15 @@ void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
 
 template <int kParts>
 void launch_exact_linear(const ExactLinearArgs& args, void* queue) {
-  if (args.rows.size() <= 8) launch_exact_linear<kParts, 1>(args, queue);
+  const int row_units = static_cast<int>(div_up(args.rows.size(), kWideRows));
+  const int64_t units = div_up(args.hidden, kWideWarps * kWarpOutputs) * row_units;
+  bool one_product = args.k % 32 == 0 && args.ldx % 8 == 0;  // inputs in the order of the parts
+  for (int g = 0; g < args.num_parts; ++g) one_product = one_product && args.parts[g].column == g * args.k;
+  if (args.out.plain && one_product && fills_wide(units)) {
+    ExactTable<kParts> table;
+    std::copy_n(args.parts, args.num_parts, table.parts);
+    launch(wide_exact_linear_kernel<kParts>, static_cast<unsigned>(units), kWideWarps * 32, kWideShared, queue, args, table, row_units);
+  } else if (args.rows.size() <= 8) launch_exact_linear<kParts, 1>(args, queue);
   else if (args.rows.size() <= 16) launch_exact_linear<kParts, 2>(args, queue);
   else launch_exact_linear<kParts, 4>(args, queue);
 }
@@ -360,7 +446,7 @@ struct ExpertUnits {
 };
 
 __device__ void block_count_units(ExpertUnits& units, const ExpertsArgs& args, RowClass rows_of_class, int output_groups, int rows_of_unit) {
-  for (int e = static_cast<int>(threadIdx.x); e <= args.num_experts; e += kWarps * 32) units.pairs[e] = args.begins[e];
+  for (int e = static_cast<int>(threadIdx.x); e <= args.num_experts; e += static_cast<int>(blockDim.x)) units.pairs[e] = args.begins[e];
   __syncthreads();
   if (threadIdx.x < 32)
     warp_lay_end_to_end(units.begin, args.num_experts, [&](int e) {
@@ -387,22 +473,11 @@ __device__ ExpertUnit unit_at(const ExpertUnits& units, const ExpertsArgs& args,
   return u;
 }
 
-// One tile of 16 neurons of one cut: silu(gate)·up for the unit's rows.
+// silu(gate)·up of one tile of 16 neurons of one cut for the unit's rows.
 template <int kBlocks>
-__device__ __forceinline__ void warp_gate_up(const ExpertsArgs& args, const ExpertUnit& u) {
+__device__ __forceinline__ void store_gate_up(const ExpertsArgs& args, const ExpertUnit& u, float (&acc)[kBlocks][2][4]) {
   const MlpCut cut{args.neurons_per_cut, args.hidden};
   const int tiles = static_cast<int>(cut.tiles()), c = u.group / tiles, tile = u.group % tiles;
-  const bf16* gate = args.cuts[static_cast<int64_t>(u.expert) * args.num_cuts + c] + tile * cut.gate_up_tile_elements();
-  const WeightStream weights(gate, gate + 2 * kTile, 2 * kTile);
-  InputRows<kBlocks> rows;
-#pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-    const int r = min(j * 8 + WeightStream::lane_g(), u.num - 1);
-    rows.row[j] = reinterpret_cast<const uint32_t*>(args.x + args.pair_rows[u.pair0 + r] * args.hidden);
-  }
-  float acc[kBlocks][2][4];
-  clear(acc);
-  multiply(acc, weights, rows, static_cast<int>(div_up(args.hidden, 2)), args.hidden % 8 == 0);
   // Lanes of g < 4 hold the gates, those of g + 4 the ups of the same neurons and rows.
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j)
@@ -416,6 +491,28 @@ __device__ __forceinline__ void warp_gate_up(const ExpertsArgs& args, const Expe
     if (r >= u.num) return;
     *reinterpret_cast<uint2*>(args.act + (u.pair0 + r) * width + n0 + output) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
   });
+}
+
+__device__ __forceinline__ WeightStream gate_up_weights(const ExpertsArgs& args, const ExpertUnit& u) {
+  const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const int tiles = static_cast<int>(cut.tiles()), c = u.group / tiles, tile = u.group % tiles;
+  const bf16* gate = args.cuts[static_cast<int64_t>(u.expert) * args.num_cuts + c] + tile * cut.gate_up_tile_elements();
+  return {gate, gate + 2 * kTile, 2 * kTile};
+}
+
+template <int kBlocks>
+__device__ __forceinline__ void warp_gate_up(const ExpertsArgs& args, const ExpertUnit& u) {
+  const WeightStream weights = gate_up_weights(args, u);
+  InputRows<kBlocks> rows;
+#pragma unroll
+  for (int j = 0; j < kBlocks; ++j) {
+    const int r = min(j * 8 + WeightStream::lane_g(), u.num - 1);
+    rows.row[j] = reinterpret_cast<const uint32_t*>(args.x + args.pair_rows[u.pair0 + r] * args.hidden);
+  }
+  float acc[kBlocks][2][4];
+  clear(acc);
+  multiply(acc, weights, rows, static_cast<int>(div_up(args.hidden, 2)), args.hidden % 8 == 0);
+  store_gate_up(args, u, acc);
 }
 
 constexpr int64_t kFetchedBytes = 32 << 20;  // of down matrices: what the second-level cache keeps beside the others, which pass through it
@@ -499,6 +596,24 @@ __device__ __forceinline__ void add_cuts(Sums& sums, const float (&factors)[kBlo
       });
 }
 
+template <int kBlocks, class Value>
+__device__ __forceinline__ void add_down(const ExpertsArgs& args, const ExpertUnit& u, int64_t tile, const Value (&sums)[kBlocks][2][4], unsigned bad) {
+  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
+  for_outputs(sums, [&](int j, int odd, int r, int output, const Value (&v)[4]) {
+    if (r >= u.num) return;
+    const int64_t row = args.pair_rows[u.pair0 + r];
+    Value* const out = reinterpret_cast<Value*>(args.out.sum) + row * args.hidden + n0 + output;
+    if (args.hidden % 4 == 0) {
+      if (n0 + output < args.hidden) add_relaxed(out, v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (n0 + output + i < args.hidden) add_relaxed(out + i, v[i]);
+    }
+    if (bad >> (2 * j + odd) & 1) args.out.flags[row] = 1;
+  });
+}
+
 // 32 outputs of the hidden size: the sum over the rank's cuts for the unit's rows.
 template <int kBlocks, class Sums>
 __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertUnit& u) {
@@ -512,17 +627,7 @@ __device__ __forceinline__ void warp_down(const ExpertsArgs& args, const ExpertU
   Sums sums;
   if (MlpCut{args.neurons_per_cut, args.hidden}.down().k_pairs() % kBlockPairs == 0) add_cuts<true, kBlocks>(sums, factors, args, u, tile);
   else add_cuts<false, kBlocks>(sums, factors, args, u, tile);
-  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  using Value = typename Sums::Value;
-  Value* const out = reinterpret_cast<Value*>(args.out.sum);
-  for_outputs(sums.sum, [&](int j, int odd, int r, int output, const Value (&v)[4]) {
-    if (r >= u.num) return;
-    const int64_t row = args.pair_rows[u.pair0 + r];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (n0 + output + i < args.hidden) add_relaxed(out + row * args.hidden + n0 + output + i, v[i]);
-    if (sums.bad >> (2 * j + odd) & 1) args.out.flags[row] = 1;
-  });
+  add_down(args, u, tile, sums.sum, sums.bad);
 }
 
 template <int kBlocks, template <int> class Sums>
@@ -535,18 +640,78 @@ __global__ void __launch_bounds__(kWarps * 32) down_kernel(ExpertsArgs args, Row
     warp_down<kBlocks, Sums<kBlocks>>(args, unit_at(units, args, i, kBlocks * 8));
 }
 
-// Starts the kernels of the classes that an expert may be in; the host knows no more than how many rows there are.
-using ExpertsKernel = void (*)(ExpertsArgs, RowClass);
-void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], const int (&blocks)[4], int64_t output_groups, void* queue) {
-  const int first = args.rows.size() <= 8 ? 0 : args.rows.size() <= 96 ? 1 : 2;
-  for (int c = first; c < 4; ++c) {
-    const RowClass rows{c == first ? 0 : kClasses[c].above, kClasses[c].upto, c == first};
-    if (args.rows.size() <= rows.above) return;
-    const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (rows.above + 1));
-    const int64_t units = output_groups * (experts + args.max_pairs / (blocks[c] * 8));
-    const auto grid = static_cast<unsigned>(std::min<int64_t>(div_up(units, kWarps), resident_blocks(kernels[c], kWarps * 32)));
-    launch(kernels[c], grid, kWarps * 32, 0, queue, args, rows);
+// Experts of many rows: a warp of a block has one of eight neighbouring groups of outputs; f(unit, whether the group exists).
+template <class F>
+__device__ __forceinline__ void for_wide_units(const ExpertsArgs& args, RowClass rows, int output_groups, const F& f) {
+  __shared__ ExpertUnits units;
+  block_count_units(units, args, rows, (output_groups + kWideWarps - 1) / kWideWarps, kWideRows);
+  for (int i = static_cast<int>(blockIdx.x); i < units.begin[args.num_experts]; i += static_cast<int>(gridDim.x)) {
+    ExpertUnit u = unit_at(units, args, i, kWideRows);
+    const int own = u.group * kWideWarps + static_cast<int>(threadIdx.x) / 32;
+    u.group = min(own, output_groups - 1);
+    f(u, own < output_groups);
   }
+}
+
+__global__ void __launch_bounds__(kWideWarps * 32, 1) wide_gate_up_kernel(ExpertsArgs args, RowClass rows) {
+  follow_previous();
+  for_wide_units(args, rows, static_cast<int>(args.num_cuts * MlpCut{args.neurons_per_cut, args.hidden}.tiles()), [&](const ExpertUnit& u, bool exists) {
+    const bf16* inputs[kWideThreadRows];
+    wide_rows(inputs, [&](int r) { return args.x + args.pair_rows[u.pair0 + min(r, u.num - 1)] * args.hidden; });
+    float acc[kWideBlocks][2][4];
+    clear(acc);
+    block_multiply_wide(acc, inputs, WideStream([&](int) { return gate_up_weights(args, u); }, 1, args.hidden), static_cast<int>(args.hidden / 32));
+    if (exists) store_gate_up(args, u, acc);
+  });
+}
+
+// All of an expert's cuts are one product: what is added up is float.
+__global__ void __launch_bounds__(kWideWarps * 32, 1) wide_down_kernel(ExpertsArgs args, RowClass rows) {
+  follow_previous();
+  const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const PackedMatrix down = cut.down();
+  for_wide_units(args, rows, static_cast<int>(div_up(args.hidden, kWarpOutputs)), [&](const ExpertUnit& u, bool exists) {
+    const int64_t tile = 2 * static_cast<int64_t>(u.group);
+    const bf16* inputs[kWideThreadRows];
+    wide_rows(inputs, [&](int r) { return args.act + (u.pair0 + min(r, u.num - 1)) * args.num_cuts * cut.padded(); });
+    float acc[kWideBlocks][2][4];
+    clear(acc);
+    const bf16* const* cuts = args.cuts + static_cast<int64_t>(u.expert) * args.num_cuts;
+    block_multiply_wide(acc, inputs, WideStream([&](int c) { return WeightStream(down, cuts[c] + cut.gate_up_elements(), tile); }, args.num_cuts, cut.padded()),
+                        static_cast<int>(args.num_cuts * cut.padded() / 32));
+    if (!exists) return;
+#pragma unroll
+    for (int j = 0; j < kWideBlocks; ++j)
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        const float weight = args.pair_weights[u.pair0 + min(j * 8 + 2 * WeightStream::lane_t() + odd, u.num - 1)];
+#pragma unroll
+        for (int p = 0; p < 2; ++p) acc[j][p][odd] *= weight, acc[j][p][2 + odd] *= weight;
+      }
+    add_down(args, u, tile, acc, 0);
+  });
+}
+
+// Starts the kernels of the classes that an expert may be in; the host knows no more than how many rows there are. wide: of a fifth class in mode
+// fast, of experts that have more rows than that, where they may have so many on average.
+using ExpertsKernel = void (*)(ExpertsArgs, RowClass);
+void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], const int (&blocks)[4], ExpertsKernel wide, int64_t output_groups, void* queue) {
+  constexpr int kWideAbove = 48;
+  const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const bool has_fifth = args.out.plain && args.rows.size() > kWideAbove && args.max_pairs >= 32 * int64_t{args.num_experts} && args.hidden % 32 == 0 &&
+                         cut.padded() % 32 == 0 && has_wide();
+  const int first = args.rows.size() <= 8 ? 0 : args.rows.size() <= 96 ? 1 : 2;
+  const auto start = [&](ExpertsKernel kernel, const RowClass& rows, int64_t groups, int rows_of_unit, int warps, size_t shared, int64_t most_blocks) {
+    const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (rows.above + 1));
+    const int64_t units = groups * (experts + args.max_pairs / rows_of_unit), units_of_block = kernel == wide ? 1 : warps;
+    launch(kernel, static_cast<unsigned>(std::min(div_up(units, units_of_block), most_blocks)), warps * 32, shared, queue, args, rows);
+  };
+  for (int c = first; c < 4; ++c) {
+    const RowClass rows{c == first ? 0 : kClasses[c].above, c == 3 && has_fifth ? kWideAbove : kClasses[c].upto, c == first};
+    if (args.rows.size() <= rows.above) return;
+    start(kernels[c], rows, output_groups, blocks[c] * 8, kWarps, 0, resident_blocks(kernels[c], kWarps * 32));
+  }
+  if (has_fifth) start(wide, {kWideAbove, 0x7fffffff}, div_up(output_groups, kWideWarps), kWideRows, kWideWarps, kWideShared, resident_blocks(1));
 }
 
 }  // namespace
@@ -569,7 +734,7 @@ void exact_linear(const ExactLinearArgs& given, const Lane& lane) {
 }
 
 void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
-  launch_classes(args, {gate_up_kernel<1>, gate_up_kernel<2>, gate_up_kernel<4>, gate_up_kernel<8>}, {1, 2, 4, 8},
+  launch_classes(args, {gate_up_kernel<1>, gate_up_kernel<2>, gate_up_kernel<4>, gate_up_kernel<8>}, {1, 2, 4, 8}, wide_gate_up_kernel,
                  args.num_cuts * MlpCut{args.neurons_per_cut, args.hidden}.tiles(), lane.queue);
 }
 
@@ -580,9 +745,9 @@ void experts_down(const ExpertsArgs& given, const Lane& lane) {
   const int64_t groups = div_up(args.hidden, kWarpOutputs);
   const int blocks[] = {1, 2, 4, 4};
   if (args.out.plain)
-    launch_classes(args, {down_kernel<1, FloatSums>, down_kernel<2, FloatSums>, down_kernel<4, FloatSums>, down_kernel<4, FloatSums>}, blocks, groups, lane.queue);
+    launch_classes(args, {down_kernel<1, FloatSums>, down_kernel<2, FloatSums>, down_kernel<4, FloatSums>, down_kernel<4, FloatSums>}, blocks, wide_down_kernel, groups, lane.queue);
   else
-    launch_classes(args, {down_kernel<1, FixedSums>, down_kernel<2, FixedSums>, down_kernel<4, FixedSums>, down_kernel<4, FixedSums>}, blocks, groups, lane.queue);
+    launch_classes(args, {down_kernel<1, FixedSums>, down_kernel<2, FixedSums>, down_kernel<4, FixedSums>, down_kernel<4, FixedSums>}, blocks, nullptr, groups, lane.queue);
 }
 
 }  // namespace moebius::cuda

@@ -86,6 +86,20 @@ __device__ __forceinline__ void add_relaxed(int64_t* p, int64_t v) {
 }
 __device__ __forceinline__ void add_relaxed(float* p, float v) { asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
 
+__device__ __forceinline__ void add_relaxed(int64_t* p, const int64_t (&v)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) add_relaxed(p + i, v[i]);
+}
+// Of 4 floats, aligned to 16 bytes.
+__device__ __forceinline__ void add_relaxed(float* p, const float (&v)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) add_relaxed(p + i, v[i]);
+#endif
+}
+
 // What is written before the one, in any memory, is seen by who has read its value by the other, on any device.
 __device__ __forceinline__ void store_release_system(uint64_t* p, uint64_t v) { asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory"); }
 __device__ __forceinline__ uint64_t load_acquire_system(const uint64_t* p) {
@@ -98,6 +112,53 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(v));
   return v;
 }
+
+// ---- Hopper's products of four warps (wgmma), where the code is made for sm_90a
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define MOEBIUS_WGMMA(...) asm volatile(__VA_ARGS__)
+#else
+#define MOEBIUS_WGMMA(...) __trap()
+#endif
+
+// What was written to shared memory before is seen by wgmma.
+__device__ __forceinline__ void fence_async_shared() { MOEBIUS_WGMMA("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Registers written before may be read by the products that follow.
+__device__ __forceinline__ void wgmma_fence() { MOEBIUS_WGMMA("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { MOEBIUS_WGMMA("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// All but the last so many committed groups are done.
+template <int groups_left>
+__device__ __forceinline__ void wgmma_wait() {
+  MOEBIUS_WGMMA("wgmma.wait_group.sync.aligned %0;" ::"n"(groups_left) : "memory");
+}
+
+// d[·][product] += A·B of one m64n128k16: a are the warp's 16 rows and d[j][product] its columns 8j … 8j + 7, each as in mma_bf16. B: swizzled_descriptor.
+template <int product>
+__device__ __forceinline__ void wgmma_bf16(float (&d)[16][2][4], const uint32_t (&a)[4], uint64_t b) {
+#define MOEBIUS_D(j) "+f"(d[j][product][0]), "+f"(d[j][product][1]), "+f"(d[j][product][2]), "+f"(d[j][product][3])
+  MOEBIUS_WGMMA(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "{%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+      : MOEBIUS_D(0), MOEBIUS_D(1), MOEBIUS_D(2), MOEBIUS_D(3), MOEBIUS_D(4), MOEBIUS_D(5), MOEBIUS_D(6), MOEBIUS_D(7), MOEBIUS_D(8),
+        MOEBIUS_D(9), MOEBIUS_D(10), MOEBIUS_D(11), MOEBIUS_D(12), MOEBIUS_D(13), MOEBIUS_D(14), MOEBIUS_D(15)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#undef MOEBIUS_D
+}
+#undef MOEBIUS_WGMMA
+
+// After wgmma_wait: the compiler takes it that they have changed only now.
+__device__ __forceinline__ void wgmma_settle(float (&d)[16][2][4]) {
+#pragma unroll
+  for (int j = 0; j < 16; ++j)
+#pragma unroll
+    for (int p = 0; p < 2; ++p)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(d[j][p][e])::"memory");
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
 // Two floats to bf16 pairs and f16 pairs, `low` in the lower half; to nearest, ties to even.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -116,6 +177,14 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
 #endif
 
 namespace moebius::cuda {
+
+// Where wgmma finds B of k16 in shared memory: lines of 64 of k for each column, eight of them kSwizzleBytes, their 16-byte pieces exchanged by
+// the column's number; `p` is the first column's first element, of lines that begin at a multiple of kSwizzleBytes.
+constexpr unsigned kSwizzleBytes = 1024;
+__device__ __forceinline__ uint64_t swizzled_descriptor(const void* p) {
+  constexpr uint64_t kEightLines = uint64_t{kSwizzleBytes / 16} << 32, kOne = uint64_t{1} << 16, kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | kEightLines | kOne | (shared_address(p) & 0x3ffff) / 16;
+}
 
 // What a kernel does first that has nothing to fetch before.
 __device__ __forceinline__ void follow_previous() {

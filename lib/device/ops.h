@@ -91,6 +91,7 @@ struct LinearArgs {
   int num_parts = 0;
   const LinearPart* parts = nullptr;  // host
   bool row_major = false;             // w is no packed matrix but [n, k]: on a GPU in mode fast
+  bool plain = false;                 // mode fast: in any order along k
 };
 
 // Where a row's KV lives: page `position / page_tokens` of its sequence's page table.

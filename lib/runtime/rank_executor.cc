@@ -54,6 +54,7 @@ void RankExecutor::attend(const StepShape& shape, const StepView& view, const La
   linear.ldx = linear.k = model_.hidden;
   linear.num_parts = num_parts;
   linear.parts = parts;
+  linear.plain = b.sums[0].plain;
   ops.linear(linear, lane);
   context_.comm->rank_barrier();
 

@@ -64,8 +64,14 @@ void block_barrier();
 const std::byte* meet_warp(unsigned mask, const void* mine, size_t bytes, const void* function);
 void release_warp(const std::byte* result);
 int lane();
-// A thread that ends without having awaited the kernels ahead is reported.
+// A thread that ends without having awaited the kernels ahead, or what it started itself, is reported.
 void start_thread();
+// Work of the thread's own that need not be done before it is waited for, and is not: copies into shared memory, products of four warps.
+enum Async { kCopies, kProducts };
+void defer(Async kind, std::function<void()> work);
+void commit(Async kind);
+void wait(Async kind, int groups_left);
+void fence_async_shared();   // products see what was copied before
 void await_previous();
 void end_thread();
 

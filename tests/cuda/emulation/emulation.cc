@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -39,6 +40,9 @@ struct Thread {
   Place place;
   int number = 0;  // in its block
   bool awaited = false;
+  std::deque<std::vector<std::function<void()>>> groups[2];  // committed
+  std::vector<std::function<void()>> open[2];
+  bool fenced = true;  // since the last copies were waited for
   State state = State::kDone;
   // At a warp function:
   unsigned mask = 0;
@@ -54,7 +58,7 @@ std::vector<std::unique_ptr<Exchange>> exchanges;
 std::vector<Exchange*> free_exchanges;
 Thread* current = nullptr;
 const std::function<void()>* job = nullptr;
-alignas(256) std::byte shared_memory[kMaxShared];
+alignas(1024) std::byte shared_memory[kMaxShared];
 uint64_t random_state = [] {
   const char* seed = std::getenv("MOEBIUS_SEED");
   const uint64_t value = seed != nullptr ? std::strtoull(seed, nullptr, 10) : 20261125;
@@ -143,9 +147,28 @@ void run_block(size_t n) {
 const Place& here() { return current->place; }
 std::byte* dynamic_shared() { return shared_memory; }
 int lane() { return current->number % kWarp; }
-void start_thread() { current->awaited = false; }
+void start_thread() {
+  current->awaited = false;
+  current->fenced = true;
+}
+void defer(Async kind, std::function<void()> work) {
+  if (kind == kProducts && !current->fenced) report("a product of what was copied, without a fence between");
+  current->open[kind].push_back(std::move(work));
+}
+void commit(Async kind) { current->groups[kind].push_back(std::exchange(current->open[kind], {})); }
+void wait(Async kind, int groups_left) {
+  Thread* const t = current;
+  while (static_cast<int>(t->groups[kind].size()) > groups_left) {
+    for (const auto& work : t->groups[kind].front()) work();
+    t->groups[kind].pop_front();
+    if (kind == kCopies) t->fenced = false;
+  }
+}
+void fence_async_shared() { current->fenced = true; }
 void await_previous() { current->awaited = true; }
 void end_thread() {
+  for (const int kind : {kCopies, kProducts})
+    if (!current->open[kind].empty() || !current->groups[kind].empty()) report("a thread ends that has not waited for what it started");
   if (!current->awaited) report("a thread ends that has not awaited the kernels ahead");
 }
 

@@ -1,0 +1,103 @@
+// Products of many rows by Hopper's wgmma, in mode fast: its sums have no order to keep, so few rows may go another way.
+//
+// A block of two groups of four warps has 8 · 32 outputs and 128 rows. Weights go from memory into registers, each warp its own 32 outputs (two
+// tiles), as in cuda/fragments.h but for the order of pairs: of a block of k32 lane t has pairs t, t + 4, t + 8 and t + 12. Inputs are staged in
+// shared memory in their own order: 64 of k of a row are a line of 128 bytes, whose pieces of 16 bytes change places by the row's number, which
+// is wgmma's swizzle of 128 bytes. Accumulators lie as those of mma.sync, so what is done with them is the same.
+//
+// Floor: 2 · rows · n · k operations. A block of k32 costs 16 KiB of weights and 8 KiB of inputs for 2 Mi operations, 512 clocks of the tensor
+// cores: 48 bytes a clock, where the second-level cache gives each multiprocessor some 24 to 30. So half of the tensor cores' rate or a little
+// more is what this can reach; beyond, multiprocessors would have to share what they fetch (clusters, multicast).
+#pragma once
+
+#include "cuda/fragments.h"
+#include "cuda/launch.h"
+
+namespace moebius::cuda {
+
+constexpr int kWideWarps = 8, kWideRows = 128, kWideK = 64;
+constexpr int kWideBlocks = kWideRows / 8;  // of rows, in the accumulators
+constexpr int kWideThreadRows = kWideRows * kWideK / 8 / (kWideWarps * 32);  // of each stage a thread fetches a piece of so many rows: i / 8, i / 8 + 32, …
+constexpr int kWideStages = 5;
+constexpr size_t kWideStageBytes = kWideRows * kWideK * sizeof(bf16);
+constexpr size_t kWideShared = kWideStages * kWideStageBytes + kSwizzleBytes;  // to begin at a multiple
+
+// Whether the device has wgmma and the module was made for it.
+inline bool has_wide() {
+#ifdef MOEBIUS_EMULATED
+  return true;
+#elif defined(MOEBIUS_SM90A)
+  int device = 0, major = 0;
+  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+#else
+  return false;
+#endif
+}
+
+// A lane's weights of k64: [k32][pair of the lane].
+struct WideWeights {
+  uint4 pair[2][kLanePairs];
+};
+
+// acc += weights · rows over `blocks` of k32, by the whole block. row: the thread's rows. weights.next(): where the lane's outputs of its first pair
+// of the next block are (after the last, of it again); weights.pair_stride: how far the pairs are apart, in 16-byte units.
+template <class Weights>
+__device__ __forceinline__ void block_multiply_wide(float (&acc)[kWideBlocks][2][4], const bf16* const (&row)[kWideThreadRows], Weights weights, int blocks) {
+  auto* const shared = dynamic_shared<std::byte>();
+  bf16* const stages = reinterpret_cast<bf16*>(shared + (kSwizzleBytes - shared_address(shared) % kSwizzleBytes) % kSwizzleBytes);
+  const int thread = static_cast<int>(threadIdx.x), piece = thread % 8, first_row = thread / 8, num = (blocks + 1) / 2;
+  const auto stage_of = [&](int b) { return stages + b % kWideStages * (kWideRows * kWideK); };
+  const auto fetch = [&](int b) {
+    if (b < num) {
+      const bool there = 2 * b + piece / 4 < blocks;  // else zeros
+#pragma unroll
+      for (int j = 0; j < kWideThreadRows; ++j) {
+        const int r = first_row + j * (kWideWarps * 4);
+        cp_async_16(stage_of(b) + r * kWideK + (piece ^ r % 8) * 8, row[j] + (there ? b * kWideK + piece * 8 : 0), there);
+      }
+    }
+    cp_async_commit();  // also where there is nothing: groups are counted
+  };
+  const auto load = [&] {  // past the end, where inputs are zeros, the last again
+    WideWeights w;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint4* from = weights.next();
+#pragma unroll
+      for (int i = 0; i < kLanePairs; ++i) w.pair[half][i] = load_once(from + 4 * i * weights.pair_stride);
+    }
+    return w;
+  };
+
+  for (int b = 0; b < kWideStages - 2; ++b) fetch(b);
+  WideWeights w[2];
+  w[0] = load();
+  for (int first = 0; first < num; first += 2)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int b = first + i;
+      if (b >= num) break;
+      cp_async_wait<kWideStages - 3>();  // what this thread fetched of b is there,
+      fence_async_shared();              // for wgmma too,
+      __syncthreads();                   // and all others' parts; and all warps have multiplied b − 2
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        const uint4 &low = w[i].pair[step / 2][2 * (step % 2)], &high = w[i].pair[step / 2][2 * (step % 2) + 1];
+        const uint32_t a0[4] = {low.x, low.y, high.x, high.y}, a1[4] = {low.z, low.w, high.z, high.w};
+        const uint64_t inputs = swizzled_descriptor(stage_of(b) + step * 16);
+        wgmma_bf16<0>(acc, a0, inputs);
+        wgmma_bf16<1>(acc, a1, inputs);
+      }
+      wgmma_commit();
+      fetch(b + kWideStages - 2);
+      wgmma_wait<1>();
+      w[1 - i] = load();
+    }
+  wgmma_wait<0>();
+  wgmma_settle(acc);
+  cp_async_wait<0>();
+  __syncthreads();  // before the stages are filled again
+}
+
+}  // namespace moebius::cuda
