@@ -13,14 +13,19 @@ namespace moebius::cuda {
 // What an op could not start that CUDA's runtime knows nothing of; Device::idle asks.
 inline thread_local const char* failed_op = nullptr;
 
+// Ways that a host may turn off, to look for a fault and to measure what they gain: NAME=0 in the environment.
+inline bool is_turned_off(const char* name) {
+  const char* const value = std::getenv(name);
+  return value != nullptr && std::strcmp(value, "0") == 0;
+}
+
 // Whether the kernel may start while the one ahead of it in the stream still runs (programmatic dependent launch, decision 0014): where its code
-// is made for GPUs from Hopper on, so that it waits by itself, and the driver captures such starts. MOEBIUS_CUDA_OVERLAP=0: never.
+// is made for GPUs from Hopper on, so that it waits by itself, and the driver captures such starts.
 #ifndef MOEBIUS_EMULATED
 inline bool starts_early(const void* kernel) {
   static const bool possible = [] {
-    const char* asked = std::getenv("MOEBIUS_CUDA_OVERLAP");
     int driver = 0;
-    return (asked == nullptr || std::strcmp(asked, "0") != 0) && CUDART_VERSION >= 12030 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
+    return !is_turned_off("MOEBIUS_CUDA_OVERLAP") && CUDART_VERSION >= 12030 && cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030;
   }();
   thread_local std::unordered_map<const void*, bool> known;
   const auto [found, added] = known.try_emplace(kernel, false);

@@ -22,13 +22,14 @@ constexpr int kWideStages = 5;
 constexpr size_t kWideStageBytes = kWideRows * kWideK * sizeof(bf16);
 constexpr size_t kWideShared = kWideStages * kWideStageBytes + kSwizzleBytes;  // to begin at a multiple
 
-// Whether the device has wgmma and the module was made for it.
+// Whether the device has wgmma and the module was made for it (and it is not turned off).
 inline bool has_wide() {
 #ifdef MOEBIUS_EMULATED
   return true;
 #elif defined(MOEBIUS_SM90A)
+  static const bool off = is_turned_off("MOEBIUS_CUDA_WGMMA");
   int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
+  return !off && cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9;
 #else
   return false;
 #endif
