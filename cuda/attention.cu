@@ -129,7 +129,7 @@ __device__ void block_list_work(Work& work, const AttentionArgs& args, int most_
     const auto list = [&](bool spread) {
       if (threadIdx.x == 0) work.spread = spread;
       return warp_lay_end_to_end(work.begin, args.num_chunks, [&](int c) {
-        const SequenceChunk chunk = args.chunks[c];
+        const SequenceChunk chunk = load_early(args.chunks + c);
         const int alone = units_of(chunk, most_heads) * args.kv.num_kv_heads;
         return !spread ? alone : static_cast<int>(min(int64_t{alone} * splits_of(chunk), int64_t{kMaxPartials + 1}));  // no sum of them overflows
       });
@@ -384,6 +384,7 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
       __syncwarp();
       const int first = item - own_split;
       if (__shfl_sync(kAllLanes, lane == 0 && comes_last(counters + first, splits), 0) == 0) continue;
+      __syncwarp();  // what lane 0 knows of the others' writes holds for all lanes
       for (int split = 0; split < splits; ++split) {
         const float* part = partials + static_cast<int64_t>(first + split) * kPartial;
         state.for_words([&](int at, float& v, int) { v = part[at * 32 + lane]; });

@@ -213,8 +213,11 @@ int32_t CudaDevice::pass(int rank, ModuleStatus& status) {
     return 0;
   }
   const unsigned mark = (r.num_marks - 1) % 2;
-  for (const auto& other : ranks_)
-    if (other.get() != &r && checked(cudaStreamWaitEvent(r.stream, other->marks[mark], 0), "passing a mark", rank, status) < 0) return status.code;
+  for (const auto& other : ranks_) {
+    if (other.get() == &r) continue;
+    starts_late = true;
+    if (checked(cudaStreamWaitEvent(r.stream, other->marks[mark], 0), "passing a mark", rank, status) < 0) return status.code;
+  }
   return 0;
 }
 
@@ -256,6 +259,7 @@ int32_t CudaDevice::begin_capture(int rank, ModuleStatus& status) {
 
 int32_t CudaDevice::join_capture(int rank, ModuleStatus& status) {
   const Turn turn;
+  starts_late = true;
   return checked(cudaStreamWaitEvent(on(rank).stream, fork_, 0), "joining a capture", rank, status);
 }
 

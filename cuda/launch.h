@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <unordered_map>
+#include <utility>
 
 namespace moebius::cuda {
 
@@ -34,6 +35,9 @@ inline bool starts_early(const void* kernel) {
 }
 #endif
 
+// Set by whoever queues what is none of our kernels, or makes a stream wait for another: the thread's next kernel starts when all ahead has ended.
+inline thread_local bool starts_late = false;
+
 // Queues a kernel on a stream (Lane::queue); nothing when the grid is empty. An error stays with the host's thread (cudaGetLastError),
 // which Device::idle asks. Each thread of a kernel calls await_previous before it touches memory that another kernel writes, and in any case
 // before it ends: what comes after the kernel takes it that what was ahead of it has ended too.
@@ -59,7 +63,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, vo
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &early;
-  config.numAttrs = starts_early(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
+  config.numAttrs = !std::exchange(starts_late, false) && starts_early(reinterpret_cast<const void*>(kernel)) ? 1 : 0;
   (void)cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
 #endif
 }

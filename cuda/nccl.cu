@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/launch.h"
 #include "cuda/library.h"
 #include "cuda/status.h"
 
@@ -88,6 +89,7 @@ class Nccl final : public Exchange {
   int32_t exchange(int rank, cudaStream_t stream, ModuleStatus& status) override {
     Rank& r = of(rank);
     if (r.asked.empty()) return 0;
+    starts_late = true;
     if (r.comm == nullptr) {
       r.asked.clear();
       return refuse(status, Code::kRankFailed, "NCCL, rank %d: it is not connected", first_rank_ + rank);

@@ -177,38 +177,6 @@ __device__ __forceinline__ void prefetch_tiles(const PackedMatrix& matrix, const
   prefetch_bytes(w + tile * matrix.tile_elements(), min(matrix.tiles() - tile, int64_t{2}) * matrix.tile_elements() * 2);
 }
 
-// ---- many rows (cuda/wide.h)
-
-template <class RowOf>
-__device__ __forceinline__ void wide_rows(const bf16* (&rows)[kWideThreadRows], const RowOf& row_of) {
-#pragma unroll
-  for (int j = 0; j < kWideThreadRows; ++j) rows[j] = row_of(static_cast<int>(threadIdx.x) / 8 + j * (kWideWarps * 4));
-}
-
-// Blocks of k32 of one matrix, or of several one after the other: stream_of(i).
-template <class StreamOf>
-struct WideStream {
-  StreamOf stream_of;
-  int left, blocks_of_one, within = 0, matrix = 0;
-  const uint4* at;
-  int pair_stride;
-
-  __device__ WideStream(const StreamOf& of, int count, int64_t k) : stream_of(of), left(count * static_cast<int>(k / 32)), blocks_of_one(static_cast<int>(k / 32)) { begin(); }
-  __device__ void begin() {
-    const WeightStream stream = stream_of(matrix);
-    pair_stride = stream.pair_stride;
-    at = stream.base + WeightStream::lane_t() * pair_stride;
-  }
-  __device__ __forceinline__ const uint4* next() {
-    const uint4* const here = at;
-    if (--left > 0) {
-      at += kBlockPairs * pair_stride;
-      if (++within == blocks_of_one) within = 0, ++matrix, begin();
-    }
-    return here;
-  }
-};
-
 // Whether so many blocks of 128 rows and 256 outputs keep the device busy.
 bool fills_wide(int64_t units) { return units >= resident_blocks(1) && has_wide(); }
 
@@ -275,7 +243,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_linear_kernel(LinearA
   wide_rows(rows, [&](int r) { return args.x + (args.rows.begin + row0 + min(int64_t{r}, num - 1)) * args.ldx; });
   float acc[kWideBlocks][2][4];
   clear(acc);
-  block_multiply_wide(acc, rows, WideStream([&](int) { return WeightStream(matrix, part.w, tile); }, 1, args.k), static_cast<int>(args.k / 32));
+  block_multiply_wide(acc, rows, WideStream([&](int) { return WeightStream(matrix, part.w, tile); }, 1, args.k));
   if (own < all) store_linear(args, part, tile, row0, num, acc);
 }
 
@@ -381,8 +349,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_exact_linear_kernel(E
   wide_rows(rows, [&](int r) { return args.x + (args.rows.begin + row0 + min(int64_t{r}, num - 1)) * args.ldx; });
   float acc[kWideBlocks][2][4];
   clear(acc);
-  block_multiply_wide(acc, rows, WideStream([&](int g) { return WeightStream(matrix, table.parts[g].w, tile); }, args.num_parts, args.k),
-                      static_cast<int>(args.num_parts * args.k / 32));
+  block_multiply_wide(acc, rows, WideStream([&](int g) { return WeightStream(matrix, table.parts[g].w, tile); }, args.num_parts, args.k));
   if (own < matrix.tiles()) store_exact_linear(args, tile, row0, num, acc);
 }
 
@@ -524,8 +491,8 @@ __device__ __forceinline__ void prefetch_unit(const ExpertsArgs& args, const Exp
   const int64_t tiles = cut.tiles(), c = u.group / tiles, tile = u.group % tiles;
   const bf16* weights = args.cuts[u.expert * args.num_cuts + c];
   prefetch_bytes(weights + tile * cut.gate_up_tile_elements(), cut.gate_up_tile_elements() * 2);
-  const int64_t bytes = cut.down().bytes(), share = round_up(div_up(bytes, tiles), int64_t{16}), begin = tile * share, end = min(bytes, begin + share);
-  if (begin < end) prefetch_bytes(reinterpret_cast<const char*>(weights + cut.gate_up_elements()) + begin, end - begin);
+  const int64_t down = cut.down().bytes();
+  prefetch_bytes(reinterpret_cast<const char*>(weights + cut.gate_up_elements()) + down * tile / tiles, down * (tile + 1) / tiles - down * tile / tiles);
 }
 
 // Sets the sums that down_kernel adds to to 0.
@@ -660,7 +627,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_gate_up_kernel(Expert
     wide_rows(inputs, [&](int r) { return args.x + args.pair_rows[u.pair0 + min(r, u.num - 1)] * args.hidden; });
     float acc[kWideBlocks][2][4];
     clear(acc);
-    block_multiply_wide(acc, inputs, WideStream([&](int) { return gate_up_weights(args, u); }, 1, args.hidden), static_cast<int>(args.hidden / 32));
+    block_multiply_wide(acc, inputs, WideStream([&](int) { return gate_up_weights(args, u); }, 1, args.hidden));
     if (exists) store_gate_up(args, u, acc);
   });
 }
@@ -677,8 +644,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_down_kernel(ExpertsAr
     float acc[kWideBlocks][2][4];
     clear(acc);
     const bf16* const* cuts = args.cuts + static_cast<int64_t>(u.expert) * args.num_cuts;
-    block_multiply_wide(acc, inputs, WideStream([&](int c) { return WeightStream(down, cuts[c] + cut.gate_up_elements(), tile); }, args.num_cuts, cut.padded()),
-                        static_cast<int>(args.num_cuts * cut.padded() / 32));
+    block_multiply_wide(acc, inputs, WideStream([&](int c) { return WeightStream(down, cuts[c] + cut.gate_up_elements(), tile); }, args.num_cuts, cut.padded()));
     if (!exists) return;
 #pragma unroll
     for (int j = 0; j < kWideBlocks; ++j)
@@ -703,7 +669,7 @@ void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], 
   const int first = args.rows.size() <= 8 ? 0 : args.rows.size() <= 96 ? 1 : 2;
   const auto start = [&](ExpertsKernel kernel, const RowClass& rows, int64_t groups, int rows_of_unit, int warps, size_t shared, int64_t most_blocks) {
     const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (rows.above + 1));
-    const int64_t units = groups * (experts + args.max_pairs / rows_of_unit), units_of_block = kernel == wide ? 1 : warps;
+    const int64_t units = std::max<int64_t>(rows.first, groups * (experts + args.max_pairs / rows_of_unit)), units_of_block = kernel == wide ? 1 : warps;
     launch(kernel, static_cast<unsigned>(std::min(div_up(units, units_of_block), most_blocks)), warps * 32, shared, queue, args, rows);
   };
   for (int c = first; c < 4; ++c) {

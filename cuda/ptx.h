@@ -37,10 +37,26 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
 }
 
+// What was there before the step began, read before the kernels ahead have ended: past the first-level cache, which may have it from a step before.
+template <class T>
+__device__ __forceinline__ T load_early(const T* p) {
+  static_assert(sizeof(T) % 8 == 0 && alignof(T) % 8 == 0);
+  T out;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / 8; ++i)
+    reinterpret_cast<unsigned long long*>(&out)[i] = __ldcg(reinterpret_cast<const unsigned long long*>(p) + i);
+  return out;
+}
 // Weights, which nobody writes meanwhile: passes the first-level cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+// Half of it, the other half being read soon after.
+__device__ __forceinline__ uint2 load_half(const uint4* p, int half) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(reinterpret_cast<const uint2*>(p) + half));
   return v;
 }
 // The same where the memory may have been written since the kernel started.
@@ -71,8 +87,8 @@ __device__ __forceinline__ void await_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// Starts the way of `bytes`, a multiple of 16, into the second-level cache; nothing waits for it. (From Hopper on.)
-__device__ __forceinline__ void prefetch_bytes(const void* p, int64_t bytes) {
+// Starts the way of `bytes`, above 0 and like the address a multiple of 16, into the second-level cache; nothing waits for it. (From Hopper on.)
+__device__ __forceinline__ void prefetch_units(const void* p, int64_t bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(static_cast<uint32_t>(bytes)) : "memory");
 #endif
@@ -184,6 +200,12 @@ constexpr unsigned kSwizzleBytes = 1024;
 __device__ __forceinline__ uint64_t swizzled_descriptor(const void* p) {
   constexpr uint64_t kEightLines = uint64_t{kSwizzleBytes / 16} << 32, kOne = uint64_t{1} << 16, kSwizzle128 = uint64_t{1} << 62;
   return kSwizzle128 | kEightLines | kOne | (shared_address(p) & 0x3ffff) / 16;
+}
+
+// The whole units of 16 bytes among them.
+__device__ __forceinline__ void prefetch_bytes(const void* p, int64_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(p), first = (begin + 15) / 16 * 16, end = (begin + static_cast<uintptr_t>(bytes)) / 16 * 16;
+  if (first < end) prefetch_units(reinterpret_cast<const void*>(first), static_cast<int64_t>(end - first));
 }
 
 // What a kernel does first that has nothing to fetch before.

@@ -78,7 +78,7 @@ __device__ __forceinline__ void float_sums_of(const Partials& partials, bool pla
 
 __global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args, const __grid_constant__ Partials partials) {
   begin_next();
-  if (args.weight != nullptr && blockIdx.x == 0 && threadIdx.x == 0) prefetch_bytes(args.weight, args.hidden / 4 * 16);
+  if (args.weight != nullptr && blockIdx.x == 0 && threadIdx.x == 0) prefetch_bytes(args.weight, args.hidden * static_cast<int64_t>(sizeof(float)));
   await_previous();
   const int64_t row = args.rows.begin + blockIdx.x, begin = row * args.hidden, end = begin + args.hidden;
   int first = 0, last = partials.num;
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kRopeWarps * 32) rope_store_kernel(RopeStoreAr
   const int64_t row = args.rows.begin + (exists ? unit / heads : 0), head = unit % heads, j = head - args.num_heads;
   const int dim = args.kv.head_dim, half = dim / 2;
   const bool is_key = j >= 0;
-  const RowPlace place = args.places[row];
+  const RowPlace place = load_early(args.places + row);
   const float* norm = is_key ? args.k_norm : args.q_norm;
   const float* rope = args.rope + static_cast<int64_t>(place.position) * dim;
   float cosine[kMaxHalf], sine[kMaxHalf], weight_a[kMaxHalf], weight_b[kMaxHalf];

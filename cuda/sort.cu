@@ -17,6 +17,7 @@ void sort_by_key(const SortScratch& scratch, int64_t num, int32_t max_key, void*
     return cub::DeviceRadixSort::SortPairs(storage, bytes, scratch.keys, scratch.sorted_keys, scratch.values, scratch.sorted_values, num, 0, bits,
                                            static_cast<cudaStream_t>(queue));
   };
+  starts_late = true;
   if (sort(nullptr) != cudaSuccess || bytes > sort_storage_bytes(num) || sort(scratch.storage) != cudaSuccess) failed_op = "a sort";
 }
 

@@ -35,18 +35,51 @@ inline bool has_wide() {
 #endif
 }
 
-// A lane's weights of k64: [k32][pair of the lane].
-struct WideWeights {
-  uint4 pair[2][kLanePairs];
+// The rows of which a thread fetches pieces: row_of(i) for each of the block's.
+template <class RowOf>
+__device__ __forceinline__ void wide_rows(const bf16* (&rows)[kWideThreadRows], const RowOf& row_of) {
+#pragma unroll
+  for (int j = 0; j < kWideThreadRows; ++j) rows[j] = row_of(static_cast<int>(threadIdx.x) / 8 + j * (kWideWarps * 4));
+}
+
+// A warp's weights by blocks of k32, of one matrix or of several one after the other: stream_of(i).
+template <class StreamOf>
+struct WideStream {
+  StreamOf stream_of;
+  int left, blocks_of_one, within = 0, matrix = 0;
+  const uint4* at;
+  int pair_stride;  // in 16-byte units
+
+  __device__ WideStream(const StreamOf& of, int count, int64_t k) : stream_of(of), left(count * static_cast<int>(k / 32)), blocks_of_one(static_cast<int>(k / 32)) {
+    begin();
+  }
+  __device__ void begin() {
+    const WeightStream stream = stream_of(matrix);
+    pair_stride = stream.pair_stride;
+    at = stream.base + WeightStream::lane_t() * pair_stride;
+  }
+  // Where the lane's outputs of its first pair of the next block are; after the last, of it again.
+  __device__ __forceinline__ const uint4* next() {
+    const uint4* const here = at;
+    if (--left > 0) {
+      at += kBlockPairs * pair_stride;
+      if (++within == blocks_of_one) within = 0, ++matrix, begin();
+    }
+    return here;
+  }
 };
 
-// acc += weights · rows over `blocks` of k32, by the whole block. row: the thread's rows. weights.next(): where the lane's outputs of its first pair
-// of the next block are (after the last, of it again); weights.pair_stride: how far the pairs are apart, in 16-byte units.
-template <class Weights>
-__device__ __forceinline__ void block_multiply_wide(float (&acc)[kWideBlocks][2][4], const bf16* const (&row)[kWideThreadRows], Weights weights, int blocks) {
+// A lane's weights of k64, as wgmma takes them: [k16][product][register].
+struct WideWeights {
+  uint32_t fragment[4][2][4];
+};
+
+// acc += weights · rows (wide_rows), by the whole block, whose warps have as many blocks of k32 each.
+template <class StreamOf>
+__device__ __forceinline__ void block_multiply_wide(float (&acc)[kWideBlocks][2][4], const bf16* const (&row)[kWideThreadRows], WideStream<StreamOf> weights) {
   auto* const shared = dynamic_shared<std::byte>();
   bf16* const stages = reinterpret_cast<bf16*>(shared + (kSwizzleBytes - shared_address(shared) % kSwizzleBytes) % kSwizzleBytes);
-  const int thread = static_cast<int>(threadIdx.x), piece = thread % 8, first_row = thread / 8, num = (blocks + 1) / 2;
+  const int thread = static_cast<int>(threadIdx.x), piece = thread % 8, first_row = thread / 8, blocks = weights.left, num = (blocks + 1) / 2;
   const auto stage_of = [&](int b) { return stages + b % kWideStages * (kWideRows * kWideK); };
   const auto fetch = [&](int b) {
     if (b < num) {
@@ -65,7 +98,13 @@ __device__ __forceinline__ void block_multiply_wide(float (&acc)[kWideBlocks][2]
     for (int half = 0; half < 2; ++half) {
       const uint4* from = weights.next();
 #pragma unroll
-      for (int i = 0; i < kLanePairs; ++i) w.pair[half][i] = load_once(from + 4 * i * weights.pair_stride);
+      for (int i = 0; i < kLanePairs; ++i)
+#pragma unroll
+        for (int product = 0; product < 2; ++product) {  // 8 bytes, of which the registers need no other place
+          const uint2 two = load_half(from + 4 * i * weights.pair_stride, product);
+          uint32_t* const to = w.fragment[2 * half + i / 2][product] + i % 2 * 2;
+          to[0] = two.x, to[1] = two.y;
+        }
     }
     return w;
   };
@@ -84,11 +123,9 @@ __device__ __forceinline__ void block_multiply_wide(float (&acc)[kWideBlocks][2]
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        const uint4 &low = w[i].pair[step / 2][2 * (step % 2)], &high = w[i].pair[step / 2][2 * (step % 2) + 1];
-        const uint32_t a0[4] = {low.x, low.y, high.x, high.y}, a1[4] = {low.z, low.w, high.z, high.w};
         const uint64_t inputs = swizzled_descriptor(stage_of(b) + step * 16);
-        wgmma_bf16<0>(acc, a0, inputs);
-        wgmma_bf16<1>(acc, a1, inputs);
+        wgmma_bf16<0>(acc, w[i].fragment[step][0], inputs);
+        wgmma_bf16<1>(acc, w[i].fragment[step][1], inputs);
       }
       wgmma_commit();
       fetch(b + kWideStages - 2);

@@ -83,7 +83,7 @@ TEST_CASE("fetch_rows brings the rows of every other home, and leaves the own an
 
 TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few roundings, and rows do not depend on one another") {
   Random random(7);
-  for (const int64_t hidden : {8, 100, 256, 700}) {
+  for (const int64_t hidden : {2, 8, 102, 256, 700, 2100}) {
     constexpr int kRows = 9;
     for (const int num : {0, 1, 3, 4}) {
       const std::vector<float> h = random.floats(static_cast<size_t>(kRows * hidden)), weight = random.floats(static_cast<size_t>(hidden));
@@ -105,7 +105,9 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
         sum_pointers.push_back(sums[static_cast<size_t>(p)].data()), sum_pointers_there.push_back(sums_there[static_cast<size_t>(p)].get());
         flag_pointers.push_back(flags[static_cast<size_t>(p)].data()), flag_pointers_there.push_back(flags_there[static_cast<size_t>(p)].get());
       }
-      const Array<float> weight_there(weight);
+      std::vector<float> behind_others{1, 2};  // norms of a layer lie end to end: aligned to 8 bytes only
+      behind_others.insert(behind_others.end(), weight.begin(), weight.end());
+      const Array<float> weight_there(behind_others);
       Lanes lanes({kRows, hidden, 16, 1, 1, 1});
       struct Out {
         std::vector<float> h, x_float;
@@ -115,7 +117,7 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
         const Array<float> h_there(h), x_float(h.size());
         const Array<bf16> x(h.size());
         test_device().ops().add_norm({rows, hidden, h_there.get(), num, sum_pointers_there.data(), flag_pointers_there.data(), 0x1p-28f, false,
-                                      whole_rows, with_weight ? weight_there.get() : nullptr, 1e-6f, x.get(), x_float.get()},
+                                      whole_rows, with_weight ? weight_there.get() + 2 : nullptr, 1e-6f, x.get(), x_float.get()},
                                      lanes.device);
         return Out{h_there.values(), x_float.values(), x.values()};
       };

@@ -103,12 +103,17 @@ void wgmma_bf16(float (&d)[16][2][4], const uint32_t (&a)[4], uint64_t b) {
   });
 }
 
+template <class T>
+T load_early(const T* p) {
+  return *p;
+}
 inline uint4 load_once(const uint4* p) { return *p; }
 inline uint4 load_streaming(const uint4* p) { return *p; }
 inline void store_streaming(uint4* p, uint4 v) { *p = v; }
+inline uint2 load_half(const uint4* p, int half) { return half == 0 ? uint2{p->x, p->y} : uint2{p->z, p->w}; }
 inline uint4 load_written(const uint4* p) { return *p; }
 inline void prefetch_line(const void*) {}
-inline void prefetch_bytes(const void* p, int64_t bytes) { emulation::check_prefetch(p, bytes); }
+inline void prefetch_units(const void* p, int64_t bytes) { emulation::check_prefetch(p, bytes); }
 inline void begin_next() {}
 inline void await_previous() { emulation::await_previous(); }
 inline void add_relaxed(int64_t* p, int64_t v) { *p = static_cast<int64_t>(static_cast<uint64_t>(*p) + static_cast<uint64_t>(v)); }
