@@ -664,8 +664,9 @@ using ExpertsKernel = void (*)(ExpertsArgs, RowClass);
 void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], const int (&blocks)[4], ExpertsKernel wide, int64_t output_groups, void* queue) {
   constexpr int kWideAbove = 48;
   const MlpCut cut{args.neurons_per_cut, args.hidden};
+  const int64_t wide_units = div_up(output_groups, kWideWarps) * std::max<int64_t>(args.num_experts, args.max_pairs / kWideRows);
   const bool has_fifth = args.out.plain && args.rows.size() > kWideAbove && args.max_pairs >= 32 * int64_t{args.num_experts} && args.hidden % 32 == 0 &&
-                         cut.padded() % 32 == 0 && has_wide();
+                         cut.padded() % 32 == 0 && fills_wide(wide_units);
   const int first = args.rows.size() <= 8 ? 0 : args.rows.size() <= 96 ? 1 : 2;
   const auto start = [&](ExpertsKernel kernel, const RowClass& rows, int64_t groups, int rows_of_unit, int warps, size_t shared, int64_t most_blocks) {
     const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (rows.above + 1));

@@ -96,8 +96,8 @@ __device__ __forceinline__ void warp_choose_experts(const RouteArgs& args, int64
 
 // Logits of kRows rows for a tile of 16 experts by one block. Lane 4·q + c takes experts 4·c … 4·c + 3 at pair q of its warp's 8, so a warp
 // loads 512 bytes in one piece. A lane adds up its pairs in order, the lanes of the same experts theirs by a tree, the warps theirs in order:
-// the order is the same for every number of rows. The last block of the rows chooses their experts, a warp for each row. One block a multiprocessor is asked for since for more the compiler saves registers, and
-// puts off each load until it is needed.
+// the order is the same for every number of rows. The last block of the rows chooses their experts, a warp for each row. One block a
+// multiprocessor is asked for since for more the compiler saves registers, and puts off each load until it is needed.
 template <int kRows, int kPerLane>
 __global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs args, float* logits, int64_t stride, unsigned* counters) {
   constexpr int kAhead = kRows == 1 ? 16 : 4;  // loads of weights under way, each with kRows of inputs: what registers hold

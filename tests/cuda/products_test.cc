@@ -23,6 +23,8 @@ struct Matrix {
   std::vector<bf16> plain, packed;
 };
 
+constexpr bool kEmulated = std::string_view(MOEBIUS_TEST_DEVICE) == "cuda-emulated";
+
 // The sums of mode fast: floats in the same memory.
 std::vector<float> as_floats(const std::vector<int64_t>& sums) {
   std::vector<float> out(sums.size());
@@ -184,7 +186,7 @@ TEST_CASE("the O projection's sums are the integers of each group's contribution
 // Where rows and outputs fill the device, in mode fast: shapes with a last block of k32 alone, tiles without a partner, rows past the last whole block.
 TEST_CASE("many rows in mode fast: projections and O against the plain sum, rows and columns beside them untouched") {
   Random random(4);
-  const int64_t rows = std::string_view(MOEBIUS_TEST_DEVICE) == "cuda-emulated" ? 200 : 8500;  // blocks of 128 rows and 256 outputs, two a row: 4 multiprocessors, or 132
+  const int64_t rows = kEmulated ? 200 : 8500;  // blocks of 128 rows and 256 outputs, two a row: 4 multiprocessors, or 132
   const int64_t first = 3, last = rows - 2;
   const auto check = [&](const std::vector<float>& y, int64_t ldy, int64_t n, const auto& sum_of) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -264,10 +266,10 @@ TEST_CASE("experts: against the plain sum, one hot expert, empty ones, and a row
     int64_t hidden, neurons;
     int cuts, experts, rows;
   };
-  // The last two have experts of many rows, which mode fast multiplies in another way.
+  // The last has experts of many rows, and enough of them, which mode fast multiplies in another way.
   for (const Shape& s : {Shape{64, 16, 2, 4, 20}, Shape{72, 24, 1, 5, 75}, Shape{100, 64, 2, 3, 150}, Shape{64, 16, 1, 6, 100}, Shape{64, 16, 2, 10, 75},
-                         Shape{96, 32, 1, 3, 49}, Shape{320, 96, 3, 4, 200}}) {
-    const bool wide = s.hidden % 32 == 0 && s.neurons % 32 == 0;
+                         Shape{96, 32, 1, 3, 49}, Shape{320, 96, 3, 4, kEmulated ? 200 : 4300}}) {
+    const bool wide = s.hidden == 320;
     const MlpCut cut{s.neurons, s.hidden};
     std::vector<Matrix> gate, up, down;
     std::vector<Array<bf16>> slices;
