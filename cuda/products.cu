@@ -1,5 +1,5 @@
 // A warp works on 32 outputs and up to kBlocks · 8 rows at a time: weights go from memory into registers, inputs come through the first-level
-// cache; nothing is staged in shared memory.
+// cache; nothing is staged in shared memory. (Many rows in mode fast: cuda/wide.h.)
 //
 // Floors. Few rows: the weights that are reached, once (bytes ÷ bandwidth). A warp has some 6 KiB of them on the way, a multiprocessor must have
 // some 23 KiB (4.3 TB/s · 700 ns ÷ 132): four warps that work, so where outputs are few several warps share them, each with a part of k.
@@ -668,17 +668,18 @@ void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], 
   const bool has_fifth = args.out.plain && args.rows.size() > kWideAbove && args.max_pairs >= 32 * int64_t{args.num_experts} && args.hidden % 32 == 0 &&
                          cut.padded() % 32 == 0 && fills_wide(wide_units);
   const int first = args.rows.size() <= 8 ? 0 : args.rows.size() <= 96 ? 1 : 2;
-  const auto start = [&](ExpertsKernel kernel, const RowClass& rows, int64_t groups, int rows_of_unit, int warps, size_t shared, int64_t most_blocks) {
-    const int64_t experts = std::min<int64_t>(args.num_experts, args.max_pairs / (rows.above + 1));
-    const int64_t units = std::max<int64_t>(rows.first, groups * (experts + args.max_pairs / rows_of_unit)), units_of_block = kernel == wide ? 1 : warps;
-    launch(kernel, static_cast<unsigned>(std::min(div_up(units, units_of_block), most_blocks)), warps * 32, shared, queue, args, rows);
+  const auto most_units = [&](int above, int64_t groups, int rows_of_unit) {
+    return groups * (std::min<int64_t>(args.num_experts, args.max_pairs / (above + 1)) + args.max_pairs / rows_of_unit);
   };
   for (int c = first; c < 4; ++c) {
     const RowClass rows{c == first ? 0 : kClasses[c].above, c == 3 && has_fifth ? kWideAbove : kClasses[c].upto, c == first};
     if (args.rows.size() <= rows.above) return;
-    start(kernels[c], rows, output_groups, blocks[c] * 8, kWarps, 0, resident_blocks(kernels[c], kWarps * 32));
+    const int64_t blocks_of_all = std::max<int64_t>(1, div_up(most_units(rows.above, output_groups, blocks[c] * 8), kWarps));  // one at least clears sums
+    launch(kernels[c], static_cast<unsigned>(std::min<int64_t>(blocks_of_all, resident_blocks(kernels[c], kWarps * 32))), kWarps * 32, 0, queue, args, rows);
   }
-  if (has_fifth) start(wide, {kWideAbove, 0x7fffffff}, div_up(output_groups, kWideWarps), kWideRows, kWideWarps, kWideShared, resident_blocks(1));
+  if (!has_fifth) return;
+  const int64_t units = most_units(kWideAbove, div_up(output_groups, kWideWarps), kWideRows);
+  launch(wide, static_cast<unsigned>(std::min<int64_t>(units, resident_blocks(1))), kWideWarps * 32, kWideShared, queue, args, RowClass{kWideAbove, 0x7fffffff});
 }
 
 }  // namespace
