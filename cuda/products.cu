@@ -177,6 +177,19 @@ __device__ __forceinline__ void prefetch_tiles(const PackedMatrix& matrix, const
   prefetch_bytes(w + tile * matrix.tile_elements(), min(matrix.tiles() - tile, int64_t{2}) * matrix.tile_elements() * 2);
 }
 
+// What a lane has of the unit's `num` rows, of the two tiles from `tile` on, to a matrix of n columns; out: the unit's first row.
+template <int kBlocks, class T>
+__device__ __forceinline__ void store_unit(T* out, int64_t ld, int64_t n, int64_t tile, int64_t num, const T (&sums)[kBlocks][2][4]) {
+  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
+  for_outputs(sums, [&](int, int, int r, int output, const T (&v)[4]) {
+    if (r >= num) return;
+    T* const to = out + r * ld + n0 + output;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (n0 + output + i < n) to[i] = v[i];
+  });
+}
+
 // Whether so many blocks of 128 rows and 256 outputs keep the device busy.
 bool fills_wide(int64_t units) { return units >= resident_blocks(1) && has_wide(); }
 
@@ -187,18 +200,6 @@ struct LinearTable {
   LinearPart parts[kParts];
   int units[kParts + 1];  // running number of pairs of tiles
 };
-
-template <int kBlocks>
-__device__ __forceinline__ void store_linear(const LinearArgs& args, const LinearPart& part, int64_t tile, int64_t row0, int64_t num, const float (&acc)[kBlocks][2][4]) {
-  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  for_outputs(acc, [&](int, int, int r, int output, const float (&v)[4]) {
-    if (r >= num) return;
-    float* y = part.y + (args.rows.begin + row0 + r) * part.ldy + n0 + output;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (n0 + output + i < part.n) y[i] = v[i];
-  });
-}
 
 // A block has a unit, each of its warps a part of k: one warp alone has too little in flight, and units are few in a decode step. Who has which
 // blocks of k depends on k alone, so that a row's bits are the same among any number of rows.
@@ -227,7 +228,7 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   const int pairs = static_cast<int>(matrix.k_pairs()), blocks = blocks_of(pairs), warp = static_cast<int>(threadIdx.x) / 32;
   multiply(acc, weights, rows, pairs, args.ldx % 8 == 0, blocks * warp / kWarps, blocks * (warp + 1) / kWarps);
   block_join<kWarps>(reinterpret_cast<float (&)[kBlocks * 8]>(acc), room);
-  if (warp == 0) store_linear(args, part, tile, row0, num, acc);
+  if (warp == 0) store_unit(part.y + (args.rows.begin + row0) * part.ldy, part.ldy, part.n, tile, num, acc);
 }
 
 template <int kParts>
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_linear_kernel(LinearA
   float acc[kWideBlocks][2][4];
   clear(acc);
   block_multiply_wide(acc, rows, WideStream([&](int) { return WeightStream(matrix, part.w, tile); }, 1, args.k));
-  if (own < all) store_linear(args, part, tile, row0, num, acc);
+  if (own < all) store_unit(part.y + (args.rows.begin + row0) * part.ldy, part.ldy, part.n, tile, num, acc);
 }
 
 template <int kParts, int kBlocks>
@@ -279,18 +280,6 @@ template <int kParts>
 struct ExactTable {
   ExactLinearPart parts[kParts];
 };
-
-template <int kBlocks, class Value>
-__device__ __forceinline__ void store_exact_linear(const ExactLinearArgs& args, int64_t tile, int64_t row0, int64_t num, const Value (&sums)[kBlocks][2][4]) {
-  const int64_t n0 = (tile + WeightStream::lane_g() / 4) * kTile;
-  for_outputs(sums, [&](int, int, int r, int output, const Value (&v)[4]) {
-    if (r >= num) return;
-    Value* out = reinterpret_cast<Value*>(args.out.sum) + (args.rows.begin + row0 + r) * args.hidden + n0 + output;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (n0 + output + i < args.hidden) out[i] = v[i];
-  });
-}
 
 // kSplit warps have a unit together, and each some of the parts: where units are few.
 template <int kParts, int kBlocks, class Sums, int kSplit>
@@ -336,7 +325,7 @@ __global__ void __launch_bounds__(kSplitWarps * 32) exact_linear_kernel(ExactLin
     block_join<kSplit>(reinterpret_cast<Value(&)[kBlocks * 8]>(sums.sum), room);
     if (split > 0) return;
   }
-  store_exact_linear(args, tile, row0, num, sums.sum);
+  store_unit(reinterpret_cast<Value*>(args.out.sum) + (args.rows.begin + row0) * args.hidden, args.hidden, args.hidden, tile, num, sums.sum);
 }
 
 template <int kParts>
@@ -350,7 +339,8 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_exact_linear_kernel(E
   float acc[kWideBlocks][2][4];
   clear(acc);
   block_multiply_wide(acc, rows, WideStream([&](int g) { return WeightStream(matrix, table.parts[g].w, tile); }, args.num_parts, args.k));
-  if (own < matrix.tiles()) store_exact_linear(args, tile, row0, num, acc);
+  float* const out = reinterpret_cast<float*>(args.out.sum) + (args.rows.begin + row0) * args.hidden;
+  if (own < matrix.tiles()) store_unit(out, args.hidden, args.hidden, tile, num, acc);
 }
 
 template <int kParts, int kBlocks, int kSplit>

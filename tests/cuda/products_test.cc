@@ -228,6 +228,19 @@ TEST_CASE("many rows in mode fast: projections and O against the plain sum, rows
         }
         return std::tuple(sum, size, k);
       });
+    // Mode exact takes the same way for so many rows as for one.
+    args.plain = false;
+    test_device().ops().linear(args, lanes.device);
+    const std::vector<float> all = y[1].values();
+    args.rows = {first + 4, first + 5};
+    y[1] = Array<float>(all.size());
+    parts[1].y = y[1].get();
+    test_device().ops().linear(args, lanes.device);
+    const std::vector<float> one = y[1].values();
+    for (int64_t i = 0; i < parts[1].n; ++i) {
+      const auto at = static_cast<size_t>((first + 4) * parts[1].ldy + i);
+      REQUIRE(one[at] == all[at]);
+    }
   }
   constexpr int64_t kHidden = 280;
   constexpr int kGroups = 3;
