@@ -17,6 +17,7 @@
 
 #include "examples/bench/floor.h"
 #include "examples/bench/profile.h"
+#include "examples/common/device_trace.h"
 #include "examples/common/inner_main.h"
 #include "examples/common/shapes.h"
 #include "examples/common/statistics.h"
@@ -28,7 +29,11 @@
 namespace moebius::bench {
 namespace {
 
+using moebius_examples::DeviceRun;
+using moebius_examples::DeviceShare;
+using moebius_examples::DeviceTrace;
 using moebius_examples::median;
+using moebius_examples::shares_of;
 using moebius_examples::ShapeFolder;
 using nlohmann::json;
 
@@ -46,7 +51,6 @@ struct Options {
 class Bench {
  public:
   explicit Bench(const Options& options) : o_(options) {
-    if (o_.profile && o_.device != "cpu") throw std::runtime_error("--profile times ops where they are called; another device only queues them there");
     if (o_.model.empty()) folder_.emplace(o_.shape, o_.layers);
     dir_ = o_.model.empty() ? folder_->path() : o_.model;
     layout_now_ = o_.layout == "tp" ? Layout::kTp : Layout::kEp;
@@ -138,17 +142,15 @@ class Bench {
   // Steps that the prompts of n requests of `length` tokens take: meanwhile the first of them decode already.
   static int filling_steps(int n, int64_t length) { return static_cast<int>(n * length / EngineConfig{}.chunk_tokens) + 2; }
 
-  // An engine in which n requests of `length` tokens decode, for at least `steps` more.
-  std::unique_ptr<Engine> filled_engine(int n, int64_t length, int steps) {
-    const int max_tokens = filling_steps(n, length) + steps;
-    auto e = engine(n, length + max_tokens + 1);
-    submit(*e, n, static_cast<int>(length), max_tokens);
-    for (StepResult r = e->step(); r.prefill_rows > 0 || e->stats().running < n; r = e->step()) {
+  // Until n requests of `length` tokens decode, for at least `steps` more.
+  void fill(Engine& e, int n, int64_t length, int steps) {
+    submit(e, n, static_cast<int>(length), filling_steps(n, length) + steps);
+    for (StepResult r = e.step(); r.prefill_rows > 0 || e.stats().running < n; r = e.step()) {
       if (!r.worked) throw std::runtime_error(fmt::format("the KV cache does not hold {} requests of {} tokens at once: raise --memory-bytes", n, length));
-      drain(*e);
+      drain(e);
     }
-    return e;
   }
+  std::unique_ptr<Engine> engine_for(int n, int64_t length, int steps) { return engine(n, length + filling_steps(n, length) + steps + 1); }
 
   static int64_t kv_tokens(Engine& e) {
     int64_t tokens = 0;
@@ -162,13 +164,17 @@ class Bench {
   }
 
   void decode() {
+    const int steps = o_.steps + (profiles_device() ? 12 + kTracedSteps : 12);
+    const auto e = engine_for(*std::max_element(o_.batches.begin(), o_.batches.end()), o_.context, steps);
+    const Ops& ops = e->impl().ops();
     for (int batch : o_.batches) {
-      auto e = filled_engine(batch, o_.context, o_.steps + 12);
+      while (e->step().worked) drain(*e);  // the last of the batch before
+      fill(*e, batch, o_.context, steps);
       for (int i = 0; i < 3; ++i) e->step();
       std::vector<double> seconds, floors;
       FloorInputs work = inputs_of(*e);
       Rates rates = rates_of(*e);
-      if (o_.profile) e->impl().use_ops(profiled(e->impl().ops()));
+      if (profiles_ops()) e->impl().use_ops(profiled(ops));
       reset_profile();
       for (int i = 0; i < o_.steps; ++i) {
         const StepResult r = e->step();
@@ -187,8 +193,37 @@ class Bench {
       row["context"] = o_.context;
       add_speed(row, batch / median(seconds), batch / median(floors), rates);
       print(row);
-      if (o_.profile) print_profile(seconds, e->impl().world(), rates);
+      if (profiles_ops()) print_profile(seconds, e->impl().world(), rates);
+      if (!profiles_device()) continue;
+      DeviceTrace trace;
+      seconds.clear();
+      for (int i = 0; i < kTracedSteps; ++i) seconds.push_back(e->step().seconds), drain(*e);
+      print_trace(trace.stop(), seconds);
     }
+  }
+
+  // Ops are timed where they are called; another device only queues them there, so its profiler says what it did, in steps of their own.
+  bool profiles_ops() const { return o_.profile && o_.device == "cpu"; }
+  bool profiles_device() const { return o_.profile && o_.device != "cpu"; }
+  static constexpr int kTracedSteps = 8;
+
+  // Per step: what each kernel adds to it, and where none runs. Ranks that work side by side share one line.
+  void print_trace(const std::vector<DeviceRun>& runs, const std::vector<double>& steps) {
+    const auto n = static_cast<double>(steps.size());
+    double total = 0, added = 0;
+    for (double s : steps) total += s;
+    const auto print_line = [&](const DeviceShare& k) {
+      added += k.added;
+      const double each = k.runs > 0 ? k.seconds / static_cast<double>(k.runs) : 0;
+      if (o_.format == "json")
+        fmt::print("{}\n", json{{"what", "profile"}, {"op", k.name}, {"seconds", k.added / n}, {"share", k.added / total},
+                                {"runs", static_cast<double>(k.runs) / n}, {"seconds_each", each}}.dump());
+      else
+        fmt::print("    {:40} {:9.3f} ms {:5.1f} %  {:7.1f} runs of {:8.2f} us\n", k.name, 1e3 * k.added / n, 100 * k.added / total,
+                   static_cast<double>(k.runs) / n, 1e6 * each);
+    };
+    for (const DeviceShare& k : shares_of(runs)) print_line(k);
+    print_line({"no kernel runs", 0, 0, total - added});
   }
 
   // Per step and thread; what is no op (plan, barriers, sampling, waiting) is the rest.
@@ -223,9 +258,11 @@ class Bench {
     const FloorInputs shape = inputs_of(*e);
     std::vector<double> seconds, floors, steps;
     Rates rates = rates_of(*e);
-    if (o_.profile) e->impl().use_ops(profiled(e->impl().ops()));
+    if (profiles_ops()) e->impl().use_ops(profiled(e->impl().ops()));
     reset_profile();
-    for (int round = 0; round < o_.rounds; ++round) {
+    std::optional<DeviceTrace> trace;
+    for (int round = 0; round < o_.rounds + (profiles_device() ? 1 : 0); ++round) {
+      if (round == o_.rounds) trace.emplace(), steps.clear();
       submit(*e, 1, tokens, 1);
       double total = 0, floor = 0;
       for (int done = 0; done < tokens;) {
@@ -242,6 +279,7 @@ class Bench {
         done += static_cast<int>(work.rows);
       }
       drain(*e);
+      if (trace) break;
       seconds.push_back(total);
       floors.push_back(floor);
       rates = better(rates, rates_of(*e));
@@ -251,7 +289,8 @@ class Bench {
     row["tokens"] = tokens;
     add_speed(row, tokens / median(seconds), tokens / median(floors), rates);
     print(row);
-    if (o_.profile) print_profile(steps, e->impl().world(), rates);
+    if (profiles_ops()) print_profile(steps, e->impl().world(), rates);
+    if (trace) print_trace(trace->stop(), steps);
   }
 
   Layout flipped(int i) const { return (o_.layout == "tp") == (i % 2 == 0) ? Layout::kEp : Layout::kTp; }
@@ -271,7 +310,9 @@ class Bench {
   }
 
   void switches() {
-    auto e = filled_engine(o_.requests, o_.context, 16 + 4 * o_.rounds);
+    const int steps = 16 + 4 * o_.rounds;
+    const auto e = engine_for(o_.requests, o_.context, steps);
+    fill(*e, o_.requests, o_.context, steps);
     for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));  // touches both layouts' pages
     struct Part {
       int64_t bytes = 0, changed = 0;
@@ -338,7 +379,9 @@ class Bench {
   // What a switch does to the gap between tokens: decode steps of `requests` requests, steady and while a switch moves under a budget.
   void stalls() {
     constexpr int kSteady = 50;  // steps before and after
-    auto e = filled_engine(o_.requests, o_.context, 2 * o_.rounds * static_cast<int>(o_.budgets.size()) * (2 * kSteady + o_.max_switch_steps) + 16);
+    const int most_steps = 2 * o_.rounds * static_cast<int>(o_.budgets.size()) * (2 * kSteady + o_.max_switch_steps) + 16;
+    const auto e = engine_for(o_.requests, o_.context, most_steps);
+    fill(*e, o_.requests, o_.context, most_steps);
     for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));
     struct Stall {
       std::vector<double> steady, longest, seconds, steps, kept;
@@ -581,7 +624,7 @@ int run(int argc, char** argv) {
   auto* prefill = common(app.add_subcommand("prefill", "one prompt"));
   prefill->add_option("--tokens", o.tokens, "tokens of the prompt")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   for (CLI::App* sub : {decode, prefill})
-    sub->add_flag("--profile", o.profile, "where a step's time goes, op by op, with the bytes and operations of each and its share of their floor");
+    sub->add_flag("--profile", o.profile, "where a step's time goes: op by op, with the bytes and operations of each and its share of their floor; of a GPU kernel by kernel");
   auto* switches = common(app.add_subcommand("switch", "switches at once, there and back, beside a memcpy of as many bytes"));
   switches->add_option("--requests", o.requests, "live requests")->check(CLI::Range(1, 65536))->capture_default_str();
   switches->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();

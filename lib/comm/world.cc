@@ -207,6 +207,8 @@ World::World(int ranks, int threads, double deadline_ms, ThreadHook hook)
       }
 }
 
+World::World(const World& like, int threads) : World(like.ranks_, threads, like.state_->deadline_ms(), like.state_->hook) {}
+
 void World::start(int rank, int thread) {
   state_->workers.reserve(static_cast<size_t>(state_->total));  // nothing may throw between a thread's start and its being kept
   std::thread& worker = state_->workers.emplace_back([state = state_, rank, thread] { state->work(rank, thread); });

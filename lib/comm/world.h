@@ -47,6 +47,7 @@ class World {
   // hook: each of these calls it first (starting) and last.
   using ThreadHook = std::function<void(int rank, int thread, bool starting)>;
   World(int ranks, int threads, double deadline_ms, ThreadHook hook = nullptr);
+  World(const World& like, int threads);  // of the same ranks, deadline and hook
   ~World();
   World(const World&) = delete;
   World& operator=(const World&) = delete;

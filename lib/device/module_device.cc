@@ -1,6 +1,7 @@
 #include "lib/device/module_device.h"
 
 #include <dlfcn.h>
+#include <link.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -30,8 +31,13 @@ std::vector<std::filesystem::path> module_folders() {
     return out;
   }
   Dl_info info;
-  if (dladdr(reinterpret_cast<const void*>(&module_folders), &info) == 0 || info.dli_fname == nullptr) return out;
-  const std::filesystem::path here = std::filesystem::absolute(info.dli_fname).parent_path();
+  void* map = nullptr;
+  if (dladdr1(reinterpret_cast<const void*>(&module_folders), &info, &map, RTLD_DL_LINKMAP) == 0) return out;
+  const std::filesystem::path library = static_cast<const link_map*>(map)->l_name;
+  std::error_code error;  // a program has no name there, and its first argument need be no path
+  const std::filesystem::path file = library.empty() ? std::filesystem::read_symlink("/proc/self/exe", error) : std::filesystem::absolute(library, error);
+  if (file.empty()) return out;
+  const std::filesystem::path here = file.lexically_normal().parent_path();
   const std::filesystem::path beside = here.parent_path() / "lib";
   out = {here, here / "moebius"};
   if (beside != here) out.insert(out.end(), {beside, beside / "moebius"});

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <thread>
 
 #include "lib/base/error.h"
 #include "lib/comm/waits.h"
@@ -54,6 +56,8 @@ std::unique_ptr<WeightSource> open_weights(const ModelFiles& files, const ModelC
                      fmt::join(model.unknown_keys, ", ")));
   return config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(files, model, warn);
 }
+
+bool is_mlp(const Slice& slice) { return slice.kind == SliceKind::kExpertCut || slice.kind == SliceKind::kDenseCut; }
 
 int64_t rope_bytes(const ModelConfig& model, int64_t positions) {
   return positions * model.shape.head_dim * static_cast<int64_t>(sizeof(float));  // a cosine and a sine for each half
@@ -249,6 +253,16 @@ std::vector<std::vector<bool>> ModelStore::touched_by(const WeightSource& source
   return out;
 }
 
+// A rank on a device has one thread for its steps; loading takes the machine's others too, as far as memory to pack in goes.
+int ModelStore::loading_threads() const {
+  if (device_.host_memory()) return world_.threads();
+  constexpr int64_t kPackedBytes = int64_t{2} << 30;  // of all threads together
+  int64_t largest = 1;
+  for (int l = 0; l < slices_.num_layers(); ++l)
+    for (const Slice& slice : slices_.layer(l)) largest = std::max(largest, slice.bytes * (is_mlp(slice) ? counts_.cuts : 1));
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(std::thread::hardware_concurrency(), kPackedBytes / largest) / world_.ranks()));
+}
+
 // Every rank's threads pack its own slices of each layer's layout; the replicated weights are divided over all threads. Where the host
 // cannot write a rank's memory, both are packed on the host first, over what is there if the source is partial.
 std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress) {
@@ -281,49 +295,56 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
     if (progress && !progress(done, total)) fail(Code::kCancelled, "loading was cancelled");
   };
 
-  const int threads = world_.threads();
-  world_.run_long([&](int rank, int thread) {
-    shared_.load(source, rank * threads + thread, world_.ranks() * threads, shared);
-    int64_t mine = 0;
-    std::vector<std::byte*> places, outs;
-    PinnedBuffer packed[2];  // where it cannot be done in place: one is filled while the other is sent
-    int64_t packed_bytes[2] = {}, sent = 0;
+  const int threads = loading_threads();
+  std::optional<World> own;
+  World& loaders = direct ? world_ : own.emplace(world_, threads);
+  std::vector<std::mutex> of_rank(static_cast<size_t>(world_.ranks()));
+  // What a rank's device does for one of its threads, which has it to itself and returns when it is done.
+  const auto on_device = [&](int rank, const auto& work) {
+    std::lock_guard lock(of_rank[static_cast<size_t>(rank)]);
     const DrainOnError drain(device_, rank);
+    work();
+    wait_until_idle(loaders, device_, rank);
+  };
+  loaders.run_long([&](int rank, int thread) {
+    shared_.load(source, rank * threads + thread, world_.ranks() * threads, shared);
+    int64_t mine = 0, packed_bytes = 0;
+    std::vector<std::byte*> places, outs;
+    PinnedBuffer packed;  // where it cannot be done in place
     for (int l = 0; l < model_.shape.num_layers(); ++l) {
       const std::span<const Slice> slices = slices_.layer(l);
       for (size_t i = 0, next; i < slices.size(); i = next) {  // runs of an MLP's cuts, anything else one by one
         const Slice& first = slices[i];
-        const bool is_mlp = first.kind == SliceKind::kExpertCut || first.kind == SliceKind::kDenseCut;
         places.clear();
-        for (next = i; next == i || (is_mlp && next < slices.size() && slices[next].kind == first.kind && slices[next].index == first.index); ++next) {
+        for (next = i; next == i || (is_mlp(first) && next < slices.size() && slices[next].kind == first.kind && slices[next].index == first.index); ++next) {
           if (!(owners_of(l, next) >> rank & 1)) break;
           places.push_back(ranks_[rank]->arena.data() + arena_.slice_offset(rank, layout_of(l), l, static_cast<int>(next)));
         }
         next = std::max(next, i + 1);
         if (places.empty() || !touched[l][i] || mine++ % threads != thread) continue;
-        world_.check_abort();
+        loaders.check_abort();
         const int64_t bytes = first.bytes * static_cast<int64_t>(places.size());
         outs = places;
         if (!direct) {
-          const auto now = static_cast<size_t>(sent % 2);
-          if (packed_bytes[now] < bytes) packed[now] = PinnedBuffer(device_, packed_bytes[now] = bytes);
-          for (size_t n = 0; n < outs.size(); ++n) outs[n] = packed[now].data() + static_cast<int64_t>(n) * first.bytes;
-          for (size_t n = 0; n < outs.size() && source.partial(); ++n) read_back(rank, outs[n], places[n], first.bytes);
-          if (source.partial()) wait_until_idle(world_, device_, rank);
+          if (packed_bytes < bytes) packed = PinnedBuffer(device_, packed_bytes = bytes);
+          for (size_t n = 0; n < outs.size(); ++n) outs[n] = packed.data() + static_cast<int64_t>(n) * first.bytes;
+          if (source.partial())
+            on_device(rank, [&] {
+              for (size_t n = 0; n < outs.size(); ++n) read_back(rank, outs[n], places[n], first.bytes);
+            });
         }
         const SliceMaxima seen = pack_slices(source, model_, slices_, first, outs);
-        if (!direct) {
-          if (sent++ > 0) wait_until_idle(world_, device_, rank);  // the other buffer has been read
-          for (size_t n = 0; n < places.size(); ++n) device_.write(rank, places[n], outs[n], first.bytes);
-        }
+        if (!direct)
+          on_device(rank, [&] {
+            for (size_t n = 0; n < places.size(); ++n) device_.write(rank, places[n], outs[n], first.bytes);
+          });
         {
           std::lock_guard lock(mutex);
-          maxima[l][is_mlp ? static_cast<size_t>(1 + first.index) : 0].include(seen);
+          maxima[l][is_mlp(first) ? static_cast<size_t>(1 + first.index) : 0].include(seen);
         }
         advance(bytes);
       }
     }
-    wait_until_idle(world_, device_, rank);
   });
   for (const auto& [rank, copy] : copies_)
     if (!direct) device_.write(rank, copy.data() + shared_begin, shared + shared_begin, shared_end - shared_begin);

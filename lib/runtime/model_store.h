@@ -61,6 +61,7 @@ class ModelStore {
   ArenaPlan plan(const EngineConfig& config, int64_t workspace_bytes);
   int64_t most_table_bytes(int64_t tp_pages, int64_t ep_pages) const;
   void reserve_shared(int64_t positions);
+  int loading_threads() const;  // of each rank
   std::vector<std::vector<bool>> touched_by(const WeightSource& source) const;
   std::vector<Scales> scales_of(const std::byte* shared) const;
   std::vector<Scales> load(const WeightSource& source, int seam, const std::function<bool(int64_t, int64_t)>& progress);
