@@ -402,8 +402,8 @@ void launch_attention(const AttentionArgs& args, const Heads& heads, int most_he
   const int64_t units = args.num_rows * most_heads / kRows + args.num_chunks;  // each chunk's last may be short
   // The host knows no lengths: as many blocks as there may be items, up to what a device runs at once.
   const int64_t items = units * args.kv.num_kv_heads * std::max<int64_t>(1, div_up(args.max_tokens, kSplitTokens));
-  const auto blocks = static_cast<unsigned>(std::min<int64_t>(div_up(items, kWarps), resident_blocks(4)));
   const auto kernel = args.num_rows > args.num_chunks ? attention_kernel<false, kGroups> : attention_kernel<true, kGroups>;
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>(div_up(items, kWarps), resident_blocks(kernel, kWarps * 32, kTotals)));
   launch(kernel, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, scratch_of<float>(lane), counters_of(lane));
 }
 

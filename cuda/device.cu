@@ -58,7 +58,7 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     } else if (checked(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "a stream", r, status) < 0)
       return nullptr;
     int reads_pageable = 0;
-    (void)cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccessUsesHostPageTables, number);
+    (void)cudaDeviceGetAttribute(&reads_pageable, cudaDevAttrPageableMemoryAccess, number);
     rank.reads_pageable = reads_pageable != 0;
     for (cudaEvent_t& mark : rank.marks)
       if (checked(cudaEventCreateWithFlags(&mark, cudaEventDisableTiming), "an event", r, status) < 0) return nullptr;
@@ -145,9 +145,10 @@ void CudaDevice::release(int rank, std::byte* memory) {
   (void)cudaFree(memory);  // waits for what the device still does
 }
 
-// What is not pinned has been copied when the runtime's call returns, but perhaps not where the device reads the host's page tables.
+// What is not pinned has been copied when the runtime's call returns, but perhaps not where the device reads pageable memory by itself.
 int32_t CudaDevice::write(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
   const Rank& r = on(rank);
+  starts_late = true;
   if (checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, r.stream), "writing", rank, status) < 0) return status.code;
   if (!r.reads_pageable) return 0;
   cudaPointerAttributes memory{};
@@ -157,6 +158,7 @@ int32_t CudaDevice::write(int rank, void* to, const void* from, int64_t bytes, M
 
 int32_t CudaDevice::read(int rank, void* to, int64_t to_pitch, const void* from, int64_t from_pitch, int64_t width, int64_t height, ModuleStatus& status) {
   if (width == 0 || height == 0) return 0;
+  starts_late = true;
   if (height == 1 || (width == to_pitch && width == from_pitch))  // rows of over 2 GiB cannot be copied as such
     return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(width * height), cudaMemcpyDeviceToHost, on(rank).stream), "reading", rank, status);
   return checked(cudaMemcpy2DAsync(to, static_cast<size_t>(to_pitch), from, static_cast<size_t>(from_pitch), static_cast<size_t>(width),
@@ -169,6 +171,7 @@ int32_t CudaDevice::pin(void* host, int64_t bytes, ModuleStatus& status) {
 }
 
 int32_t CudaDevice::copy(int rank, void* to, const void* from, int64_t bytes, ModuleStatus& status) {
+  starts_late = true;
   return checked(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault, on(rank).stream), "copying", rank, status);
 }
 
@@ -289,6 +292,7 @@ void CudaDevice::abandon_capture(Rank& r) {
 
 int32_t CudaDevice::replay(int rank, int number, ModuleStatus& status) {
   Rank& r = on(rank);
+  starts_late = true;
   return checked(cudaGraphLaunch(r.captured[static_cast<size_t>(number)], r.stream), "replaying a captured step", rank, status);
 }
 

@@ -60,7 +60,7 @@ class CudaDevice {
     int device = 0;
     cudaStream_t stream = nullptr;
     bool own_stream = true;
-    bool reads_pageable = false;  // through the host's page tables (GH200, GB200)
+    bool reads_pageable = false;  // by itself (GH200, GB200, kernels with HMM)
     cudaEvent_t marks[2] = {};  // in turn: a rank may set its next mark while others still pass this one
     unsigned num_marks = 0;
     BlockCopies blocks;

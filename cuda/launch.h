@@ -35,7 +35,8 @@ inline bool starts_early(const void* kernel) {
 }
 #endif
 
-// Set by whoever queues what is none of our kernels, or makes a stream wait for another: the thread's next kernel starts when all ahead has ended.
+// Set by whoever queues what is none of our kernels (copies too), or makes a stream wait for another: the thread's next kernel starts when all
+// ahead has ended. CUDA allows early starts between kernels only.
 inline thread_local bool starts_late = false;
 
 // Queues a kernel on a stream (Lane::queue); nothing when the grid is empty. An error stays with the host's thread (cudaGetLastError),
@@ -85,12 +86,12 @@ inline unsigned resident_blocks(int per_multiprocessor) {
   if (cudaGetDevice(&device) == cudaSuccess) (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
   return static_cast<unsigned>(count * per_multiprocessor);
 }
-// As many as it holds of a kernel without dynamic shared memory: more would do their share of the work when the others have done theirs.
+// As many as it holds of a kernel: more would do their share of the work when the others have done theirs.
 template <class... P>
-unsigned resident_blocks(void (*kernel)(P...), int threads) {
+unsigned resident_blocks(void (*kernel)(P...), int threads, size_t shared_bytes = 0) {
   thread_local std::unordered_map<const void*, int> known;  // a multiprocessor's
   int& blocks = known[reinterpret_cast<const void*>(kernel)];
-  if (blocks == 0 && (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0) != cudaSuccess || blocks < 1)) blocks = 1;
+  if (blocks == 0 && (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess || blocks < 1)) blocks = 1;
   return resident_blocks(blocks);
 }
 

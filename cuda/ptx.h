@@ -202,8 +202,9 @@ __device__ __forceinline__ uint64_t swizzled_descriptor(const void* p) {
   return kSwizzle128 | kEightLines | kOne | (shared_address(p) & 0x3ffff) / 16;
 }
 
-// The whole units of 16 bytes among them.
+// The whole units of 16 bytes among them, as far as one instruction goes (below 1 MiB).
 __device__ __forceinline__ void prefetch_bytes(const void* p, int64_t bytes) {
+  bytes = min(bytes, int64_t{512} << 10);
   const auto begin = reinterpret_cast<uintptr_t>(p), first = (begin + 15) / 16 * 16, end = (begin + static_cast<uintptr_t>(bytes)) / 16 * 16;
   if (first < end) prefetch_units(reinterpret_cast<const void*>(first), static_cast<int64_t>(end - first));
 }

@@ -276,6 +276,9 @@ void pick_rows(const PickArgs& args, const Lane& lane) {
   launch(pick_rows_kernel, static_cast<unsigned>(args.num_rows), kRowThreads, 0, lane.queue, args);
 }
 
-void clear(void* to, size_t bytes, const Lane& lane) { (void)cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(lane.queue)); }
+void clear(void* to, size_t bytes, const Lane& lane) {
+  (void)cudaMemsetAsync(to, 0, bytes, static_cast<cudaStream_t>(lane.queue));
+  starts_late = true;
+}
 
 }  // namespace moebius::cuda

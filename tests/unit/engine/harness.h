@@ -27,6 +27,7 @@ inline const int64_t kSweep = [] {
   return int64_t{1};
 #endif
 }();
+inline const int kSlower = kSweep > 1 ? 5 : 1;  // of deadlines in which steps must not need as long
 
 inline const std::string kQwen = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe";
 inline const std::string kDense = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe-dense";

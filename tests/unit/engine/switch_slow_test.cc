@@ -42,7 +42,7 @@ TEST_CASE("a rank that sleeps inside a copy within the deadline is waited for, a
 }
 
 TEST_CASE("a rank that sleeps inside a copy beyond the deadline is given up in time, and writes nothing when it wakes") {
-  const double kDeadline = kSweep > 1 ? 2000 : 400;  // ms: the steps before the switch must not need it
+  const double kDeadline = 400 * kSlower;  // ms: the steps before the switch must not need it
   for (Layout start : {Layout::kTp, Layout::kEp})
     for (double budget : {0.0, 1e-6}) {
       if (kSweep > 1 && (budget > 0) != (start == Layout::kTp)) continue;

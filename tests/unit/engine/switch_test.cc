@@ -209,12 +209,12 @@ TEST_CASE("a rank that is only slow is waited for, and wakes into a world that h
   Script script = busy_script();
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   EngineConfig config = small_config(2, 1, Layout::kTp);
-  config.wait_deadline_ms = 300;
+  config.wait_deadline_ms = 300 * kSlower;
   Engine engine(kQwen, config);
   std::atomic<bool> slow{true};
   engine.impl().switcher().hook = [&](const CopyPoint& p) {
     // Past the fence's deadline, within the one for acknowledging.
-    if (p.starts_rank() && p.item == 2 && p.rank == 1 && slow.exchange(false)) std::this_thread::sleep_for(std::chrono::milliseconds(400));
+    if (p.starts_rank() && p.item == 2 && p.rank == 1 && slow.exchange(false)) std::this_thread::sleep_for(std::chrono::milliseconds(400 * kSlower));
   };
   script.switches = {{4, 0}};
   const Outcome got = Runner(engine).run(script);
@@ -224,7 +224,7 @@ TEST_CASE("a rank that is only slow is waited for, and wakes into a world that h
 
 TEST_CASE("a rank that never answers ends every request with a status, and later calls say so") {
   EngineConfig config = small_config(2, 1, Layout::kTp);
-  config.wait_deadline_ms = 100;
+  config.wait_deadline_ms = 100 * kSlower;
   Engine engine(kQwen, config);
   static std::atomic<bool> release{false};  // outlives the detached thread's last look at it
   engine.impl().switcher().hook = [](const CopyPoint& p) {
