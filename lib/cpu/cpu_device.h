@@ -4,6 +4,9 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <fstream>
+#include <limits>
+#include <string>
 
 #include "lib/cpu/stream_copy.h"
 #include "lib/device/buffer.h"
@@ -19,8 +22,8 @@ class CpuDevice final : public Device {
   bool host_memory() const override { return true; }
   const Ops& ops() const override { return ops_; }
   int place(int) const override { return 0; }
-  int64_t total_bytes(int) const override { return memory_bytes(_SC_PHYS_PAGES); }
-  int64_t free_bytes(int) const override { return memory_bytes(_SC_AVPHYS_PAGES) / 2 / ranks_; }  // the host has other work, and caches files
+  int64_t total_bytes(int) const override { return pages_bytes(_SC_PHYS_PAGES); }
+  int64_t free_bytes(int) const override { return available_bytes() / 2 / ranks_; }  // the host has other work
 
   std::byte* allocate(int, int64_t bytes) override {
     if (!allocator_) return map_memory(bytes);
@@ -52,7 +55,14 @@ class CpuDevice final : public Device {
   bool idle(int) override { return true; }
 
  private:
-  static int64_t memory_bytes(int kind) { return static_cast<int64_t>(sysconf(kind)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE)); }
+  static int64_t pages_bytes(int kind) { return static_cast<int64_t>(sysconf(kind)) * static_cast<int64_t>(sysconf(_SC_PAGE_SIZE)); }
+  // What the system could give: files that it caches (the model's, once it was read) are no memory in use.
+  static int64_t available_bytes() {
+    std::ifstream file("/proc/meminfo");
+    for (std::string key; file >> key; file.ignore(std::numeric_limits<std::streamsize>::max(), '\n'))
+      if (int64_t kib = 0; key == "MemAvailable:" && file >> kib) return kib * 1024;
+    return pages_bytes(_SC_AVPHYS_PAGES);
+  }
 
   static constexpr size_t kAlignment = 4096;
 

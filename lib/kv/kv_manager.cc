@@ -9,6 +9,7 @@
 #include <xxhash.h>
 
 #include "lib/base/error.h"
+#include "lib/layout/owners.h"
 
 namespace moebius {
 
@@ -352,8 +353,8 @@ void KvManager::open_ep(std::span<const SequenceBlocks> sequences) {
   MOEBIUS_ASSERT(phase_ == Phase::kTp);
   root_homes_.clear();
   for (int32_t b : live_) blocks_[b].split = -1;
-  // Cached blocks wait outside their list until they have a home; blocks in use come first.
-  int32_t cached = cached_[0].head;
+  // Cached blocks wait outside their list until they have a home: blocks in use come first, then those that were used last.
+  const List cached = cached_[0];
   cached_[0] = {};
   cached_count_[0] = 0;
   for (const SequenceBlocks& sequence : sequences)
@@ -367,14 +368,16 @@ void KvManager::open_ep(std::span<const SequenceBlocks> sequences) {
     }
   std::sort(root_homes_.begin(), root_homes_.end());
   phase_ = Phase::kBoth;
-  while (cached >= 0) {
-    const int32_t b = cached;
-    cached = blocks_[b].next;
-    blocks_[b].prev = blocks_[b].next = -1;
+  for (int32_t b = cached.tail; b >= 0; b = blocks_[b].prev) {
     const auto known = std::lower_bound(root_homes_.begin(), root_homes_.end(), std::pair<uint64_t, int32_t>(blocks_[b].root, -1));
     const bool in_use = known != root_homes_.end() && known->first == blocks_[b].root;
     const int home = in_use ? known->second : static_cast<int>(blocks_[b].root % ep_capacity_.size());
-    if (take_ep_page(b, home)) {
+    (void)take_ep_page(b, home);
+  }
+  for (int32_t b = cached.head, next; b >= 0; b = next) {
+    next = blocks_[b].next;
+    blocks_[b].prev = blocks_[b].next = -1;
+    if (blocks_[b].ep_page >= 0) {
       cache_push(b);
     } else {
       blocks_[b].registered = false;  // it is in no index that survives
@@ -413,16 +416,22 @@ void KvManager::open_tp() {
   };
   for (int32_t b : live_)
     if (blocks_[b].users > 0) MOEBIUS_ASSERT(take(b));
-  for (int h = 0; h < num_homes(); ++h)
-    for (int32_t b = cached_list(h).head; b >= 0;) {
-      const int32_t next = blocks_[b].next;
-      if (!take(b)) {
-        cache_remove(b);
-        blocks_[b].registered = false;
-        free_block(b);
-      }
-      b = next;
+  // Of each home those that were used last, in turns.
+  int32_t at[kMaxRanks];
+  for (int h = 0; h < num_homes(); ++h) at[h] = cached_list(h).tail;
+  for (bool any = true; any;) {
+    any = false;
+    for (int h = 0; h < num_homes(); ++h) {
+      const int32_t b = at[h];
+      if (b < 0) continue;
+      any = true;
+      at[h] = blocks_[b].prev;
+      if (take(b)) continue;
+      cache_remove(b);
+      blocks_[b].registered = false;
+      free_block(b);
     }
+  }
   phase_ = Phase::kBoth;
   rebuild_index();
   count_reclaimable();

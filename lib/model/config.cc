@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <unordered_set>
 
 #include "lib/base/error.h"
 #include "lib/model/config_keys.h"
@@ -157,11 +158,12 @@ double rope_theta(const Reader& c) {
 
 void read_eos(const Reader& c, int32_t vocab, std::vector<int32_t>& out) {
   if (!c.has("eos_token_id")) return;
+  std::unordered_set<int32_t> known(out.begin(), out.end());
   const auto add = [&](const json& id) {
     if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= vocab)
       fail(Code::kCorruptModel, "{}: eos_token_id {} is outside the vocabulary of {}", c.file(), shown(id), vocab);
     const auto token = id.get<int32_t>();
-    if (std::find(out.begin(), out.end(), token) == out.end()) out.push_back(token);
+    if (known.insert(token).second) out.push_back(token);
   };
   const json& v = c.at("eos_token_id");
   if (v.is_array()) std::for_each(v.begin(), v.end(), add);

@@ -191,7 +191,9 @@ class StoredReader final : public MatrixReader {
     const int64_t width = columns.size();
     const bool as_stored = m_.tensor.info->dtype == Dtype::kBf16;
     if (as_stored && width == m_.row_length) {
-      m_.tensor.read(byte_of(rows.begin, 0), out, static_cast<size_t>(rows.size() * width * 2));
+      const auto bytes = rows.size() * width * 2;
+      for (int64_t done = 0; done < bytes; done += kBufferBytes)
+        m_.tensor.read(byte_of(rows.begin, 0) + done, reinterpret_cast<std::byte*>(out) + done, static_cast<size_t>(std::min(kBufferBytes, bytes - done)));
       return;
     }
     for (int64_t r = rows.begin; r < rows.end;) {
@@ -330,6 +332,7 @@ std::unordered_set<std::string> check_tensors(const CheckpointSource& source, co
       for (auto part : {WeightSource::ExpertPart::kGate, WeightSource::ExpertPart::kUp, WeightSource::ExpertPart::kDown})
         used.insert(source.locate(l, mlp.num_experts > 0 ? e : -1, part).name);
   }
+  used.erase("");  // what a partial source lacks
   return used;
 }
 

@@ -125,7 +125,6 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
 
 Engine::Impl::~Impl() {
   stop();
-  keep_costs();
   caller_.take();
 }
 
@@ -226,6 +225,7 @@ Engine::Engine(const ModelFiles& files, const EngineConfig& config)
 
 Engine::~Engine() {
   impl_->stop();
+  impl_->keep_costs();  // not later, when a stuck thread has come back: the host is done with this engine
   if (impl_->world().dead()) impl_->world().keep_alive(impl_);
 }
 

@@ -11,6 +11,7 @@
 #include <thread>
 #include <unordered_map>
 
+#include "lib/base/fair_mutex.h"
 #include "lib/comm/communicator.h"
 #include "lib/comm/world.h"
 #include "lib/device/pinned.h"
@@ -79,6 +80,7 @@ class Engine::Impl {
   SwitchEstimate estimate_switch(Layout to);
   void update_weights(const ModelFiles& files, bool partial);
   void calibrate();  // before anything else is asked of it
+  void keep_costs() noexcept;
   EngineStats stats() const;
   std::string metrics_text() const;
   ModelInfo model() const;
@@ -104,7 +106,6 @@ class Engine::Impl {
   static constexpr size_t kMaxWishes = 64;  // switches asked for between two steps; a host that asks for more has lost count
 
   void compare_ranks();
-  void keep_costs() noexcept;
   int most_dummies(int64_t tokens) const;
   void serve_dummies(const DummyRound& round, Clock::time_point until);
   void learn_price(const Event& event);
@@ -224,7 +225,7 @@ class Engine::Impl {
   bool mixed_ = false;           // an update of the weights has failed half-way and none has succeeded since; written likewise
   Reason failure_;               // why
 
-  std::mutex step_mutex_;
+  FairMutex step_mutex_;
   mutable std::mutex inbox_mutex_;
   std::condition_variable inbox_filled_;
   std::condition_variable emptied_;      // nothing runs or waits

@@ -132,6 +132,7 @@ MemoryReport Engine::Impl::memory() const {
 
 SwitchEstimate Engine::Impl::estimate_switch(Layout to) {
   std::lock_guard step_lock(step_mutex_);
+  refuse_if_failed();
   SwitchEstimate e;
   const int target = to == Layout::kTp ? switcher_.num_layers() : 0;
   e.fits = true;

@@ -16,6 +16,8 @@ void Engine::Impl::check_request(const RequestSpec& spec) const {
       fail(Code::kInvalidArgument, "prompt token {} is {}, the vocabulary has {}", i, spec.prompt_ids[i], model_.vocab_size);
   moebius::check(spec.sampling, model_.vocab_size);
   refuse_if_never(spec.sampling.n);
+  if (spec.keep_routes && (shape_.num_experts == 0 || shape_.num_experts > INT16_MAX))
+    fail(Code::kUnsupported, "routed_experts: the model has {} experts, their numbers are given in 16 bits", shape_.num_experts);
   if (!(spec.deadline_ms >= 0)) fail(Code::kInvalidArgument, "deadline_ms is {}, must be at least 0", spec.deadline_ms);
   const int64_t total = static_cast<int64_t>(spec.prompt_ids.size()) + spec.sampling.max_tokens;
   if (total > config_.max_context)

@@ -120,7 +120,7 @@ void Engine::Impl::observe_load() {
   emit(std::move(event));
   if (decision->shadow) return;
   policy_asked_ = true;
-  if (config_.ranks > 1) switcher_.begin(decision->to == Layout::kTp ? switcher_.num_layers() : 0, config_.preempt_to_fit);
+  if (config_.ranks > 1) switcher_.begin(decision->to == Layout::kTp ? switcher_.num_layers() : 0, config_.preempt_to_fit && decision->may_preempt);
   else report_seam(decision->to == Layout::kTp ? switcher_.num_layers() : 0);
 }
 
@@ -437,8 +437,9 @@ void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
   forget_if_done(request);
 }
 
-// The event comes last: a host that has seen it can no longer cancel the request.
+// The event comes first: where there is no memory for it, nothing has been done yet. No host sees it before the step has ended.
 void Engine::Impl::finish(Sequence& s, FinishReason reason, std::string_view why) {
+  emit(end_event(s, reason, why));
   scheduler_.remove(s);
   record_end(s, reason);
   const bool last = [&] {
@@ -450,7 +451,6 @@ void Engine::Impl::finish(Sequence& s, FinishReason reason, std::string_view why
     for (const Sequence& sample : s.request->samples) most = std::max(most, sample.generated());
     metrics_.on_samples_finished(s.request->spec.sampling.n, most);
   }
-  emit(end_event(s, reason, why));
 }
 
 Event Engine::Impl::end_event(const Sequence& s, FinishReason reason, std::string_view why) const {
@@ -487,7 +487,10 @@ void Engine::Impl::fail_everything(std::string_view why) {
       s.state = SequenceState::kFinished;
       --request->unfinished;
       record_end(s, FinishReason::kError);
-      emit(end_event(s, FinishReason::kError, why));
+      try {
+        emit(end_event(s, FinishReason::kError, why));
+      } catch (const std::bad_alloc&) {  // the others' may still find room
+      }
     }
   inbox_.clear();
   // Switches have their outcome too: the one under way, those taken up and not begun, those not taken up.

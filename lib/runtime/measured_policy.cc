@@ -84,16 +84,16 @@ class MeasuredPolicy final : public Policy {
     if (held(there, load)) return std::nullopt;
     if (foreseen(load)) {
       path_.leave(load.price);
-      return decision(load, now, "; what is known to come pays for it");
+      return decision(load, now, "; what is known to come pays for it", false);
     }
     if (worth_a_visit(load)) {
       path_.leave(load.price);
-      return decision(load, now, "; to learn its costs");
+      return decision(load, now, "; to learn its costs", false);
     }
     return std::nullopt;
   }
 
-  Decision decision(const LoadSample& load, const Path& before, const char* why) {
+  Decision decision(const LoadSample& load, const Path& before, const char* why, bool may_preempt = true) {
     before_ = before;
     asked_load_ = load.running + load.waiting;
     asked_step_ = load.step;
@@ -102,7 +102,8 @@ class MeasuredPolicy final : public Policy {
             Reason::of("measured: running {}, waiting {}, to prefill {}: tp {}, ep {}, regret {:.3f} of price {:.3f} ms, budget {:.3f} ms: {} → {}{}{}",
                        load.running, load.waiting, load.prefill_tokens, text_of(estimate(Layout::kTp)).view(),
                        text_of(estimate(Layout::kEp)).view(), before.rule().regret() * 1e3, round_trip(load.price) * 1e3, before.budget() * 1e3,
-                       name_of(before.here()), name_of(path_.here()), why, again.view())};
+                       name_of(before.here()), name_of(path_.here()), why, again.view()),
+            may_preempt};
   }
 
   bool held(Layout to, const LoadSample& load) const {

@@ -57,6 +57,7 @@ struct Decision {
   Layout to = Layout::kTp;
   bool shadow = false;
   Reason record;
+  bool may_preempt = true;  // not what is done to learn, or ahead of time: what it costs others is in no price
 };
 
 // What the last decision, or not deciding, rested on.

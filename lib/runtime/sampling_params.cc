@@ -27,8 +27,7 @@ void check(const SamplingParams& p, int32_t vocab) {
   in_range("min_p", p.min_p, 0, 1, "[0, 1]");
   in_range("presence_penalty", p.presence_penalty, -2, 2, "[−2, 2]");
   in_range("frequency_penalty", p.frequency_penalty, -2, 2, "[−2, 2]");
-  if (!(p.repetition_penalty > 0 && p.repetition_penalty < kAny))
-    fail(Code::kInvalidArgument, "repetition_penalty is {}, must be above 0", p.repetition_penalty);
+  in_range("repetition_penalty", p.repetition_penalty, 1 / kAny, kAny, "[10^−30, 10^30]");
   in_range("n", p.n, 1, 1024, "[1, 1024]");
   in_range("logprobs", p.logprobs, -1, kMaxTopLogprobs, "[0, 20]");
   for (int32_t t : p.stop_token_ids) known_token("stop_token_ids", t, vocab);

@@ -213,13 +213,14 @@ TEST_CASE("when the engine fails each switch that was asked for has its outcome,
   CHECK((refused == std::vector<Layout>{Layout::kEp, Layout::kTp}));
   CHECK_FALSE(engine.stats().switching);
   CHECK_THROWS_WITH(engine.request_switch(Layout::kEp), Catch::Contains("a fault"));
+  CHECK_THROWS_WITH(engine.estimate_switch(Layout::kEp), Catch::Contains("a fault"));
   CHECK_THROWS_WITH(engine.start(), Catch::Contains("a fault"));
 }
 
 TEST_CASE("logits are not taken out of a dead world's memory, only copied") {
   const auto release = std::make_shared<std::atomic<bool>>(false);
   EngineConfig config = small_config(2, 1, Layout::kTp);
-  config.wait_deadline_ms = kSweep > 1 ? 2000 : 400;
+  config.wait_deadline_ms = 400 * kSlower;
   Engine engine(kQwen, config);
   const uint64_t kept = engine.submit(greedy_request("kept", prompt_of(1, 5), 50, true));
   for (int i = 0; i < 3; ++i) engine.step();

@@ -222,6 +222,40 @@ TEST_CASE("cached blocks follow their chain to its home, or are given up when th
   check_pages(kv);
 }
 
+TEST_CASE("where cached blocks do not all fit behind a switch, those that were used last stay, heads of chains before their tails") {
+  for (const Phase from : {Phase::kTp, Phase::kEp}) {
+    const bool from_tp = from == Phase::kTp;
+    KvManager kv(from_tp ? 12 : 5, {from_tp ? 3 : 6, from_tp ? 2 : 6}, 16, true, from);
+    const auto home_of = [](int chain) { return chain % 2; };
+    std::vector<std::vector<int32_t>> chains(4);
+    for (int c = 0; c < 4; ++c)
+      for (int i = 0; i < 3; ++i) {
+        chains[c].push_back(kv.allocate(from_tp ? -1 : home_of(c)));
+        kv.set_full(chains[c].back());
+        kv.register_block(chains[c].back(), key_of(100 * c + i), static_cast<uint64_t>(home_of(c)));
+      }
+    for (std::vector<int32_t>& chain : chains)
+      for (size_t i = chain.size(); i-- > 0;) kv.release(chain[i]);
+    if (from_tp) kv.open_ep({});
+    else kv.open_tp();
+    check_pages(kv);
+    kv.close(from_tp ? Layout::kEp : Layout::kTp);
+    check_pages(kv);
+    const auto kept = [&](int chain, int i) {
+      const int32_t b = kv.find(key_of(100 * chain + i), from_tp ? home_of(chain) : -1);
+      if (b >= 0) kv.release(b);
+      return b >= 0;
+    };
+    // Home 0 has chains 0 and 2, home 1 chains 1 and 3; there is room for three and two blocks, in TP for five of both in turns.
+    for (int i = 0; i < 3; ++i) {
+      CHECK_FALSE(kept(0, i));
+      CHECK_FALSE(kept(1, i));
+      CHECK(kept(2, i));
+      CHECK(kept(3, i) == (i < 2));
+    }
+  }
+}
+
 TEST_CASE("random use over many switches keeps every invariant") {
   const unsigned seed = std::random_device{}();
   INFO("seed " << seed);

@@ -137,6 +137,7 @@ TEST_CASE("exploring waits for a budget that holds the way there and back and a 
   const int steps = m.steps_to_decide(100000, {32});
   REQUIRE(steps > 0);
   CHECK_THAT(m.last_decision.record, Catch::Contains("ep unknown") && Catch::Contains("to learn its costs"));
+  CHECK_FALSE(m.last_decision.may_preempt);
   CHECK(0.01 * steps * 0.012 >= 0.06);
   for (int i = 0; i < 20000; ++i) m.step({32});
   CHECK(m.layout == Layout::kEp);

@@ -231,6 +231,7 @@ TEST_CASE("parameters out of range are refused by name and value") {
   refused([](SamplingParams& p) { p.min_p = 2; }, "min_p");
   refused([](SamplingParams& p) { p.presence_penalty = 3; }, "presence_penalty");
   refused([](SamplingParams& p) { p.repetition_penalty = 0; }, "repetition_penalty");
+  refused([](SamplingParams& p) { p.repetition_penalty = 1e-46; }, "repetition_penalty");  // 0 as a float
   refused([](SamplingParams& p) { p.n = 0; }, "n is 0");
   refused([](SamplingParams& p) { p.logprobs = 21; }, "logprobs");
   refused([](SamplingParams& p) { p.logprobs = -2; }, "logprobs");
