@@ -2,8 +2,6 @@
 
 #include <unistd.h>
 #include <cmath>
-#include <csignal>
-#include <cstdio>
 #include <filesystem>
 
 #include <fmt/format.h>
@@ -105,14 +103,13 @@ int32_t show_progress(void* user, int64_t done, int64_t total) {
   const int64_t percent = total > 0 ? done * 100 / total : 100;
   if (percent == last) return 0;
   last = percent;
-  fmt::print(stderr, "\rloading [{:<40}] {:3} %{}", std::string(static_cast<size_t>(percent * 2 / 5), '#'), percent, done == total ? "\n" : "");
-  std::fflush(stderr);
+  complain("\rloading [{:<40}] {:3} %{}", std::string(static_cast<size_t>(percent * 2 / 5), '#'), percent, done == total ? "\n" : "");
   return 0;
 }
 
 // What happens later the programs tell by the engine's events.
 void show_warning(void*, int32_t level, const char* category, const char* text) {
-  if (level <= MOEBIUS_LOG_WARNING && std::string_view(category) == "load") fmt::print(stderr, "warning: {}\n", text);
+  if (level <= MOEBIUS_LOG_WARNING && std::string_view(category) == "load") complain("warning: {}\n", text);
 }
 
 }  // namespace
@@ -125,25 +122,19 @@ moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& conf
 }
 
 int run_program(const char* name, const std::function<void()>& body) {
-  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of ours, never a signal
-  try {
+  return exit_status_of(name, [&] {
     body();
-    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
     return 0;
-  } catch (const BadInput& e) {
-    fmt::print(stderr, "{}: {}\n", name, e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "{}: {}\n", name, e.what());
-    return 1;
-  }
+  });
 }
 
 void parse_or_exit(CLI::App& app, int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    std::exit(app.exit(e) == 0 ? 0 : 2);
+    if (app.exit(e) != 0) std::exit(2);
+    flush_results();
+    std::exit(0);
   }
 }
 

@@ -6,15 +6,10 @@
 
 #include <CLI/CLI.hpp>
 
+#include "examples/common/program.h"
 #include "moebius/moebius.hpp"
 
 namespace moebius_examples {
-
-// Bad usage or bad input found before anything ran: exit status 2.
-class BadInput : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
 
 // What is checked before anything runs: the library's errors become BadInput.
 template <class Body>
@@ -50,7 +45,7 @@ moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& conf
 
 // Runs a program's body with the contract's exit status: 0, 2 for bad usage or input, 1 for a later failure.
 int run_program(const char* name, const std::function<void()>& body);
-// Parses, exiting with 0 after --help and 2 on bad usage.
+// Parses, exiting with 0 after --help and 2 on bad usage; to be called in run_program.
 void parse_or_exit(CLI::App& app, int argc, char** argv);
 
 }  // namespace moebius_examples

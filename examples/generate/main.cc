@@ -162,7 +162,7 @@ class Generate {
     }
     for (const Switch& s : switches_)
       if (s.step > last_step_)
-        fmt::print(stderr, "warning: the switch to {} at step {} was not reached, the last step was {}\n", s.to == MOEBIUS_LAYOUT_TP ? "tp" : "ep",
+        complain("warning: the switch to {} at step {} was not reached, the last step was {}\n", s.to == MOEBIUS_LAYOUT_TP ? "tp" : "ep",
                    s.step, last_step_);
   }
 
@@ -173,7 +173,7 @@ class Generate {
       tokenizer_.emplace(o_.engine.model);
     } catch (const moebius_cpp::Error& e) {
       if (o_.source == "--prompt") throw BadInput(e.what());
-      fmt::print(stderr, "warning: {}\n", e.what());  // ids do without it
+      complain("warning: {}\n", e.what());  // ids do without it
     }
   }
 
@@ -251,7 +251,7 @@ class Generate {
       if (!o_.logits_out.empty()) r->logits = engine_->take_logits(e.request);
       row["reason"] = kFinish[e.finish_reason];
       if (e.finish_reason == MOEBIUS_FINISH_ERROR)
-        fmt::print(stderr, "warning: request {} ended with an error: {}\n", r->prompt->id.dump(), e.reason);
+        complain("warning: request {} ended with an error: {}\n", r->prompt->id.dump(), e.reason);
     }
     if (e.type >= MOEBIUS_EVENT_SWITCH_STARTED) {
       row["from"] = e.from == MOEBIUS_LAYOUT_TP ? "tp" : "ep";
@@ -263,8 +263,8 @@ class Generate {
         row["seconds"] = e.seconds;
       }
       if (e.reason[0] != '\0') row["reason"] = e.reason;
-      if (e.type == MOEBIUS_EVENT_SWITCH_REFUSED) fmt::print(stderr, "warning: step {}: switch refused: {}\n", e.step, e.reason);
-      if (e.type == MOEBIUS_EVENT_ROLLED_BACK) fmt::print(stderr, "warning: step {}: switch rolled back: {}\n", e.step, e.reason);
+      if (e.type == MOEBIUS_EVENT_SWITCH_REFUSED) complain("warning: step {}: switch refused: {}\n", e.step, e.reason);
+      if (e.type == MOEBIUS_EVENT_ROLLED_BACK) complain("warning: step {}: switch rolled back: {}\n", e.step, e.reason);
     }
     write_event(row);
   }
@@ -293,7 +293,7 @@ class Generate {
         fmt::print("{}\n", tokenizer_->decode(ids, true));
         return;
       } catch (const moebius_cpp::Error& e) {  // an id of a padded vocabulary
-        fmt::print(stderr, "moebius-generate: request {} as ids: {}\n", r.prompt->key, e.what());
+        complain("moebius-generate: request {} as ids: {}\n", r.prompt->key, e.what());
       }
     }
     fmt::print("{}\n", fmt::join(r.tokens, " "));

@@ -39,7 +39,7 @@ json model_facts(const ModelConfig& model, const std::string& path) {
           {"vocab", model.vocab_size},      {"context", model.max_position_embeddings}, {"tied_embeddings", model.tie_word_embeddings}};
 }
 
-void warn(const std::string& text) { fmt::print(stderr, "warning: {}\n", text); }
+void warn(const std::string& text) { moebius_examples::complain("warning: {}\n", text); }
 
 // "match", "none" (config.json alone), or what is wrong.
 std::string compare_tensors(const std::string& path, const ModelConfig& model) {

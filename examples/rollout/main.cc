@@ -90,7 +90,7 @@ class Study {
         Choice& choice = choices_[(static_cast<size_t>(round) + i) % choices_.size()];  // none is always the first
         Run run = serve(engine_, load, choice, ++salt_);
         const Figures f = figures_of(run, {1e-3 * o_.target_first_ms, 1e-3 * o_.target_gap_ms});
-        fmt::print(stderr, "{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",
+        complain("{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",
                    concurrency > 0 ? fmt::format("{} at a time, ", concurrency) : "", round, o_.rounds, choice.name, run.tokens,
                    run.seconds, f.switches);
         if (!choice.fixed && concurrency > 0) choice.start = run.end;

@@ -90,7 +90,9 @@ struct Interrupted {};
 
 moebius_cpp::Engine load_or_stop(const EngineOptions& options, moebius_cpp::Config& config) {
   try {
-    return load(options, config, asked_to_stop);
+    auto engine = load(options, config, asked_to_stop);
+    if (asked_to_stop()) throw Interrupted();  // since the last weights came
+    return engine;
   } catch (const moebius_cpp::Error& e) {
     if (e.code() == MOEBIUS_E_CANCELLED) throw Interrupted();
     throw;
@@ -150,16 +152,16 @@ void serve(Options options) {
   Service service(engine, broker, serving, service_options);
   service.attach(server);
 
+  fmt::print("{}\n", address(options.host, port));
+  std::fflush(stdout);
   std::atomic<bool> lost{false};  // the listening socket
   std::thread listener([&] {
     lost = !server.listen_after_bind();
     if (lost) kill(getpid(), SIGTERM);
   });
-  fmt::print("{}\n", address(options.host, port));
-  std::fflush(stdout);
   int signal = 0;
   sigwait(&signals, &signal);
-  fmt::print(stderr, "moebius-serve: stopping; running requests have {} s\n", options.drain_s);
+  complain("moebius-serve: stopping; running requests have {} s\n", options.drain_s);
   service.drain(milliseconds(options.drain_s));
   server.stop_all();
   listener.join();
@@ -169,15 +171,15 @@ void serve(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Serves a model over HTTP as OpenAI does, and switches between tensor and expert parallelism while requests run."};
-  Options options;
-  options.add_to(app);
-  parse_or_exit(app, argc, argv);
   return run_program("moebius-serve", [&] {
+    CLI::App app{"Serves a model over HTTP as OpenAI does, and switches between tensor and expert parallelism while requests run."};
+    Options options;
+    options.add_to(app);
+    parse_or_exit(app, argc, argv);
     try {
       serve(options);
     } catch (const Interrupted&) {
-      fmt::print(stderr, "moebius-serve: stopped while loading\n");
+      complain("moebius-serve: stopped while loading\n");
     }
   });
 }
