@@ -1,21 +1,11 @@
 #include "examples/common/options.h"
 
 #include <unistd.h>
-#include <cmath>
 #include <filesystem>
 
 #include <fmt/format.h>
 
 namespace moebius_examples {
-
-CLI::Validator at_least(int64_t least) {
-  return {[least](std::string& text) {
-            double value = 0;
-            const bool right = CLI::detail::lexical_cast(text, value) && value >= static_cast<double>(least) && std::isfinite(value);
-            return right ? std::string() : fmt::format("{} is not at least {}", text, least);
-          },
-          fmt::format("≥ {}", least), "at least"};
-}
 
 std::string folder_name(const std::string& dir) {
   const auto path = std::filesystem::absolute(dir).lexically_normal();
@@ -40,11 +30,11 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
   app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(at_least(1))->capture_default_str();
+  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(CLI::Range(1, 1 << 16))->capture_default_str();
   app.add_option("--chunk-tokens", chunk_tokens, "prompt tokens that a step takes over all requests")
       ->check(at_least(1))
       ->capture_default_str();
-  app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(at_least(1))->capture_default_str();
+  app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   app.add_option("--max-queue", max_queue, "waiting requests; what is beyond waits outside")->check(at_least(1))->capture_default_str();
   app.add_option("--kv-tokens", kv_tokens, "KV tokens at most, over all ranks (0: as many as the memory holds)")
       ->check(at_least(0))
@@ -69,12 +59,13 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
       ->default_str("the variant's");
   app.add_flag("--policy-shadow", policy_shadow, "decide and record, but do not switch");
   app.add_option("--policy-explore", policy_explore, "measured: share of the time that may be spent elsewhere than its rule says")
-      ->check(CLI::Range(0.0, 0.5))
+      ->check(within(0, 0.5))
       ->capture_default_str();
   app.add_option("--policy-calibrate-ms", policy_calibrate_ms, "measured: time at start-up that teaches the costs of both layouts")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--policy-file", policy_file, "measured: where learned costs are read from, and written to at the end");
+  app.add_option("--policy-file", policy_file, "measured: where learned costs are read from, and written to at the end")
+      ->default_str("none");
 }
 
 moebius_cpp::Config EngineOptions::config() const {
@@ -107,9 +98,10 @@ int32_t show_progress(void* user, int64_t done, int64_t total) {
   return 0;
 }
 
-// What happens later the programs tell by the engine's events.
+// Of the load and of a policy's file; other things that happen the programs tell by the engine's events.
 void show_warning(void*, int32_t level, const char* category, const char* text) {
-  if (level <= MOEBIUS_LOG_WARNING && std::string_view(category) == "load") complain("warning: {}\n", text);
+  const std::string_view of = category;
+  if (level <= MOEBIUS_LOG_WARNING && (of == "load" || of == "policy")) complain("warning: {}\n", text);
 }
 
 }  // namespace

@@ -4,8 +4,7 @@
 #include <functional>
 #include <string>
 
-#include <CLI/CLI.hpp>
-
+#include "examples/common/checks.h"
 #include "examples/common/program.h"
 #include "moebius/moebius.hpp"
 
@@ -20,9 +19,6 @@ auto before_running(Body&& body) {
     throw BadInput(e.what());
   }
 }
-
-// A flag's check, with a message that is shorter than CLI11's.
-CLI::Validator at_least(int64_t least);
 
 // The last part of a path, "." and a slash at its end included.
 std::string folder_name(const std::string& dir);

@@ -211,7 +211,7 @@ int main(int argc, char** argv) {
     o.engine.add_to(app, false);
     app.get_option("--model")->default_str("the shipped one");
     app.get_option("--layout")->description("layout in which the switching run starts: tp or ep");
-    app.add_option("--seed", o.engine.seed, "seed of the engine")->capture_default_str();
+    app.add_option("--seed", o.engine.seed, "seed of the engine")->check(fits_int64())->capture_default_str();
     app.add_option("--requests", o.requests, "requests of the burst")->check(CLI::Range(1, 100000))->capture_default_str();
     app.add_option("--few", o.few, "the switching run goes to TP when no more are running, and to EP before")
         ->check(at_least(0))

@@ -40,7 +40,13 @@ expect 2 "--seam: -1 is not at least 0" $generate --prompt-ids 1 --seam -1
 expect 2 "--stall-budget-ms: inf" $generate --prompt-ids 1 --stall-budget-ms inf
 expect 2 "4096" $generate --prompt-ids 1 --threads 4096 --ranks 4
 expect 2 "1024" $generate --prompt-ids 1,1024
-expect 2 "--switch-at" $generate --prompt-ids 1 --switch-at 3:xy
+expect 2 "no token id" $generate --prompt-ids 1,
+expect 2 "64 bits" $generate --prompt-ids 1 --seed 9223372036854775808
+expect 2 "64 bits" $generate --prompt-ids 1 --sampling-seed -9223372036854775809
+expect 2 "2^60" $generate --prompt-ids 1 --memory-bytes 9223372036854775807
+expect 2 "nan" $generate --prompt-ids 1 --policy-explore nan
+for switches in 3:xy 3:tp, 9223372036854775808:tp; do expect 2 "--switch-at" $generate --prompt-ids 1 --switch-at "$switches"; done
+expect 2 "same file" $generate --prompt-ids 1 --events "$work/both" --logits-out "$work/./both"
 expect 2 "--seam" $generate --prompt-ids 1 --seam 7
 expect 2 "cannot write" $generate --prompt-ids 1 --events "$work/none/e"
 expect 2 "cannot write" $generate --prompt-ids 1 --logits-out "$work/none/l"
@@ -105,6 +111,14 @@ $warned >"$work/r2" 2> >(:); unsaid $? "a dead pipe"
 run --ranks 2 --switch-at 4:ep,4:tp,4:ep --events "$work/ev" --logits-out "$work/l2" >"$work/r2"
 [ "$(grep -c '"step":4,"type":"switch_finished"' "$work/ev")" -eq 3 ] || fail "of three switches at one step some are lost"
 cmp -s "$work/r1" "$work/r2" && cmp -s "$work/l" "$work/l2" || fail "three switches at one step change something"
+run --ranks 2 --switch-at "4:ep$(printf ',4:tp,4:ep%.0s' $(seq 50))" --events "$work/ev" >"$work/r2"
+[ "$(grep -c '"step":4,"type":"switch_finished"' "$work/ev")" -eq 101 ] || fail "of 101 switches at one step some are lost"
+cmp -s "$work/r1" "$work/r2" || fail "101 switches at one step change something"
+$generate --prompts "$work/p.jsonl" --format json --switch-at "4:ep$(printf ',4:tp,4:ep%.0s' $(seq 50))" --events /dev/full >"$work/r2" 2>"$work/err"
+[ $? -eq 1 ] && cmp -s "$work/r1" "$work/r2" || fail "events on a full disk: no status 1, or records are lost"
+echo '{' >"$work/costs"
+$generate --prompt-ids 1 --policy measured --ranks 2 --policy-file "$work/costs" >/dev/null 2>"$work/err" || fail "a broken policy file"
+grep -q "warning: .*costs" "$work/err" || fail "a broken policy file is not named"
 printf '{"id":1,"prompt_ids":[1],"ignore_eos":true,"max_tokens":3}\n{"id":2,"prompt_ids":[2],"ignore_eos":true,"max_tokens":3}\n' >"$work/p.jsonl"
 run --max-batch 1 >"$work/r3"
 [ "$(wc -l <"$work/r3")" -eq 2 ] || fail "a small batch drops requests"
