@@ -42,6 +42,7 @@ void Options::add_to(CLI::App& app) {
   app.add_option("--host", host, "address to listen on")->capture_default_str();
   app.add_option("--port", port, "port to listen on (0: any free one)")->check(CLI::Range(0, 65535))->capture_default_str();
   auto* key = app.add_option("--api-key", api_key, "asked of clients of /v1; seen by who lists processes: better --api-key-file")
+                  ->check([](const std::string& text) { return std::string(text.empty() ? "an empty key is none" : ""); })
                   ->default_str("none");
   app.add_option("--api-key-file", api_key_file, "file whose first line is the key")->excludes(key)->default_str("none");
   app.add_option("--served-model-name", model_name, "name that clients give as model")->default_str("the model folder's");

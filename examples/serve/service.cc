@@ -69,6 +69,18 @@ bool equal_in_constant_time(const std::string& given, const std::string& key) {
   return difference == 0;
 }
 
+bool has_key(const httplib::Request& req, const std::string& key) {
+  const std::string given = req.get_header_value("Authorization"), scheme = "Bearer ";
+  return strncasecmp(given.c_str(), scheme.c_str(), scheme.size()) == 0 && equal_in_constant_time(given.substr(scheme.size()), key);
+}
+
+// Whatever parameters it has.
+bool is_json(const std::string& type) {
+  std::string kind = type.substr(0, type.find(';'));
+  kind.erase(kind.find_last_not_of(" \t") + 1);
+  return strcasecmp(kind.c_str(), "application/json") == 0;
+}
+
 bool expects_body(const httplib::Request& req) { return req.has_header("Content-Length") || req.has_header("Transfer-Encoding"); }
 
 std::string event(const json& data) { return "data: " + text_of(data) + "\n\n"; }
@@ -214,8 +226,7 @@ Server::HandlerResponse Service::admit(const Request& req, Response& res) {
       res.set_header("Allow", route.get && route.post ? "GET, HEAD, POST" : route.get ? "GET, HEAD" : "POST");
       throw HttpError(405, req.method + " is not for " + req.path, "", "method_not_allowed");
     }
-    if (!options_.api_key.empty() && req.path.rfind("/v1/", 0) == 0 &&
-        !equal_in_constant_time(req.get_header_value("Authorization"), "Bearer " + options_.api_key))
+    if (!options_.api_key.empty() && req.path.rfind("/v1/", 0) == 0 && !has_key(req, options_.api_key))
       throw HttpError(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "", "invalid_api_key");
     if (writes) {
       check_body_headers(req);
@@ -232,7 +243,7 @@ Server::HandlerResponse Service::admit(const Request& req, Response& res) {
 
 void Service::check_body_headers(const Request& req) const {
   // Other types can be sent by any web page without the browser asking first.
-  if (req.get_header_value("Content-Type").rfind("application/json", 0) != 0) throw HttpError(415, "Content-Type must be application/json");
+  if (!is_json(req.get_header_value("Content-Type"))) throw HttpError(415, "Content-Type must be application/json");
   if (req.has_header("Content-Length") && req.get_header_value<uint64_t>("Content-Length") > options_.max_body_bytes)
     throw HttpError(413, fmt::format("the body has more than {} bytes (--max-body-bytes)", options_.max_body_bytes));
 }
