@@ -17,9 +17,11 @@
 
 #include "examples/bench/floor.h"
 #include "examples/bench/profile.h"
+#include "examples/common/checks.h"
 #include "examples/common/inner_main.h"
 #include "examples/common/shapes.h"
 #include "examples/common/statistics.h"
+#include "examples/common/strict_json.h"
 #include "lib/comm/waits.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
@@ -463,7 +465,7 @@ class Bench {
   static std::string key_of(const json& row) {
     std::string key;
     for (const char* k : {"what", "shape", "batch", "tokens", "context", "ranks", "threads", "layout", "from", "to", "part", "stall_budget_ms"})
-      key += row.contains(k) ? row[k].dump() + "|" : "|";
+      key += row.contains(k) ? moebius_examples::line_of(row[k]) + "|" : "|";
     return key;
   }
 
@@ -493,7 +495,7 @@ class Bench {
       row["earlier_spread"] = *high / *low;
     }
     if (o_.format == "json") {
-      fmt::print("{}\n", row.dump());
+      fmt::print("{}\n", moebius_examples::line_of(row));
     } else if (row["tokens_per_second"].is_number()) {
       fmt::print("{:8} {:2} batch {:4} tokens {:5} context {:5}  P={} T={} {}  {:9.1f} tok/s", row["what"].get<std::string>(),
                  row["shape"].get<std::string>(), row["batch"].get<int>(), row["tokens"].get<int>(), row["context"].get<int>(), row["ranks"].get<int>(),
@@ -586,7 +588,7 @@ int run(int argc, char** argv) {
   switches->add_option("--requests", o.requests, "live requests")->check(CLI::Range(1, 65536))->capture_default_str();
   switches->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   switches->add_option("--stall-budget-ms", o.budgets, "instead: the gap between tokens while a switch moves, for each budget (0: at once)")
-      ->delimiter(',')->check(CLI::NonNegativeNumber);
+      ->delimiter(',')->check(moebius_examples::at_least(0))->default_str("none");
   switches->add_option("--max-steps", o.max_switch_steps, "with --stall-budget-ms: most steps of one switch")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   auto* sampling = common(app.add_subcommand("sampling", "choosing a token from a row of logits; no model runs"));
   sampling->add_option("--vocab", o.vocab, "tokens of the vocabulary")->check(CLI::Range(64, 1 << 24))->capture_default_str();

@@ -212,6 +212,9 @@ expect 2 "no-such-model" "$bin/moebius-demo" --model "$work/no-such-model"
 expect 2 "bytes short" "$bin/moebius-demo" --page-tokens 1024 --memory-bytes 4000000
 expect 2 "config.json" "$bin/moebius-bench" decode --model "$work/no-such-model"
 expect 2 "" "$bin/moebius-bench" decode --model "$model" --ranks 5
+expect 2 "nan" "$bin/moebius-bench" switch --model "$model" --stall-budget-ms nan
+ln -s "$model" "$work/"$'\xff'
+prints '"what":"load"' "bench of a folder whose name is no UTF-8" "$bin/moebius-bench" load --model "$work/"$'\xff' --rounds 1 --format json
 
 "$bin/moebius-demo" --requests 12 --layout ep >"$work/demo" 2>"$work/progress" || fail "demo"
 grep -q 'EP → TP under load' "$work/progress" || fail "the demo's switching run does not begin in --layout ep"
