@@ -25,7 +25,8 @@ inline CLI::Validator at_least(int64_t least) {
   return {[least](std::string& text) {
             double value = 0;
             const bool right = CLI::detail::lexical_cast(text, value) && value >= static_cast<double>(least);
-            return right && value <= 0x1p60 ? std::string() : fmt::format("{} is not at least {}{}", text, least, right ? " and at most 2^60" : "");
+            return right && value <= 0x1p60 ? std::string()
+                                            : fmt::format("{} is not at least {}{}", text, least, right ? " and at most 2^60" : "");
           },
           fmt::format("≥ {}", least), "at least"};
 }
@@ -33,7 +34,7 @@ inline CLI::Validator at_least(int64_t least) {
 inline CLI::Validator fits_int64() {
   return {[](std::string& text) {
             errno = 0;
-            std::strtoll(text.c_str(), nullptr, 10);
+            std::strtoll(text.c_str(), nullptr, 0);
             return errno == 0 ? std::string() : text + " does not fit in 64 bits";
           },
           "", "fits"};

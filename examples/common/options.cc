@@ -30,7 +30,9 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
   app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(CLI::Range(1, 1 << 16))->capture_default_str();
+  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
   app.add_option("--chunk-tokens", chunk_tokens, "prompt tokens that a step takes over all requests")
       ->check(at_least(1))
       ->capture_default_str();

@@ -31,12 +31,13 @@ class OutputFile {
   explicit operator bool() const { return file_ != nullptr; }
   // Devices and pipes take what several write.
   bool is_same_file(const OutputFile& other) const {
-    struct stat a {}, b {};
-    return file_ != nullptr && other.file_ != nullptr && fstat(fileno(file_), &a) == 0 && fstat(fileno(other.file_), &b) == 0 && S_ISREG(a.st_mode) &&
-           a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+    struct stat a, b;
+    return file_ != nullptr && other.file_ != nullptr && fstat(fileno(file_), &a) == 0 && fstat(fileno(other.file_), &b) == 0 &&
+           S_ISREG(a.st_mode) && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
   }
   void start() {
-    if (file_ != nullptr && ftruncate(fileno(file_), 0) != 0 && errno != EINVAL) throw std::runtime_error("cannot write " + path_);  // EINVAL: a pipe
+    if (file_ != nullptr && ftruncate(fileno(file_), 0) != 0 && errno != EINVAL)
+      throw std::runtime_error("cannot write " + path_);  // EINVAL: a pipe
   }
   void write(const void* data, size_t bytes) { std::fwrite(data, 1, bytes, file_); }
   void close() {

@@ -66,7 +66,8 @@ class Run {
       take_events();
       const moebius_stats s = engine_->stats();
       // Many at once are served sooner by expert parallelism, a few stragglers by tensor parallelism.
-      const moebius_layout better = submitted_ == o_.requests && s.waiting == 0 && s.running <= o_.few ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
+      const moebius_layout better =
+          submitted_ == o_.requests && s.waiting == 0 && s.running <= o_.few ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
       if (switches_ && better != wished) engine_->request_switch(wished = better);
       if (seconds_since(shown) > (o_.live ? 0.1 : 1.0)) show(s), shown = Clock::now();
     }
@@ -123,8 +124,8 @@ class Run {
     std::string seam(static_cast<size_t>(s.seam), 'T');
     seam.resize(static_cast<size_t>(layers_), 'E');
     const double rate = static_cast<double>(result_.generated) / seconds_since(begin_);
-    complain("{}  {:10} running {:3}  waiting {:3}  layers {}  {:8.0f} tokens/s{}", o_.live ? "\r" : "", name_, s.running, s.waiting, seam, rate,
-               o_.live ? "   " : "\n");
+    complain("{}  {:10} running {:3}  waiting {:3}  layers {}  {:8.0f} tokens/s{}", o_.live ? "\r" : "", name_, s.running, s.waiting, seam,
+             rate, o_.live ? "   " : "\n");
   }
 
   const Options& o_;
@@ -144,8 +145,8 @@ class Run {
 
 void demo(const Options& o) {
   const moebius_cpp::Tokenizer tokenizer = before_running([&] { return moebius_cpp::Tokenizer(o.engine.model); });
-  complain("{} requests arrive at once, most short, a few long; {} ranks; sampled at temperature 0.8 with a seed of its own each.\n\n", o.requests,
-             o.engine.ranks);
+  complain("{} requests arrive at once, most short, a few long; {} ranks; sampled at temperature 0.8 with a seed of its own each.\n\n",
+           o.requests, o.engine.ranks);
   struct Kind {
     const char* name;
     std::string layout;

@@ -139,7 +139,7 @@ class Generate {
     for (const Switch& s : switches_)
       if (s.step > last_step_)
         complain("warning: the switch to {} at step {} was not reached, the last step was {}\n", s.to == MOEBIUS_LAYOUT_TP ? "tp" : "ep",
-                   s.step, last_step_);
+                 s.step, last_step_);
   }
 
   void load_tokenizer() {
@@ -313,7 +313,8 @@ class Generate {
 
 void add_sampling(CLI::App& app, SamplingKeys& keys) {
   const auto integer = [&](const char* flag, const char* key, const char* doc, const char* shown) {
-    app.add_option_function<int64_t>(flag, [&keys, key](const int64_t& v) { keys[key] = v; }, doc)
+    app.add_option_function<int64_t>(
+           flag, [&keys, key](const int64_t& v) { keys[key] = v; }, doc)
         ->check(fits_int64())
         ->default_str(shown)
         ->group("Sampling");

@@ -95,7 +95,8 @@ int start(int argc, char** argv) {
       ->capture_default_str();
   app.add_flag("--sweep", o.sweep, "some 10,000 variants of the cluster and the load by the step model; the workload for two of them");
   app.add_flag("--published", o.published, "predictions beside published figures, with the error; says which figures were fitted");
-  app.add_option("--fit", o.fit, "JSON lines of moebius-bench: fits the cluster's efficiencies to half of them and judges by the other half")
+  app.add_option("--fit", o.fit,
+                 "JSON lines of moebius-bench: fits the cluster's efficiencies to half of them and judges by the other half")
       ->default_str("none");
   app.add_option("--fit-shape", o.fit_shape, "with --fit: fit on rows of this shape only, judge by the others")
       ->default_str("every other group of rows");

@@ -42,8 +42,10 @@ class Study {
       if (c.fixed) c.start = layout_of(name);
       engine_.set_policy(c.policy);  // refuses a bad one; each run sets its own
     }
-    const int64_t longest = o.load.prompt.sigma > 0 ? o.load.prompt.most : o.load.prompt.median;
-    moebius_cpp::Request r(std::vector<int32_t>(static_cast<size_t>(std::min(longest, int64_t{engine_.model().max_context}))));
+    // The longest request too; one whose prompt fills the context has no room for an answer already.
+    const int64_t longest =
+        std::min<int64_t>(o.load.prompt.sigma > 0 ? o.load.prompt.most : o.load.prompt.median, engine_.model().max_context);
+    moebius_cpp::Request r(std::vector<int32_t>(static_cast<size_t>(longest)));
     r.set("max_tokens", o.load.answer.most);
     engine_.validate(r);
   }
@@ -101,8 +103,8 @@ class Study {
         Run run = serve(engine_, load, choice, ++salt_);
         const Figures f = figures_of(run, {1e-3 * o_.target_first_ms, 1e-3 * o_.target_gap_ms});
         complain("{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",
-                   concurrency > 0 ? fmt::format("{} at a time, ", concurrency) : "", round, o_.rounds, choice.name, run.tokens,
-                   run.seconds, f.switches);
+                 concurrency > 0 ? fmt::format("{} at a time, ", concurrency) : "", round, o_.rounds, choice.name, run.tokens, run.seconds,
+                 f.switches);
         if (!choice.fixed && concurrency > 0) choice.start = run.end;
         if (round == 0) continue;
         if (o_.format == "json") print_run(f, choice.name, round, concurrency);

@@ -1,5 +1,6 @@
 #include "examples/serve/service.h"
 
+#include <strings.h>
 #include <ctime>
 #include <random>
 
@@ -43,11 +44,9 @@ const Route& route_of(const std::string& path) {
   throw HttpError(404, "there is no " + path, "", "not_found");
 }
 
-std::string text_of(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
-
 void set_json(httplib::Response& res, int status, const json& body) {
   res.status = status;
-  res.set_content(text_of(body) + "\n", "application/json");
+  res.set_content(line_of(body) + "\n", "application/json");
 }
 
 void set_error(httplib::Response& res, const HttpError& error) {
@@ -83,7 +82,7 @@ bool is_json(const std::string& type) {
 
 bool expects_body(const httplib::Request& req) { return req.has_header("Content-Length") || req.has_header("Transfer-Encoding"); }
 
-std::string event(const json& data) { return "data: " + text_of(data) + "\n\n"; }
+std::string event(const json& data) { return "data: " + line_of(data) + "\n\n"; }
 
 // Ids of two runs of the server do not meet.
 std::string random_prefix() {
