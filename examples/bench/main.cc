@@ -17,10 +17,12 @@
 
 #include "examples/bench/floor.h"
 #include "examples/bench/profile.h"
+#include "examples/common/checks.h"
 #include "examples/common/device_trace.h"
 #include "examples/common/inner_main.h"
 #include "examples/common/shapes.h"
 #include "examples/common/statistics.h"
+#include "examples/common/strict_json.h"
 #include "lib/comm/waits.h"
 #include "lib/cpu/cpu_ops.h"
 #include "lib/runtime/engine_impl.h"
@@ -193,12 +195,12 @@ class Bench {
       row["context"] = o_.context;
       add_speed(row, batch / median(seconds), batch / median(floors), rates);
       print(row);
-      if (profiles_ops()) print_profile(seconds, e->impl().world(), rates);
+      if (profiles_ops()) print_profile(row, seconds, e->impl().world(), rates);
       if (!profiles_device()) continue;
       DeviceTrace trace;
       seconds.clear();
       for (int i = 0; i < kTracedSteps; ++i) seconds.push_back(e->step().seconds), drain(*e);
-      print_trace(trace.stop(), seconds);
+      print_trace(row, trace.stop(), seconds);
     }
   }
 
@@ -207,8 +209,15 @@ class Bench {
   bool profiles_device() const { return o_.profile && o_.device != "cpu"; }
   static constexpr int kTracedSteps = 8;
 
+  // A line of a profile: the run's row, with an op's figures.
+  void print_op(json row, const json& figures) {
+    row["what"] = "profile";
+    row.update(figures);
+    fmt::print("{}\n", moebius_examples::line_of(row));
+  }
+
   // Per step: what each kernel adds to it, and where none runs. Ranks that work side by side share one line.
-  void print_trace(const std::vector<DeviceRun>& runs, const std::vector<double>& steps) {
+  void print_trace(const json& row, const std::vector<DeviceRun>& runs, const std::vector<double>& steps) {
     const auto n = static_cast<double>(steps.size());
     double total = 0, added = 0;
     for (double s : steps) total += s;
@@ -216,8 +225,7 @@ class Bench {
       added += k.added;
       const double each = k.runs > 0 ? k.seconds / static_cast<double>(k.runs) : 0;
       if (o_.format == "json")
-        fmt::print("{}\n", json{{"what", "profile"}, {"op", k.name}, {"seconds", k.added / n}, {"share", k.added / total},
-                                {"runs", static_cast<double>(k.runs) / n}, {"seconds_each", each}}.dump());
+        print_op(row, {{"op", k.name}, {"seconds", k.added / n}, {"share", k.added / total}, {"runs", static_cast<double>(k.runs) / n}, {"seconds_each", each}});
       else
         fmt::print("    {:40} {:9.3f} ms {:5.1f} %  {:7.1f} runs of {:8.2f} us\n", k.name, 1e3 * k.added / n, 100 * k.added / total,
                    static_cast<double>(k.runs) / n, 1e6 * each);
@@ -227,17 +235,15 @@ class Bench {
   }
 
   // Per step and thread; what is no op (plan, barriers, sampling, waiting) is the rest.
-  void print_profile(const std::vector<double>& steps, const World& world, const Rates& rates) {
+  void print_profile(const json& row, const std::vector<double>& steps, const World& world, const Rates& rates) {
     double total = 0, inside = 0;
     for (double s : steps) total += s;
     const double per_step = 1.0 / static_cast<double>(steps.size());
     const auto print_line = [&](const char* name, double seconds, double bytes, double flops) {
       const double floor = std::max(bytes / rates.read, flops / rates.flops);
-      if (o_.format == "json") {
-        fmt::print("{}\n", json{{"what", "profile"}, {"op", name}, {"seconds", seconds * per_step}, {"share", seconds / total}, {"bytes", bytes * per_step},
-                                {"flops", flops * per_step}, {"share_of_floor", seconds > 0 ? floor / seconds : 0}}.dump());
-        return;
-      }
+      if (o_.format == "json")
+        return print_op(row, {{"op", name}, {"seconds", seconds * per_step}, {"share", seconds / total}, {"bytes", bytes * per_step},
+                              {"flops", flops * per_step}, {"share_of_floor", seconds > 0 ? floor / seconds : 0}});
       fmt::print("    {:17} {:9.3f} ms {:5.1f} %", name, 1e3 * seconds * per_step, 100 * seconds / total);
       if (floor > 0)
         fmt::print("  {:8.1f} MB {:6.1f} GB/s  {:8.2f} GFLOP {:7.1f} GFLOP/s  {:5.1f} % of its floor", bytes * per_step / 1e6, bytes / seconds / 1e9,
@@ -289,8 +295,8 @@ class Bench {
     row["tokens"] = tokens;
     add_speed(row, tokens / median(seconds), tokens / median(floors), rates);
     print(row);
-    if (profiles_ops()) print_profile(steps, e->impl().world(), rates);
-    if (trace) print_trace(trace->stop(), steps);
+    if (profiles_ops()) print_profile(row, steps, e->impl().world(), rates);
+    if (trace) print_trace(row, trace->stop(), steps);
   }
 
   Layout flipped(int i) const { return (o_.layout == "tp") == (i % 2 == 0) ? Layout::kEp : Layout::kTp; }
@@ -506,7 +512,7 @@ class Bench {
   static std::string key_of(const json& row) {
     std::string key;
     for (const char* k : {"what", "shape", "batch", "tokens", "context", "ranks", "threads", "layout", "from", "to", "part", "stall_budget_ms"})
-      key += row.contains(k) ? row[k].dump() + "|" : "|";
+      key += row.contains(k) ? moebius_examples::line_of(row[k]) + "|" : "|";
     return key;
   }
 
@@ -536,7 +542,7 @@ class Bench {
       row["earlier_spread"] = *high / *low;
     }
     if (o_.format == "json") {
-      fmt::print("{}\n", row.dump());
+      fmt::print("{}\n", moebius_examples::line_of(row));
     } else if (row["tokens_per_second"].is_number()) {
       fmt::print("{:8} {:2} batch {:4} tokens {:5} context {:5}  P={} T={} {}  {:9.1f} tok/s", row["what"].get<std::string>(),
                  row["shape"].get<std::string>(), row["batch"].get<int>(), row["tokens"].get<int>(), row["context"].get<int>(), row["ranks"].get<int>(),
@@ -629,7 +635,7 @@ int run(int argc, char** argv) {
   switches->add_option("--requests", o.requests, "live requests")->check(CLI::Range(1, 65536))->capture_default_str();
   switches->add_option("--context", o.context, "tokens of KV per request")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   switches->add_option("--stall-budget-ms", o.budgets, "instead: the gap between tokens while a switch moves, for each budget (0: at once)")
-      ->delimiter(',')->check(CLI::NonNegativeNumber);
+      ->delimiter(',')->check(moebius_examples::at_least(0))->default_str("none");
   switches->add_option("--max-steps", o.max_switch_steps, "with --stall-budget-ms: most steps of one switch")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   auto* sampling = common(app.add_subcommand("sampling", "choosing a token from a row of logits; no model runs"));
   sampling->add_option("--vocab", o.vocab, "tokens of the vocabulary")->check(CLI::Range(64, 1 << 24))->capture_default_str();

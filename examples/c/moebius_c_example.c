@@ -4,6 +4,7 @@
 #define _POSIX_C_SOURCE 200809L
 #include <moebius/moebius.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -90,26 +91,32 @@ static int serve(struct host *h, moebius_error **err) {
   return 1;
 }
 
-int main(int argc, char **argv) {
+/* The exit status: 2 where the model cannot be had, 1 where it failed later. */
+static int run(const char *program, const char *model) {
   static const char *const prompts[REQUESTS] = {"ROMEO:", "First Citizen:\n", "What say you", "The king"};
   struct host h;
   moebius_error *err = NULL;
-  int i, ok;
-  if (argc != 2) {
-    fprintf(stderr, "usage: %s MODEL_DIR\n", argv[0]);
-    return 2;
-  }
+  int i, opened, ok;
   memset(&h, 0, sizeof h);
   h.left = REQUESTS;
-  ok = open_host(&h, argv[1], &err);
+  ok = opened = open_host(&h, model, &err);
   for (i = 0; ok && i < REQUESTS; ++i) ok = submit(&h, &h.streams[i], prompts[i], i == CANCELLED ? 1000 : 60, &err);
   ok = ok && serve(&h, &err);
-  if (!ok) fprintf(stderr, "%s: %s\n", argv[0], moebius_error_message(err));
+  if (!ok) fprintf(stderr, "%s: %s\n", program, moebius_error_message(err));
   moebius_error_destroy(err);
   close_host(&h);
-  if (ok && (fflush(stdout) != 0 || ferror(stdout))) {
+  return ok ? 0 : opened ? 1 : 2;
+}
+
+int main(int argc, char **argv) {
+  const int help = argc == 2 && strcmp(argv[1], "--help") == 0;
+  int status = 0;
+  signal(SIGPIPE, SIG_IGN); /* a closed pipe is an error, no end */
+  if (help || argc != 2) fprintf(help ? stdout : stderr, "usage: %s MODEL_DIR\n", argv[0]);
+  if (!help) status = argc == 2 ? run(argv[0], argv[1]) : 2;
+  if (status == 0 && (fflush(stdout) != 0 || ferror(stdout))) {
     fprintf(stderr, "cannot write to standard output\n");
-    ok = 0;
+    status = 1;
   }
-  return ok ? 0 : 1;
+  return status;
 }

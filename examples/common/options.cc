@@ -1,23 +1,11 @@
 #include "examples/common/options.h"
 
 #include <unistd.h>
-#include <cmath>
-#include <csignal>
-#include <cstdio>
 #include <filesystem>
 
 #include <fmt/format.h>
 
 namespace moebius_examples {
-
-CLI::Validator at_least(int64_t least) {
-  return {[least](std::string& text) {
-            double value = 0;
-            const bool right = CLI::detail::lexical_cast(text, value) && value >= static_cast<double>(least) && std::isfinite(value);
-            return right ? std::string() : fmt::format("{} is not at least {}", text, least);
-          },
-          fmt::format("≥ {}", least), "at least"};
-}
 
 std::string folder_name(const std::string& dir) {
   const auto path = std::filesystem::absolute(dir).lexically_normal();
@@ -42,11 +30,13 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
   app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")->check(at_least(1))->capture_default_str();
+  app.add_option("--page-tokens", page_tokens, "tokens of a KV page, a multiple of 16")
+      ->check(CLI::Range(1, 1 << 16))
+      ->capture_default_str();
   app.add_option("--chunk-tokens", chunk_tokens, "prompt tokens that a step takes over all requests")
       ->check(at_least(1))
       ->capture_default_str();
-  app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(at_least(1))->capture_default_str();
+  app.add_option("--max-batch", max_batch, "running requests over all ranks")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   app.add_option("--max-queue", max_queue, "waiting requests; what is beyond waits outside")->check(at_least(1))->capture_default_str();
   app.add_option("--kv-tokens", kv_tokens, "KV tokens at most, over all ranks (0: as many as the memory holds)")
       ->check(at_least(0))
@@ -71,12 +61,13 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
       ->default_str("the variant's");
   app.add_flag("--policy-shadow", policy_shadow, "decide and record, but do not switch");
   app.add_option("--policy-explore", policy_explore, "measured: share of the time that may be spent elsewhere than its rule says")
-      ->check(CLI::Range(0.0, 0.5))
+      ->check(within(0, 0.5))
       ->capture_default_str();
   app.add_option("--policy-calibrate-ms", policy_calibrate_ms, "measured: time at start-up that teaches the costs of both layouts")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--policy-file", policy_file, "measured: where learned costs are read from, and written to at the end");
+  app.add_option("--policy-file", policy_file, "measured: where learned costs are read from, and written to at the end")
+      ->default_str("none");
 }
 
 moebius_cpp::Config EngineOptions::config() const {
@@ -105,14 +96,14 @@ int32_t show_progress(void* user, int64_t done, int64_t total) {
   const int64_t percent = total > 0 ? done * 100 / total : 100;
   if (percent == last) return 0;
   last = percent;
-  fmt::print(stderr, "\rloading [{:<40}] {:3} %{}", std::string(static_cast<size_t>(percent * 2 / 5), '#'), percent, done == total ? "\n" : "");
-  std::fflush(stderr);
+  complain("\rloading [{:<40}] {:3} %{}", std::string(static_cast<size_t>(percent * 2 / 5), '#'), percent, done == total ? "\n" : "");
   return 0;
 }
 
-// What happens later the programs tell by the engine's events.
+// Of the load and of a policy's file; other things that happen the programs tell by the engine's events.
 void show_warning(void*, int32_t level, const char* category, const char* text) {
-  if (level <= MOEBIUS_LOG_WARNING && std::string_view(category) == "load") fmt::print(stderr, "warning: {}\n", text);
+  const std::string_view of = category;
+  if (level <= MOEBIUS_LOG_WARNING && (of == "load" || of == "policy")) complain("warning: {}\n", text);
 }
 
 }  // namespace
@@ -125,25 +116,19 @@ moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& conf
 }
 
 int run_program(const char* name, const std::function<void()>& body) {
-  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of ours, never a signal
-  try {
+  return exit_status_of(name, [&] {
     body();
-    if (std::fflush(stdout) != 0 || std::ferror(stdout)) throw std::runtime_error("cannot write to standard output");
     return 0;
-  } catch (const BadInput& e) {
-    fmt::print(stderr, "{}: {}\n", name, e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    fmt::print(stderr, "{}: {}\n", name, e.what());
-    return 1;
-  }
+  });
 }
 
 void parse_or_exit(CLI::App& app, int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
-    std::exit(app.exit(e) == 0 ? 0 : 2);
+    if (app.exit(e) != 0) std::exit(2);
+    flush_results();
+    std::exit(0);
   }
 }
 

@@ -4,17 +4,11 @@
 #include <functional>
 #include <string>
 
-#include <CLI/CLI.hpp>
-
+#include "examples/common/checks.h"
+#include "examples/common/program.h"
 #include "moebius/moebius.hpp"
 
 namespace moebius_examples {
-
-// Bad usage or bad input found before anything ran: exit status 2.
-class BadInput : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
 
 // What is checked before anything runs: the library's errors become BadInput.
 template <class Body>
@@ -25,9 +19,6 @@ auto before_running(Body&& body) {
     throw BadInput(e.what());
   }
 }
-
-// A flag's check, with a message that is shorter than CLI11's.
-CLI::Validator at_least(int64_t least);
 
 // The last part of a path, "." and a slash at its end included.
 std::string folder_name(const std::string& dir);
@@ -50,7 +41,7 @@ moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& conf
 
 // Runs a program's body with the contract's exit status: 0, 2 for bad usage or input, 1 for a later failure.
 int run_program(const char* name, const std::function<void()>& body);
-// Parses, exiting with 0 after --help and 2 on bad usage.
+// Parses, exiting with 0 after --help and 2 on bad usage; to be called in run_program.
 void parse_or_exit(CLI::App& app, int argc, char** argv);
 
 }  // namespace moebius_examples

@@ -1,7 +1,9 @@
 // Streams the text of several requests at once from C++17, cancels one, and changes the layout while they run. The host drives: each call of
 // step() computes on this thread.
 // Usage: moebius-cpp-example MODEL_DIR
+#include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <string>
 #include <vector>
@@ -15,12 +17,13 @@ struct Stream {
   moebius_cpp::Decoder decoder;
 };
 
-void run(const char* model) {
-  const moebius_cpp::Tokenizer tokenizer(model);
+moebius_cpp::Config settings() {
   moebius_cpp::Config config;
   config.set("ranks", int64_t{2}).set("max_batch", int64_t{8}).set("kv_tokens", int64_t{4096});
-  moebius_cpp::Engine engine(model, config);
+  return config;
+}
 
+void run(const moebius_cpp::Tokenizer& tokenizer, moebius_cpp::Engine& engine) {
   std::map<uint64_t, Stream> streams;
   uint64_t last = 0;
   for (const char* prompt : {"ROMEO:", "First Citizen:\n", "What say you", "The king"}) {
@@ -62,16 +65,20 @@ void run(const char* model) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::fprintf(stderr, "usage: %s MODEL_DIR\n", argv[0]);
-    return 2;
-  }
-  try {
-    run(argv[1]);
-  } catch (const moebius_cpp::Error& e) {
-    std::fprintf(stderr, "%s: %s\n", argv[0], e.what());
-    return 1;
-  }
+  const bool help = argc == 2 && std::strcmp(argv[1], "--help") == 0;
+  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error, no end
+  if (help || argc != 2) std::fprintf(help ? stdout : stderr, "usage: %s MODEL_DIR\n", argv[0]);
+  int status = help ? 0 : 2;  // 2 until there is a model, then 1
+  if (argc == 2 && !help) try {
+      const moebius_cpp::Tokenizer tokenizer(argv[1]);
+      moebius_cpp::Engine engine(argv[1], settings());
+      status = 1;
+      run(tokenizer, engine);
+      status = 0;
+    } catch (const moebius_cpp::Error& e) {
+      std::fprintf(stderr, "%s: %s\n", argv[0], e.what());
+    }
+  if (status != 0) return status;
   if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return 0;
   std::fprintf(stderr, "cannot write to standard output\n");
   return 1;

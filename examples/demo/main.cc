@@ -61,27 +61,36 @@ class Run {
     begin_ = Clock::now();
     Clock::time_point shown{};
     for (moebius_layout wished = start_; finished_ < o_.requests;) {
+      submit();
       engine_->step();
       take_events();
       const moebius_stats s = engine_->stats();
       // Many at once are served sooner by expert parallelism, a few stragglers by tensor parallelism.
-      const moebius_layout better = s.waiting == 0 && s.running <= o_.few ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
+      const moebius_layout better =
+          submitted_ == o_.requests && s.waiting == 0 && s.running <= o_.few ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
       if (switches_ && better != wished) engine_->request_switch(wished = better);
       if (seconds_since(shown) > (o_.live ? 0.1 : 1.0)) show(s), shown = Clock::now();
     }
     show(engine_->stats());
-    if (o_.live) fmt::print(stderr, "\n");
+    if (o_.live) complain("\n");
     result_.seconds = seconds_since(begin_);
     return std::move(result_);
   }
 
  private:
+  // As many as the queue has room for; the others wait for the next step.
   void submit() {
-    for (int i = 0; i < o_.requests; ++i) {
+    for (; submitted_ < o_.requests; ++submitted_) {
+      const auto i = static_cast<int>(submitted_);
       moebius_cpp::Request r(tokenizer_.encode(kPrompts[static_cast<size_t>(i) % std::size(kPrompts)]));
       r.set("id", "demo-" + std::to_string(i)).set("max_tokens", tokens_of(i)).set_real("temperature", 0.8).set("top_k", int64_t{40});
       r.set("ignore_eos", int64_t{1});
-      number_[engine_->submit(r)] = i;
+      try {
+        number_[engine_->submit(r)] = i;
+      } catch (const moebius_cpp::Error& e) {
+        if (e.code() != MOEBIUS_E_QUEUE_FULL) throw;
+        return;
+      }
     }
   }
 
@@ -108,15 +117,15 @@ class Run {
 
   static const char* layout_name(int32_t layout) { return layout == MOEBIUS_LAYOUT_TP ? "TP" : "EP"; }
 
-  void note(const std::string& text) { fmt::print(stderr, "{}  * {}{}\n", o_.live ? "\r" : "", text, o_.live ? std::string(30, ' ') : ""); }
+  void note(const std::string& text) { complain("{}  * {}{}\n", o_.live ? "\r" : "", text, o_.live ? std::string(30, ' ') : ""); }
 
   // One line: the seam as a picture (layers in TP, then in EP), load and speed.
   void show(const moebius_stats& s) {
     std::string seam(static_cast<size_t>(s.seam), 'T');
     seam.resize(static_cast<size_t>(layers_), 'E');
     const double rate = static_cast<double>(result_.generated) / seconds_since(begin_);
-    fmt::print(stderr, "{}  {:10} running {:3}  waiting {:3}  layers {}  {:8.0f} tokens/s{}", o_.live ? "\r" : "", name_, s.running, s.waiting, seam, rate,
-               o_.live ? "   " : "\n");
+    complain("{}  {:10} running {:3}  waiting {:3}  layers {}  {:8.0f} tokens/s{}", o_.live ? "\r" : "", name_, s.running, s.waiting, seam,
+             rate, o_.live ? "   " : "\n");
   }
 
   const Options& o_;
@@ -131,13 +140,13 @@ class Run {
   std::vector<moebius_event> events_;
   Result result_;
   Clock::time_point begin_{};
-  int64_t finished_ = 0;
+  int64_t submitted_ = 0, finished_ = 0;
 };
 
 void demo(const Options& o) {
   const moebius_cpp::Tokenizer tokenizer = before_running([&] { return moebius_cpp::Tokenizer(o.engine.model); });
-  fmt::print(stderr, "{} requests arrive at once, most short, a few long; {} ranks; sampled at temperature 0.8 with a seed of its own each.\n\n", o.requests,
-             o.engine.ranks);
+  complain("{} requests arrive at once, most short, a few long; {} ranks; sampled at temperature 0.8 with a seed of its own each.\n\n",
+           o.requests, o.engine.ranks);
   struct Kind {
     const char* name;
     std::string layout;
@@ -156,7 +165,7 @@ void demo(const Options& o) {
                percentile(r.gaps, 0.5) * 1e3, percentile(r.gaps, 0.99) * 1e3);
 
   fmt::print("\nWhat it wrote (the model is small, trained on Shakespeare):\n");
-  for (int i : {0, 7}) {
+  for (int i = 0; i < std::min<int64_t>(o.requests, 8); i += 7) {
     std::string text = kPrompts[static_cast<size_t>(i) % std::size(kPrompts)] + tokenizer.decode(results[2].second.tokens.at(i), true);
     if (text.size() > 240) text = text.substr(0, text.rfind(' ', 240)) + " …";
     fmt::print("  | ");
@@ -203,7 +212,7 @@ int main(int argc, char** argv) {
     o.engine.add_to(app, false);
     app.get_option("--model")->default_str("the shipped one");
     app.get_option("--layout")->description("layout in which the switching run starts: tp or ep");
-    app.add_option("--seed", o.engine.seed, "seed of the engine")->capture_default_str();
+    app.add_option("--seed", o.engine.seed, "seed of the engine")->check(fits_int64())->capture_default_str();
     app.add_option("--requests", o.requests, "requests of the burst")->check(CLI::Range(1, 100000))->capture_default_str();
     app.add_option("--few", o.few, "the switching run goes to TP when no more are running, and to EP before")
         ->check(at_least(0))

@@ -1,6 +1,4 @@
 // moebius-generate: runs prompts, with arrivals, cancels and switches at given steps. Uses the public headers only.
-#include <unistd.h>
-
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -13,6 +11,7 @@
 #include <fmt/format.h>
 
 #include "examples/common/options.h"
+#include "examples/common/output_file.h"
 #include "examples/common/strict_json.h"
 #include "examples/generate/prompts.h"
 
@@ -38,67 +37,43 @@ const char* const kFinish[] = {"none", "stop", "length", "abort", "error"};
 const char* const kEvents[] = {"", "arrived", "token", "finished", "preempted", "cancelled", "switch_started", "seam",
                                "switch_finished", "switch_refused", "rolled_back", "decision"};
 
+// What stands between commas; nothing of an empty text.
+std::vector<std::string> items_of(const std::string& text) {
+  std::vector<std::string> items;
+  for (size_t at = 0, end = 0; !text.empty() && at <= text.size(); at = end + 1) {
+    end = std::min(text.find(',', at), text.size());
+    items.push_back(text.substr(at, end - at));
+  }
+  return items;
+}
+
 std::vector<Switch> parse_switches(const std::string& text) {
   std::vector<Switch> out;
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = std::min(text.find(',', at), text.size());
-    const std::string item = text.substr(at, end - at);
+  for (const std::string& item : items_of(text)) {
     const size_t colon = item.find(':');
     char* rest = nullptr;
     Switch s;
+    errno = 0;
     s.step = std::strtoll(item.c_str(), &rest, 10);
     const std::string to = colon == std::string::npos ? "" : item.substr(colon + 1);
-    if (colon == 0 || rest != item.c_str() + colon || s.step < 0 || (to != "tp" && to != "ep"))
+    if (colon == 0 || rest != item.c_str() + colon || s.step < 0 || errno != 0 || (to != "tp" && to != "ep"))
       throw BadInput("--switch-at: '" + item + "' is not STEP:tp or STEP:ep");
     s.to = to == "tp" ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
     out.push_back(s);
-    at = end + 1;
   }
   return out;
 }
 
 std::vector<int32_t> parse_ids(const std::string& text) {
   std::vector<int32_t> ids;
-  for (size_t at = 0; at < text.size();) {
-    const size_t end = std::min(text.find(',', at), text.size());
-    const std::string item = text.substr(at, end - at);
+  for (const std::string& item : items_of(text)) {
     char* rest = nullptr;
     const long id = std::strtol(item.c_str(), &rest, 10);
     if (item.empty() || *rest != '\0' || id < 0 || id > INT32_MAX) throw BadInput("--prompt-ids: '" + item + "' is no token id");
     ids.push_back(static_cast<int32_t>(id));
-    at = end + 1;
   }
   return ids;
 }
-
-// A file that is opened before anything runs, so that a bad path costs nothing; what it held is kept until start().
-class OutputFile {
- public:
-  OutputFile(const std::string& path, const char* flag) : path_(path) {
-    if (path.empty()) return;
-    file_ = std::fopen(path.c_str(), "ab");
-    if (file_ == nullptr) throw BadInput(fmt::format("{}: cannot write {}: {}", flag, path, std::strerror(errno)));
-  }
-  ~OutputFile() {
-    if (file_ != nullptr) std::fclose(file_);
-  }
-  OutputFile(const OutputFile&) = delete;
-  OutputFile& operator=(const OutputFile&) = delete;
-  explicit operator bool() const { return file_ != nullptr; }
-  void start() {
-    if (file_ != nullptr && ftruncate(fileno(file_), 0) != 0 && errno != EINVAL) throw std::runtime_error("cannot write " + path_);  // EINVAL: a pipe
-  }
-  void write(const void* data, size_t bytes) {
-    if (std::fwrite(data, 1, bytes, file_) != bytes) throw std::runtime_error("cannot write " + path_);
-  }
-  void close() {
-    if (file_ != nullptr && std::fclose(std::exchange(file_, nullptr)) != 0) throw std::runtime_error("cannot write " + path_);
-  }
-
- private:
-  std::string path_;
-  std::FILE* file_ = nullptr;
-};
 
 struct Running {
   const PromptEntry* prompt = nullptr;
@@ -112,6 +87,7 @@ class Generate {
  public:
   explicit Generate(const Options& o)
       : o_(o), switches_(parse_switches(o.switch_at)), logits_file_(o.logits_out, "--logits-out"), events_file_(o.events, "--events") {
+    if (events_file_.is_same_file(logits_file_)) throw BadInput("--events and --logits-out are the same file");
     if (std::error_code unreadable; !std::filesystem::exists(o_.engine.model + "/config.json", unreadable)) throw BadInput(o_.engine.model + ": no model here, config.json is missing");
     load_tokenizer();
     read();
@@ -162,8 +138,8 @@ class Generate {
     }
     for (const Switch& s : switches_)
       if (s.step > last_step_)
-        fmt::print(stderr, "warning: the switch to {} at step {} was not reached, the last step was {}\n", s.to == MOEBIUS_LAYOUT_TP ? "tp" : "ep",
-                   s.step, last_step_);
+        complain("warning: the switch to {} at step {} was not reached, the last step was {}\n", s.to == MOEBIUS_LAYOUT_TP ? "tp" : "ep",
+                 s.step, last_step_);
   }
 
   void load_tokenizer() {
@@ -173,7 +149,7 @@ class Generate {
       tokenizer_.emplace(o_.engine.model);
     } catch (const moebius_cpp::Error& e) {
       if (o_.source == "--prompt") throw BadInput(e.what());
-      fmt::print(stderr, "warning: {}\n", e.what());  // ids do without it
+      complain("warning: {}\n", e.what());  // ids do without it
     }
   }
 
@@ -251,7 +227,7 @@ class Generate {
       if (!o_.logits_out.empty()) r->logits = engine_->take_logits(e.request);
       row["reason"] = kFinish[e.finish_reason];
       if (e.finish_reason == MOEBIUS_FINISH_ERROR)
-        fmt::print(stderr, "warning: request {} ended with an error: {}\n", r->prompt->id.dump(), e.reason);
+        complain("warning: request {} ended with an error: {}\n", r->prompt->id.dump(), e.reason);
     }
     if (e.type >= MOEBIUS_EVENT_SWITCH_STARTED) {
       row["from"] = e.from == MOEBIUS_LAYOUT_TP ? "tp" : "ep";
@@ -263,15 +239,15 @@ class Generate {
         row["seconds"] = e.seconds;
       }
       if (e.reason[0] != '\0') row["reason"] = e.reason;
-      if (e.type == MOEBIUS_EVENT_SWITCH_REFUSED) fmt::print(stderr, "warning: step {}: switch refused: {}\n", e.step, e.reason);
-      if (e.type == MOEBIUS_EVENT_ROLLED_BACK) fmt::print(stderr, "warning: step {}: switch rolled back: {}\n", e.step, e.reason);
+      if (e.type == MOEBIUS_EVENT_SWITCH_REFUSED) complain("warning: step {}: switch refused: {}\n", e.step, e.reason);
+      if (e.type == MOEBIUS_EVENT_ROLLED_BACK) complain("warning: step {}: switch rolled back: {}\n", e.step, e.reason);
     }
     write_event(row);
   }
 
   void write_event(const ordered_json& row) {
     if (!events_file_) return;
-    const std::string line = row.dump(-1, ' ', false, json::error_handler_t::replace) + "\n";
+    const std::string line = line_of(row) + "\n";
     events_file_.write(line.data(), line.size());
   }
 
@@ -282,7 +258,7 @@ class Generate {
                                    {"token_ids", r.tokens},
                                    {"logprobs", r.prompt->wants_logprobs ? r.logprobs : json()},
                                    {"finish_reason", kFinish[r.finish]}};
-      fmt::print("{}\n", record.dump(-1, ' ', false, json::error_handler_t::replace));
+      fmt::print("{}\n", line_of(record));
       return;
     }
     if (prompts_.size() > 1) fmt::print("--- {} ({})\n", r.prompt->key, kFinish[r.finish]);
@@ -293,7 +269,7 @@ class Generate {
         fmt::print("{}\n", tokenizer_->decode(ids, true));
         return;
       } catch (const moebius_cpp::Error& e) {  // an id of a padded vocabulary
-        fmt::print(stderr, "moebius-generate: request {} as ids: {}\n", r.prompt->key, e.what());
+        complain("moebius-generate: request {} as ids: {}\n", r.prompt->key, e.what());
       }
     }
     fmt::print("{}\n", fmt::join(r.tokens, " "));
@@ -337,7 +313,11 @@ class Generate {
 
 void add_sampling(CLI::App& app, SamplingKeys& keys) {
   const auto integer = [&](const char* flag, const char* key, const char* doc, const char* shown) {
-    app.add_option_function<int64_t>(flag, [&keys, key](const int64_t& v) { keys[key] = v; }, doc)->default_str(shown)->group("Sampling");
+    app.add_option_function<int64_t>(
+           flag, [&keys, key](const int64_t& v) { keys[key] = v; }, doc)
+        ->check(fits_int64())
+        ->default_str(shown)
+        ->group("Sampling");
   };
   const auto real = [&](const char* flag, const char* key, const char* doc, const char* shown) {
     app.add_option_function<double>(flag, [&keys, key](const double& v) { keys[key] = v; }, doc)->default_str(shown)->group("Sampling");
@@ -387,7 +367,7 @@ int main(int argc, char** argv) {
     source->add_option("--prompts", o.prompts,
                        "file of JSON lines: id, prompt or prompt_ids, max_tokens, arrival_step, cancel_step, priority, sampling keys");
     source->require_option(1);
-    app.add_option("--seed", o.engine.seed, "seed of the engine")->capture_default_str();
+    app.add_option("--seed", o.engine.seed, "seed of the engine")->check(fits_int64())->capture_default_str();
     app.add_option("--switch-at", o.switch_at, "switches: STEP:tp or STEP:ep, separated by commas")->default_str("none");
     app.add_option("--seam", o.seam, "hold the seam at this layer: layers before it in TP, the others in EP")
         ->check(at_least(0))

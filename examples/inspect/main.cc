@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "examples/common/inner_main.h"
+#include "examples/common/strict_json.h"
 #include "examples/inspect/plan.h"
 #include "examples/inspect/report.h"
 #include "lib/base/error.h"
@@ -39,12 +40,13 @@ json model_facts(const ModelConfig& model, const std::string& path) {
           {"vocab", model.vocab_size},      {"context", model.max_position_embeddings}, {"tied_embeddings", model.tie_word_embeddings}};
 }
 
-void warn(const std::string& text) { fmt::print(stderr, "warning: {}\n", text); }
+void warn(const std::string& text) { moebius_examples::complain("warning: {}\n", text); }
 
 // "match", "none" (config.json alone), or what is wrong.
 std::string compare_tensors(const std::string& path, const ModelConfig& model) {
   const std::filesystem::path dir = path;
-  if (!std::filesystem::exists(dir / "model.safetensors") && !std::filesystem::exists(dir / "model.safetensors.index.json")) return "none";
+  const auto there = [&](const char* file) { return std::filesystem::exists(symlink_status(dir / file)); };  // a link to nowhere too
+  if (!there("model.safetensors") && !there("model.safetensors.index.json")) return "none";
   try {
     open_checkpoint(dir, model, warn);
     return "match";
@@ -239,7 +241,7 @@ int run(int argc, char** argv) {
     return app.exit(error) == 0 ? 0 : 2;
   }
   const json report = inspect(o);
-  if (o.format == "json") fmt::print("{}\n", report.dump());
+  if (o.format == "json") fmt::print("{}\n", moebius_examples::line_of(report));
   else print_table(report);
   return 0;
 }

@@ -1,14 +1,16 @@
 // moebius-plan: predicts a model on a cluster. Links the library's inner parts: slices, arena, transfer plans, scheduler, switcher and policy
 // are the engine's own; kernels and links are models.
 #include <cstdio>
-#include <fstream>
 #include <optional>
 #include <string>
 
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
+#include "examples/common/checks.h"
 #include "examples/common/inner_main.h"
+#include "examples/common/output_file.h"
+#include "examples/common/strict_json.h"
 #include "examples/plan/fit.h"
 #include "examples/plan/published.h"
 #include "examples/plan/shipped.h"
@@ -27,19 +29,24 @@ struct Options {
 
 // Every result has one way out.
 void print(const Options& o, const nlohmann::ordered_json& result, const std::string& table) {
-  fmt::print("{}", o.format == "json" ? result.dump() + "\n" : table);
+  fmt::print("{}", o.format == "json" ? moebius_examples::line_of(result) + "\n" : table);
+}
+
+void list(const Options& o) {
+  nlohmann::ordered_json names;
+  std::string lines;
+  for (const Shipped& s : kModels) names["models"].push_back(s.name), lines += fmt::format("model {}\n", s.name);
+  for (const Shipped& s : kClusters) names["clusters"].push_back(s.name), lines += fmt::format("cluster {}\n", s.name);
+  print(o, names, lines);
 }
 
 void run(const Options& o) {
-  if (o.list) {
-    for (const Shipped& s : kModels) fmt::print("model {}\n", s.name);
-    for (const Shipped& s : kClusters) fmt::print("cluster {}\n", s.name);
-    return;
-  }
+  if (o.list) return list(o);
   if (o.published) {
     const nlohmann::ordered_json rows = published();
     return print(o, rows, table_of_published(rows));
   }
+  moebius_examples::OutputFile page(o.html, "--html");
   const Cluster cluster = read_cluster(o.cluster);
   if (!o.fit.empty()) {
     const nlohmann::ordered_json result = fit(o.fit, cluster, o.fit_shape);
@@ -54,12 +61,8 @@ void run(const Options& o) {
   }
   const Prediction prediction(model, cluster, o.settings, o.skew);
   const nlohmann::ordered_json result = study(prediction, workload);
-  if (!o.html.empty()) {
-    std::ofstream out(o.html);
-    out << page_of(result);
-    if (!out.flush()) throw std::runtime_error("cannot write " + o.html);
-  }
   print(o, result, table_of(result));
+  if (page) page.fill(page_of(result));
 }
 
 int start(int argc, char** argv) {
@@ -88,15 +91,18 @@ int start(int argc, char** argv) {
   app.add_option("--max-batch", s.max_batch, "running requests of a replica")->check(CLI::Range(1, 1 << 16))->capture_default_str();
   app.add_option("--workload", o.workload, "what is asked of it: rollout, bursts, steady, a JSON file, or none")->capture_default_str();
   app.add_option("--routing-skew", o.skew, "how unevenly experts are hit: deviation of the logarithm of their weights; 0: evenly")
-      ->check(CLI::Range(0.0, 4.0))
+      ->check(moebius_examples::within(0, 4))
       ->capture_default_str();
   app.add_flag("--sweep", o.sweep, "some 10,000 variants of the cluster and the load by the step model; the workload for two of them");
   app.add_flag("--published", o.published, "predictions beside published figures, with the error; says which figures were fitted");
-  app.add_option("--fit", o.fit, "JSON lines of moebius-bench: fits the cluster's efficiencies to half of them and judges by the other half");
-  app.add_option("--fit-shape", o.fit_shape, "with --fit: fit on rows of this shape only, judge by the others");
+  app.add_option("--fit", o.fit,
+                 "JSON lines of moebius-bench: fits the cluster's efficiencies to half of them and judges by the other half")
+      ->default_str("none");
+  app.add_option("--fit-shape", o.fit_shape, "with --fit: fit on rows of this shape only, judge by the others")
+      ->default_str("every other group of rows");
   app.add_flag("--list", o.list, "names of shipped models and clusters");
   app.add_option("--format", o.format, "table, or json (one object)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
-  app.add_option("--html", o.html, "writes the result as one page that needs nothing else");
+  app.add_option("--html", o.html, "writes the result as one page that needs nothing else")->default_str("none");
   for (const char* mode : {"--sweep", "--published", "--fit", "--list"}) {
     app.get_option(mode)->excludes(app.get_option("--html"));  // of a plan alone
     for (const char* other : {"--sweep", "--published", "--fit", "--list"})

@@ -1,14 +1,15 @@
 // moebius-rollout: one load served under each choice of layout (TP, EP, a policy), the choices in turn, in one engine. Uses the public
 // headers only.
 #include <algorithm>
-#include <fstream>
 #include <memory>
 #include <optional>
 
 #include <fmt/format.h>
 
 #include "examples/common/options.h"
+#include "examples/common/output_file.h"
 #include "examples/common/shapes.h"
+#include "examples/common/strict_json.h"
 #include "examples/rollout/report.h"
 
 namespace moebius_examples {
@@ -39,15 +40,26 @@ class Study {
       e.policy = c.fixed ? "manual" : name;
       c.policy = e.config();
       if (c.fixed) c.start = layout_of(name);
+      engine_.set_policy(c.policy);  // refuses a bad one; each run sets its own
     }
+    // The longest request too; one whose prompt fills the context has no room for an answer already.
+    const int64_t longest =
+        std::min<int64_t>(o.load.prompt.sigma > 0 ? o.load.prompt.most : o.load.prompt.median, engine_.model().max_context);
+    moebius_cpp::Request r(std::vector<int32_t>(static_cast<size_t>(longest)));
+    r.set("max_tokens", o.load.answer.most);
+    engine_.validate(r);
   }
 
-  void run() {
+  void run(OutputFile& page) {
     if (o_.kind == "points")
       for (int64_t c : o_.concurrency) finish(compare(point(c), c));
     else
       finish(compare(make_load(o_.load, vocab_), 0));
-    if (!o_.html.empty()) write_page();
+    if (page)
+      page.fill(page_of(fmt::format("Moebius: {}", o_.kind),
+                        fmt::format("{}, {} ranks; {} rounds, choices in turn; medians of them.", base()["model"].get<std::string>(),
+                                    o_.engine.ranks, o_.rounds),
+                        done_));
   }
 
  private:
@@ -90,9 +102,9 @@ class Study {
         Choice& choice = choices_[(static_cast<size_t>(round) + i) % choices_.size()];  // none is always the first
         Run run = serve(engine_, load, choice, ++salt_);
         const Figures f = figures_of(run, {1e-3 * o_.target_first_ms, 1e-3 * o_.target_gap_ms});
-        fmt::print(stderr, "{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",
-                   concurrency > 0 ? fmt::format("{} at a time, ", concurrency) : "", round, o_.rounds, choice.name, run.tokens,
-                   run.seconds, f.switches);
+        complain("{}round {} of {}, {}: {} tokens in {:.2f} s, {} switches\n",
+                 concurrency > 0 ? fmt::format("{} at a time, ", concurrency) : "", round, o_.rounds, choice.name, run.tokens, run.seconds,
+                 f.switches);
         if (!choice.fixed && concurrency > 0) choice.start = run.end;
         if (round == 0) continue;
         if (o_.format == "json") print_run(f, choice.name, round, concurrency);
@@ -124,7 +136,7 @@ class Study {
     row["what"] = "run", row["choice"] = choice, row["round"] = round;
     if (concurrency > 0) row["concurrency"] = concurrency;
     row.update(row_of(f));
-    fmt::print("{}\n", row.dump());
+    fmt::print("{}\n", line_of(row));
     std::fflush(stdout);
   }
 
@@ -135,21 +147,11 @@ class Study {
       for (const std::string& choice : c.choices) {
         json row = base();
         row.update(summary_of(c, choice));
-        fmt::print("{}\n", row.dump());
+        fmt::print("{}\n", line_of(row));
       }
     std::fflush(stdout);
     for (auto& [choice, runs] : c.runs) runs.erase(runs.begin(), runs.end() - 1);
     done_.push_back(std::move(c));
-  }
-
-  void write_page() const {
-    std::ofstream out(o_.html);
-    out << page_of(fmt::format("Moebius: {}", o_.kind),
-                   fmt::format("{}, {} ranks; {} rounds, choices in turn; medians of them.", base()["model"].get<std::string>(),
-                               o_.engine.ranks, o_.rounds),
-                   done_);
-    out.close();
-    if (!out) throw std::runtime_error("cannot write " + o_.html);
   }
 
   const Options& o_;
@@ -161,9 +163,12 @@ class Study {
 };
 
 void add_flags(CLI::App& app, Options& o) {
+  const CLI::Range tokens(1, 1 << 30);
   o.engine.add_to(app, false);
   app.remove_option(app.get_option("--policy"));
   app.get_option("--layout")->description("layout in which policies start: tp or ep");
+  app.get_option("--max-batch")->default_str("what the load has at a time, at most 256");
+  app.get_option("--kv-tokens")->default_str("the longest prompt and answer for each of max-batch; 0 with --memory-bytes");
   app.add_option("--shape", o.shape, "a shape with seeded random weights instead of a model")
       ->check(CLI::IsMember(shape_names()))
       ->default_str("none");
@@ -179,35 +184,35 @@ void add_flags(CLI::App& app, Options& o) {
   app.add_option("--rounds", o.rounds, "rounds that count, after one that does not")->check(CLI::Range(1, 1000))->capture_default_str();
   app.add_option("--prompts", o.load.prompts, "prompts")->check(CLI::Range(1, 1000000))->capture_default_str();
   app.add_option("--samples", o.load.samples, "samples of each prompt, which share it")->check(CLI::Range(1, 10000))->capture_default_str();
-  app.add_option("--prompt-tokens", o.load.prompt.median, "median of prompts' lengths")->check(at_least(1))->capture_default_str();
+  app.add_option("--prompt-tokens", o.load.prompt.median, "median of prompts' lengths")->check(tokens)->capture_default_str();
   app.add_option("--prompt-sigma", o.load.prompt.sigma, "of the log-normal distribution of prompts' lengths")
-      ->check(CLI::Range(0.0, 5.0))
+      ->check(within(0, 5))
       ->capture_default_str();
-  app.add_option("--max-prompt-tokens", o.load.prompt.most, "longest prompt")->check(at_least(1))->capture_default_str();
-  app.add_option("--answer-tokens", o.load.answer.median, "median of answers' lengths")->check(at_least(1))->capture_default_str();
+  app.add_option("--max-prompt-tokens", o.load.prompt.most, "longest prompt")->check(tokens)->capture_default_str();
+  app.add_option("--answer-tokens", o.load.answer.median, "median of answers' lengths")->check(tokens)->capture_default_str();
   app.add_option("--answer-sigma", o.load.answer.sigma, "of the log-normal distribution of answers' lengths")
-      ->check(CLI::Range(0.0, 5.0))
+      ->check(within(0, 5))
       ->capture_default_str();
   app.add_option("--max-tokens", o.load.answer.most, "longest answer: what the engine is told of each")
-      ->check(at_least(1))
+      ->check(tokens)
       ->capture_default_str();
   app.add_option("--concurrency", o.concurrency, "points: requests at a time")
       ->check(CLI::Range(1, 100000))
       ->delimiter(',')
       ->capture_default_str();
-  app.add_option("--seconds", o.seconds, "points: about how long a run takes")->check(CLI::Range(0.01, 3600.0))->capture_default_str();
-  app.add_option("--rate", o.load.rate, "requests a second that arrive")->check(CLI::Range(1e-3, 1e6))->capture_default_str();
-  app.add_option("--low-rate", o.load.low_rate, "steps: in every other period")->check(CLI::Range(1e-3, 1e6))->capture_default_str();
-  app.add_option("--period-s", o.load.period_s, "steps: seconds of a period")->check(CLI::Range(1e-3, 1e6))->capture_default_str();
+  app.add_option("--seconds", o.seconds, "points: about how long a run takes")->check(within(0.01, 3600))->capture_default_str();
+  app.add_option("--rate", o.load.rate, "requests a second that arrive")->check(within(1e-3, 1e6))->capture_default_str();
+  app.add_option("--low-rate", o.load.low_rate, "steps: in every other period")->check(within(1e-3, 1e6))->capture_default_str();
+  app.add_option("--period-s", o.load.period_s, "steps: seconds of a period")->check(within(1e-3, 1e6))->capture_default_str();
   app.add_option("--variation", o.load.variation, "bursty: coefficient of variation of the gaps between arrivals")
-      ->check(CLI::Range(0.1, 100.0))
+      ->check(within(0.1, 100))
       ->default_str("4");
   app.add_option("--target-first-ms", o.target_first_ms, "goodput: to the first token at most")->check(at_least(0))->capture_default_str();
   app.add_option("--target-gap-ms", o.target_gap_ms, "goodput: a token at most, on average over an answer")
       ->check(at_least(0))
       ->capture_default_str();
-  app.add_option("--load-seed", o.load.seed, "seed of the load")->capture_default_str();
-  app.add_option("--seed", o.engine.seed, "seed of the engine")->capture_default_str();
+  app.add_option("--load-seed", o.load.seed, "seed of the load")->check(fits_int64())->capture_default_str();
+  app.add_option("--seed", o.engine.seed, "seed of the engine")->check(fits_int64())->capture_default_str();
   app.add_option("--format", o.format, "table or json (a row a run, then a summary)")
       ->check(CLI::IsMember({"table", "json"}))
       ->capture_default_str();
@@ -243,6 +248,7 @@ int main(int argc, char** argv) {
     add_flags(app, o);
     parse_or_exit(app, argc, argv);
     complete(app, o);
+    OutputFile page(o.html, "--html");
     std::optional<ShapeFolder> folder;
     if (!o.shape.empty()) {
       folder.emplace(o.shape);
@@ -254,6 +260,6 @@ int main(int argc, char** argv) {
       config.set("dummy_weights", int64_t{o.dummy || folder});
       study.emplace(o, load(o.engine, config));
     });
-    study->run();
+    study->run(page);
   });
 }

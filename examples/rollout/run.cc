@@ -66,20 +66,20 @@ class Server {
   }
 
   void submit_due() {
-    const double now = now_s();
-    std::vector<moebius_cpp::Request> due;
-    const size_t first = submitted_;
-    for (; submitted_ < load_.asked.size() && load_.asked[submitted_].at_s <= now; ++submitted_) {
+    for (const double now = now_s(); submitted_ < load_.asked.size() && load_.asked[submitted_].at_s <= now; ++submitted_) {
       const Asked& a = load_.asked[submitted_];
       std::vector<int32_t> prompt = load_.prompts[static_cast<size_t>(a.prompt)];
       prompt[0] = (prompt[0] + salt_) % vocab_;
-      moebius_cpp::Request& r = due.emplace_back(prompt);
+      moebius_cpp::Request r(prompt);
       r.set("max_tokens", load_.most_tokens).set("ignore_eos", int64_t{1}).set("seed", static_cast<int64_t>(submitted_));
       r.set_user_data(submitted_);
+      try {
+        id_[submitted_] = engine_.submit(r);
+      } catch (const moebius_cpp::Error& e) {
+        if (e.code() != MOEBIUS_E_QUEUE_FULL) throw;
+        return;  // it waits for the next step
+      }
     }
-    if (due.empty()) return;
-    const std::vector<uint64_t> ids = engine_.submit(due);
-    std::copy(ids.begin(), ids.end(), id_.begin() + static_cast<std::ptrdiff_t>(first));
   }
 
   void take_events() {

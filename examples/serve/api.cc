@@ -50,7 +50,7 @@ const std::set<std::string> kIgnored = {"user", "safety_identifier", "metadata",
 }
 
 std::string shown(const json& v) {
-  const std::string text = v.dump(-1, ' ', false, json::error_handler_t::replace);
+  const std::string text = line_of(v);
   return text.size() <= 80 ? text : text.substr(0, 60) + "…";
 }
 

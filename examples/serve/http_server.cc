@@ -209,7 +209,11 @@ int HttpServer::bind(const std::string& host, int port) {
 }
 
 void HttpServer::stop_all() {
-  stop();
+  // httplib's stop() does nothing before listen_after_bind() has come to its loop, which then would not end.
+  if (const socket_t listening = svr_sock_.exchange(INVALID_SOCKET); listening != INVALID_SOCKET) {
+    ::shutdown(listening, SHUT_RDWR);
+    close(listening);
+  }
   std::lock_guard lock(mutex_);
   for (int fd : open_) ::shutdown(fd, SHUT_RD);
 }

@@ -72,7 +72,8 @@ class HttpServer : public httplib::Server {
 
   // The port; -1 where the address cannot be had.
   int bind(const std::string& host, int port);
-  // After the last answer that matters: ends listen_after_bind() and the connections that wait for another request.
+  // After the last answer that matters: ends listen_after_bind(), also one that is yet to begin, and the connections that wait for another
+  // request.
   void stop_all();
   size_t open_connections();
   uint64_t refused_connections() const { return refused_; }

@@ -42,6 +42,7 @@ void Options::add_to(CLI::App& app) {
   app.add_option("--host", host, "address to listen on")->capture_default_str();
   app.add_option("--port", port, "port to listen on (0: any free one)")->check(CLI::Range(0, 65535))->capture_default_str();
   auto* key = app.add_option("--api-key", api_key, "asked of clients of /v1; seen by who lists processes: better --api-key-file")
+                  ->check([](const std::string& text) { return std::string(text.empty() ? "an empty key is none" : ""); })
                   ->default_str("none");
   app.add_option("--api-key-file", api_key_file, "file whose first line is the key")->excludes(key)->default_str("none");
   app.add_option("--served-model-name", model_name, "name that clients give as model")->default_str("the model folder's");
@@ -90,7 +91,9 @@ struct Interrupted {};
 
 moebius_cpp::Engine load_or_stop(const EngineOptions& options, moebius_cpp::Config& config) {
   try {
-    return load(options, config, asked_to_stop);
+    auto engine = load(options, config, asked_to_stop);
+    if (asked_to_stop()) throw Interrupted();  // since the last weights came
+    return engine;
   } catch (const moebius_cpp::Error& e) {
     if (e.code() == MOEBIUS_E_CANCELLED) throw Interrupted();
     throw;
@@ -150,16 +153,16 @@ void serve(Options options) {
   Service service(engine, broker, serving, service_options);
   service.attach(server);
 
+  fmt::print("{}\n", address(options.host, port));
+  std::fflush(stdout);
   std::atomic<bool> lost{false};  // the listening socket
   std::thread listener([&] {
     lost = !server.listen_after_bind();
     if (lost) kill(getpid(), SIGTERM);
   });
-  fmt::print("{}\n", address(options.host, port));
-  std::fflush(stdout);
   int signal = 0;
   sigwait(&signals, &signal);
-  fmt::print(stderr, "moebius-serve: stopping; running requests have {} s\n", options.drain_s);
+  complain("moebius-serve: stopping; running requests have {} s\n", options.drain_s);
   service.drain(milliseconds(options.drain_s));
   server.stop_all();
   listener.join();
@@ -169,15 +172,15 @@ void serve(Options options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{"Serves a model over HTTP as OpenAI does, and switches between tensor and expert parallelism while requests run."};
-  Options options;
-  options.add_to(app);
-  parse_or_exit(app, argc, argv);
   return run_program("moebius-serve", [&] {
+    CLI::App app{"Serves a model over HTTP as OpenAI does, and switches between tensor and expert parallelism while requests run."};
+    Options options;
+    options.add_to(app);
+    parse_or_exit(app, argc, argv);
     try {
       serve(options);
     } catch (const Interrupted&) {
-      fmt::print(stderr, "moebius-serve: stopped while loading\n");
+      complain("moebius-serve: stopped while loading\n");
     }
   });
 }

@@ -1,5 +1,6 @@
 #include "examples/serve/service.h"
 
+#include <strings.h>
 #include <ctime>
 #include <random>
 
@@ -43,11 +44,9 @@ const Route& route_of(const std::string& path) {
   throw HttpError(404, "there is no " + path, "", "not_found");
 }
 
-std::string text_of(const json& value) { return value.dump(-1, ' ', false, json::error_handler_t::replace); }
-
 void set_json(httplib::Response& res, int status, const json& body) {
   res.status = status;
-  res.set_content(text_of(body) + "\n", "application/json");
+  res.set_content(line_of(body) + "\n", "application/json");
 }
 
 void set_error(httplib::Response& res, const HttpError& error) {
@@ -69,9 +68,21 @@ bool equal_in_constant_time(const std::string& given, const std::string& key) {
   return difference == 0;
 }
 
+bool has_key(const httplib::Request& req, const std::string& key) {
+  const std::string given = req.get_header_value("Authorization"), scheme = "Bearer ";
+  return strncasecmp(given.c_str(), scheme.c_str(), scheme.size()) == 0 && equal_in_constant_time(given.substr(scheme.size()), key);
+}
+
+// Whatever parameters it has.
+bool is_json(const std::string& type) {
+  std::string kind = type.substr(0, type.find(';'));
+  kind.erase(kind.find_last_not_of(" \t") + 1);
+  return strcasecmp(kind.c_str(), "application/json") == 0;
+}
+
 bool expects_body(const httplib::Request& req) { return req.has_header("Content-Length") || req.has_header("Transfer-Encoding"); }
 
-std::string event(const json& data) { return "data: " + text_of(data) + "\n\n"; }
+std::string event(const json& data) { return "data: " + line_of(data) + "\n\n"; }
 
 // Ids of two runs of the server do not meet.
 std::string random_prefix() {
@@ -214,8 +225,7 @@ Server::HandlerResponse Service::admit(const Request& req, Response& res) {
       res.set_header("Allow", route.get && route.post ? "GET, HEAD, POST" : route.get ? "GET, HEAD" : "POST");
       throw HttpError(405, req.method + " is not for " + req.path, "", "method_not_allowed");
     }
-    if (!options_.api_key.empty() && req.path.rfind("/v1/", 0) == 0 &&
-        !equal_in_constant_time(req.get_header_value("Authorization"), "Bearer " + options_.api_key))
+    if (!options_.api_key.empty() && req.path.rfind("/v1/", 0) == 0 && !has_key(req, options_.api_key))
       throw HttpError(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "", "invalid_api_key");
     if (writes) {
       check_body_headers(req);
@@ -232,7 +242,7 @@ Server::HandlerResponse Service::admit(const Request& req, Response& res) {
 
 void Service::check_body_headers(const Request& req) const {
   // Other types can be sent by any web page without the browser asking first.
-  if (req.get_header_value("Content-Type").rfind("application/json", 0) != 0) throw HttpError(415, "Content-Type must be application/json");
+  if (!is_json(req.get_header_value("Content-Type"))) throw HttpError(415, "Content-Type must be application/json");
   if (req.has_header("Content-Length") && req.get_header_value<uint64_t>("Content-Length") > options_.max_body_bytes)
     throw HttpError(413, fmt::format("the body has more than {} bytes (--max-body-bytes)", options_.max_body_bytes));
 }

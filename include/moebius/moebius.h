@@ -325,7 +325,7 @@ MOEBIUS_API moebius_status moebius_engine_event_fd(moebius_engine *engine, int32
 /* ---- switching. Any thread; taken up before the next step in the order asked for, the outcome of each is an event. One that
  * is asked for while another is under way turns the seam round where it stands; where it goes there already, the end of that
  * one is the outcome of both. When the engine fails, each that has not ended is SWITCH_REFUSED with the reason.
- * QUEUE_FULL: 64 wait for the next step. INVALID_STATE: the engine has failed. */
+ * QUEUE_FULL: 65,536 wait for the next step. INVALID_STATE: the engine has failed. */
 
 /* Asks for a layout: every layer in TP or every layer in EP. */
 MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);

@@ -156,7 +156,7 @@ class Engine {
   // A descriptor that is readable while events wait, for poll, select or epoll; the engine's own: not to be read or closed.
   int event_descriptor();
 
-  // Taken up before the next step, in the order asked for; the outcome of each is an event. Throws kQueueFull at 64.
+  // Taken up before the next step, in the order asked for; the outcome of each is an event. Throws kQueueFull at 65,536.
   void request_switch(Layout to);
   void hold_seam(int32_t seam);        // move the seam to this layer and hold it there
   void set_stall_budget(double ms);

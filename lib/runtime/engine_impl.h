@@ -103,7 +103,7 @@ class Engine::Impl {
   std::function<void(int rank, int thread)> step_hook;  // called by every thread at the start of a step's region; may throw
 
  private:
-  static constexpr size_t kMaxWishes = 64;  // switches asked for between two steps; a host that asks for more has lost count
+  static constexpr size_t kMaxWishes = 65536;  // switches asked for between two steps; a host that asks for more has lost count
 
   void compare_ranks();
   int most_dummies(int64_t tokens) const;

@@ -150,6 +150,12 @@ TEST_CASE("tensors that config.json does not call for are named; bad usage is st
   std::filesystem::create_symlink(std::filesystem::absolute(kModel + "/model.safetensors"), folder.path + "/model.safetensors");
   CHECK(report("--model " + folder.path)["tensors"].get<std::string>().find("model.layers.5") != std::string::npos);
 
+  const std::string loop = folder.path + "/model.safetensors", strange = folder.path + "/\xff";
+  std::filesystem::remove(loop);
+  std::filesystem::create_symlink("model.safetensors", loop);
+  CHECK(report("--model " + folder.path)["tensors"].get<std::string>().find("model.safetensors") != std::string::npos);
+  std::filesystem::create_directory_symlink(folder.path, strange);
+  CHECK(report("--model '" + strange + "'")["model"]["path"] == folder.path + "/\uFFFD");
   CHECK(run("--help").status == 0);
   for (const char* bad : {"", "--no-such-flag", "--model /no/such", "--format xml --model ", "--ranks 5 --model ", "--ranks 0 --model ", "--page-tokens 8 --model ",
                           "--slices-per-expert 7 --model ", "--isa sse9 --model ", "--max-context 4096 --model ", "--memory-bytes -1 --model "}) {

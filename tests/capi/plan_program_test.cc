@@ -53,6 +53,8 @@ TEST_CASE("a plan says what fits, what steps and switches take, and what to do")
 TEST_CASE("every shipped model on every shipped cluster is planned, or refused as not fitting") {
   const Output list = run("--list");
   CHECK(list.status == 0);
+  const json names = json::parse(run("--list --format json").out);
+  CHECK((names["models"].size() == 4 && names["clusters"].size() == 8 && names["clusters"][0] == "2core-zen5"));
   for (const char* model : {"qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-120b", "deepseek-v3"})
     for (const char* cluster : {"8xh200", "8xh100", "8xa100", "8xb200", "2xcpu", "2core-zen5", "nvl72", "4x8xh100"}) {
       CHECK(list.out.find(std::string("model ") + model + "\n") != std::string::npos);
@@ -100,6 +102,8 @@ TEST_CASE("bad usage and bad input are status 2, on stderr, and no result") {
                                                      {"--format xml", "xml"},
                                                      {"--published --html page.html", "--html"},
                                                      {"--published --sweep", "--sweep"},
+                                                     {"--routing-skew nan", "--routing-skew"},
+                                                     {"--html /no/such/page.html", "/no/such/page.html"},
                                                      {"--fit-shape s", "--fit"},
                                                      {"--ranks 9", "9 ranks"},
                                                      {"--page-tokens 8", "page_tokens"},

@@ -13,6 +13,9 @@ expect() {  # expect STATUS TEXT-ON-STDERR COMMAND…
   [ "$got" -eq "$status" ] || fail "status $got, not $status: $* ($(head -c 300 "$work/err"))"
   grep -qF -- "$text" "$work/err" || fail "stderr lacks '$text': $* ($(head -c 300 "$work/err"))"
   if [ "$status" -eq 2 ] && [ -s "$work/out" ]; then fail "printed a result although it did not run: $*"; fi
+  "$@" >/dev/null 2>/dev/full </dev/null
+  got=$?
+  [ "$got" -eq "$status" ] || fail "status $got, not $status, where stderr is full: $*"
 }
 prints() {  # prints PATTERN NAME COMMAND…: it ends well and its output has the pattern (all of it is read: grep -q in a pipe leaves early)
   local pattern=$1 name=$2; shift 2
@@ -20,9 +23,11 @@ prints() {  # prints PATTERN NAME COMMAND…: it ends well and its output has th
 }
 generate="$bin/moebius-generate --model $model"
 
-for program in moebius-generate moebius-demo moebius-bench; do
+programs=$(cd "$bin" && ls -d moebius-*)
+for program in $programs; do
   "$bin/$program" --help >"$work/out" 2>&1 || fail "$program --help"
   expect 2 "" "$bin/$program" --no-such-flag
+  "$bin/$program" --help >/dev/full 2>"$work/err"; [ $? -eq 1 ] || fail "$program --help on a full disk is no status 1"
 done
 expect 2 "no-such-model" "$bin/moebius-generate" --model "$work/no-such-model" --prompt-ids 1
 mkdir "$work/pipes" && mkfifo "$work/pipes/config.json" && expect 2 "regular file" timeout 20 "$bin/moebius-generate" --model "$work/pipes" --prompt-ids 1
@@ -35,7 +40,13 @@ expect 2 "--seam: -1 is not at least 0" $generate --prompt-ids 1 --seam -1
 expect 2 "--stall-budget-ms: inf" $generate --prompt-ids 1 --stall-budget-ms inf
 expect 2 "4096" $generate --prompt-ids 1 --threads 4096 --ranks 4
 expect 2 "1024" $generate --prompt-ids 1,1024
-expect 2 "--switch-at" $generate --prompt-ids 1 --switch-at 3:xy
+expect 2 "no token id" $generate --prompt-ids 1,
+expect 2 "64 bits" $generate --prompt-ids 1 --seed 9223372036854775808
+expect 2 "64 bits" $generate --prompt-ids 1 --sampling-seed -9223372036854775809
+expect 2 "2^60" $generate --prompt-ids 1 --memory-bytes 9223372036854775807
+expect 2 "nan" $generate --prompt-ids 1 --policy-explore nan
+for switches in 3:xy 3:tp, 9223372036854775808:tp; do expect 2 "--switch-at" $generate --prompt-ids 1 --switch-at "$switches"; done
+expect 2 "same file" $generate --prompt-ids 1 --events "$work/both" --logits-out "$work/./both"
 expect 2 "--seam" $generate --prompt-ids 1 --seam 7
 expect 2 "cannot write" $generate --prompt-ids 1 --events "$work/none/e"
 expect 2 "cannot write" $generate --prompt-ids 1 --logits-out "$work/none/l"
@@ -92,9 +103,22 @@ for flags in "--ranks 1" "--ranks 2 --layout ep" "--ranks 4 --threads 2" "--rank
 done
 run --ranks 2 --logits-out "$work/l2" >/dev/null
 cmp -s "$work/l" "$work/l2" || fail "logits differ"
+warned="$generate --prompts $work/p.jsonl --format json --ranks 2 --switch-at 99:ep --events $work/ev"
+unsaid() { [ "$1" -eq 0 ] && cmp -s "$work/r1" "$work/r2" && ! grep -q warning "$work/ev" || fail "status $1, or other results, where stderr is $2"; }
+$warned >"$work/r2" 2>/dev/full; unsaid $? full
+$warned >"$work/r2" 2>&-; unsaid $? closed
+$warned >"$work/r2" 2> >(:); unsaid $? "a dead pipe"
 run --ranks 2 --switch-at 4:ep,4:tp,4:ep --events "$work/ev" --logits-out "$work/l2" >"$work/r2"
 [ "$(grep -c '"step":4,"type":"switch_finished"' "$work/ev")" -eq 3 ] || fail "of three switches at one step some are lost"
 cmp -s "$work/r1" "$work/r2" && cmp -s "$work/l" "$work/l2" || fail "three switches at one step change something"
+run --ranks 2 --switch-at "4:ep$(printf ',4:tp,4:ep%.0s' $(seq 50))" --events "$work/ev" >"$work/r2"
+[ "$(grep -c '"step":4,"type":"switch_finished"' "$work/ev")" -eq 101 ] || fail "of 101 switches at one step some are lost"
+cmp -s "$work/r1" "$work/r2" || fail "101 switches at one step change something"
+$generate --prompts "$work/p.jsonl" --format json --switch-at "4:ep$(printf ',4:tp,4:ep%.0s' $(seq 50))" --events /dev/full >"$work/r2" 2>"$work/err"
+[ $? -eq 1 ] && cmp -s "$work/r1" "$work/r2" || fail "events on a full disk: no status 1, or records are lost"
+echo '{' >"$work/costs"
+$generate --prompt-ids 1 --policy measured --ranks 2 --policy-file "$work/costs" >/dev/null 2>"$work/err" || fail "a broken policy file"
+grep -q "warning: .*costs" "$work/err" || fail "a broken policy file is not named"
 printf '{"id":1,"prompt_ids":[1],"ignore_eos":true,"max_tokens":3}\n{"id":2,"prompt_ids":[2],"ignore_eos":true,"max_tokens":3}\n' >"$work/p.jsonl"
 run --max-batch 1 >"$work/r3"
 [ "$(wc -l <"$work/r3")" -eq 2 ] || fail "a small batch drops requests"
@@ -150,12 +174,18 @@ $generate --prompt "ROMEO:" --max-tokens 5 --temperature 0 >"$work/t1" 2>/dev/nu
 $generate --prompts "$work/p.jsonl" --format text >"$work/t2" 2>/dev/null || fail "text of a file"
 [ "$(grep -c '^--- [0-9] (length)$' "$work/t2")" -eq 10 ] || fail "text names each request with its reason"
 
-# A library that fails in its sixth step, in front of the real one.
+# A library that fails in its sixth step, in front of the real one; a signal that comes as soon as it is waited for.
 export ASAN_OPTIONS=${ASAN_OPTIONS:-}:verify_asan_link_order=0
 cat >"$work/failing.c" <<'C'
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <moebius/moebius.h>
+#include <signal.h>
+int sigwait(const sigset_t *set, int *out) {
+  (void)set;
+  *out = SIGTERM;
+  return 0;
+}
 moebius_status moebius_engine_step(moebius_engine *e, moebius_step_result *r, moebius_error **err) {
   static int calls;
   moebius_status (*real)(moebius_engine *, moebius_step_result *, moebius_error **) = dlsym(RTLD_NEXT, "moebius_engine_step");
@@ -169,6 +199,12 @@ if cc -shared -fPIC -I"$include" "$work/failing.c" -o "$work/failing.so" 2>"$wor
   [ "$(sed 's/.*"id":"\(.\)".*"finish_reason":"\([a-z]*\)".*/\1 \2/' "$work/r4" | tr '\n' ' ')" = "s length l error n error " ] || fail "records after an engine failure: $(cat "$work/r4")"
   LD_PRELOAD="$work/failing.so" "$bin/moebius-demo" --requests 4 >"$work/out" 2>"$work/err"
   [ $? -eq 1 ] || fail "the demo: an engine failure is no status 1"
+  if [ -x "$bin/moebius-serve" ]; then
+    for i in 1 2 3 4 5; do
+      LD_PRELOAD="$work/failing.so" timeout -s KILL 60 "$bin/moebius-serve" --model "$model" --port 0 --threads 1 >"$work/out" 2>/dev/full
+      got=$?; [ $got -eq 0 ] || fail "status $got of a server that is stopped before it listens"
+    done
+  fi
 else
   fail "no compiler for the failing library: $(head -c 300 "$work/err")"
 fi
@@ -176,6 +212,9 @@ expect 2 "no-such-model" "$bin/moebius-demo" --model "$work/no-such-model"
 expect 2 "bytes short" "$bin/moebius-demo" --page-tokens 1024 --memory-bytes 4000000
 expect 2 "config.json" "$bin/moebius-bench" decode --model "$work/no-such-model"
 expect 2 "" "$bin/moebius-bench" decode --model "$model" --ranks 5
+expect 2 "nan" "$bin/moebius-bench" switch --model "$model" --stall-budget-ms nan
+ln -s "$model" "$work/"$'\xff'
+prints '"what":"load"' "bench of a folder whose name is no UTF-8" "$bin/moebius-bench" load --model "$work/"$'\xff' --rounds 1 --format json
 
 "$bin/moebius-demo" --requests 12 --layout ep >"$work/demo" 2>"$work/progress" || fail "demo"
 grep -q 'EP → TP under load' "$work/progress" || fail "the demo's switching run does not begin in --layout ep"
@@ -184,6 +223,10 @@ grep -q 'TP → EP under load' "$work/progress" && grep -q 'EP → TP under load
 grep -q 'running' "$work/progress" || fail "the demo's live table is not on stderr"
 grep -q 'running' "$work/demo" && fail "the demo's live table is on stdout"
 [ "$(tail -n 1 "$work/demo")" = "tokens: identical in 3 of 3 runs" ] || fail "the demo's last line"
+for flags in "--requests 1" "--requests 8 --max-queue 3"; do
+  "$bin/moebius-demo" $flags >"$work/demo" 2>/dev/full || fail "demo $flags where stderr is full"
+  [ "$(tail -n 1 "$work/demo")" = "tokens: identical in 3 of 3 runs" ] || fail "the last line of demo $flags"
+done
 prints '"share_of_floor"' "bench decode" "$bin/moebius-bench" decode --model "$model" --batch 2 --steps 4 --format json
 prints '"floor_tokens_per_second"' "bench prefill" "$bin/moebius-bench" prefill --model "$model" --tokens 40 --rounds 1 --format json
 prints '"part":"kv"' "bench switch" "$bin/moebius-bench" switch --model "$model" --ranks 2 --requests 3 --context 20 --rounds 1 --format json
@@ -193,6 +236,8 @@ prints 'earlier' "bench --compare" "$bin/moebius-bench" load --model "$model" --
 expect 2 "demo:1 is no line" "$bin/moebius-bench" load --model "$model" --compare "$work/demo"
 for full in "moebius-bench load --rounds 1 --model $model" "moebius-demo --requests 2" "moebius-c-example $model" "moebius-cpp-example $model"; do
   "$bin"/$full >/dev/full 2>/dev/null; [ $? -eq 1 ] || fail "a full disk is no status 1: $full"
+  { "$bin"/$full 2>/dev/null; echo $? >"$work/status"; } | :
+  [ "$(cat "$work/status")" -eq 1 ] || fail "status $(cat "$work/status") where nobody reads what comes: $full"
 done
 [ "$failures" -eq 0 ] && echo "all as promised"
 exit "$((failures > 0))"

@@ -182,5 +182,13 @@ TEST_CASE("bad usage is said before anything runs") {
   said("--shape s --choices tp,both", "both");
   said("--shape s --rounds 0", "rounds");
   said("--shape s --threads x", "threads");
+  said("--shape s --rate nan", "--rate");
+  said("--shape s --prompt-tokens 9223372036854775807", "--prompt-tokens");
+  said("--shape s --html /no/such/page.html", "/no/such/page.html");
+  const std::string model = "--model '" + std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe' --ranks 2 --prompts 10 --samples 1 ";
+  said(model + "--max-tokens 5000", "2048");
+  said(model + "--choices threshold", "max_batch is 10");
+  const Output waits = program(model + "--rounds 1 --threads 1 --max-queue 4 --choices tp --max-tokens 8");
+  CHECK((waits.status == 0 && !waits.out.empty()));
   CHECK(program("--help").status == 0);
 }

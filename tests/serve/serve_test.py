@@ -187,6 +187,8 @@ class Endpoints(unittest.TestCase):
         self.refused(405, '/health', b'{}')
         self.refused(405, TEXT, b'{}', method='DELETE')
         self.refused(415, TEXT, b'{}', headers={'Content-Type': 'text/plain'})
+        self.refused(415, TEXT, b'{}', headers={'Content-Type': 'application/jsonx'})
+        self.refused(400, TEXT, b'{', headers={'Content-Type': 'Application/JSON ; charset=utf-8'})
         for raw in (b'nonsense\r\n\r\n', b'GET / HTTP/9.9\r\n\r\n', b'GET /' + b'x' * 9000 + b' HTTP/1.1\r\n\r\n', b'x' * 300000):
             with self.server.socket() as s:
                 s.sendall(raw)
@@ -378,6 +380,7 @@ class Limits(unittest.TestCase):
             for path, body in (('/v1/models', None), (TEXT, GREEDY), (LAYOUT, {'layout': 'tp'})):
                 status, headers, answer = server.ask(path, body, header)
                 self.assertEqual((status, answer['error']['code'], headers['WWW-Authenticate']), (401, 'invalid_api_key', 'Bearer'))
+        self.assertEqual(server.ask('/v1/models', headers={'Authorization': 'bearer secret'})[0], 200)
         JSON['Authorization'] = 'Bearer secret'
         self.addCleanup(JSON.pop, 'Authorization', None)
         self.assertEqual(server.ask('/v1/models', headers=JSON)[2]['data'][0]['id'], 'mine')
@@ -512,6 +515,7 @@ class Program(unittest.TestCase):
             for flags, text in (('', '--model'), ('--model /no/such --port 0', '/no/such'), ('--port 99999', '--port'),
                                 (f'--port {port}', f'port {port}'),
                                 ('--port 0 --api-key-file /no/such', '/no/such'), ('--port 0 --max-waiting 5000', '--max-waiting'),
+                                ('--port 0 --api-key=', 'key'), ('--port 0 --max-body-bytes 9223372036854775807', '2^60'),
                                 ('--chat-template x', '--chat-template'), ('--port 0 --ranks 5', '5'), ('--max-queue 5', '--max-queue')):
                 model = [] if not flags or '--model' in flags else ['--model', MODEL]
                 run = subprocess.run([PROGRAM, *model, *flags.split()], capture_output=True, text=True, timeout=30)
