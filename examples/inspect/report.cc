@@ -98,7 +98,7 @@ json switch_row(const MemoryPlan& plan, Layout to, int page_tokens) {
   const double tokens = static_cast<double>(ranks) * page_tokens;
   return {{"from", moebius::name_of(other(to))},
           {"to", moebius::name_of(to)},
-          {"weight_bytes", weights.bytes + weights.local_bytes},
+          {"weight_bytes", weights.bytes},
           {"weight_bytes_changed", weights.bytes},
           {"kv_bytes_per_token", static_cast<double>(bytes) / tokens},
           {"kv_bytes_changed_per_token", static_cast<double>(changed) / tokens}};

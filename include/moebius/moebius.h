@@ -329,7 +329,7 @@ MOEBIUS_API moebius_status moebius_engine_event_fd(moebius_engine *engine, int32
 
 /* Asks for a layout: every layer in TP or every layer in EP. */
 MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);
-/* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there. */
+/* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there, until a switch is asked for; policy threshold may ask too. */
 MOEBIUS_API moebius_status moebius_engine_hold_seam(moebius_engine *engine, int32_t seam, moebius_error **err);
 /* 0: a switch moves everything at once; else the time that each step may lend to it. */
 MOEBIUS_API moebius_status moebius_engine_set_stall_budget(moebius_engine *engine, double ms, moebius_error **err);

@@ -14,7 +14,6 @@ MOEBIUS_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return div_up(
 
 // False when a · b does not fit; untrusted sizes are multiplied only through this.
 inline bool checked_mul(uint64_t a, uint64_t b, uint64_t* out) { return !__builtin_mul_overflow(a, b, out); }
-inline bool checked_add(uint64_t a, uint64_t b, uint64_t* out) { return !__builtin_add_overflow(a, b, out); }
 
 struct Range {
   int64_t begin = 0, end = 0;

@@ -24,7 +24,6 @@ struct TransferPlan {
   Layout from = Layout::kTp, to = Layout::kEp;
   std::vector<ItemTransfer> items;  // [layer]
   int64_t bytes = 0;                // to a new owner
-  int64_t local_bytes = 0;          // relocated inside a rank (none for weights: kept slices have one place)
   int64_t num_slices = 0;           // slice copies, before adjacent ones were merged into blocks
 };
 

@@ -158,7 +158,7 @@ class Engine {
 
   // Taken up before the next step, in the order asked for; the outcome of each is an event. Throws kQueueFull at 65,536.
   void request_switch(Layout to);
-  void hold_seam(int32_t seam);        // move the seam to this layer and hold it there
+  void hold_seam(int32_t seam);        // move the seam to this layer and hold it there, until a switch is asked for (by policy threshold too)
   void set_stall_budget(double ms);
   void set_policy(const PolicyConfig& policy);
   SwitchEstimate estimate_switch(Layout to) const;
