@@ -1,4 +1,5 @@
 // moebius-generate: runs prompts, with arrivals, cancels and switches at given steps. Uses the public headers only.
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -122,6 +123,8 @@ class Generate {
     write_logits();
     events_file_.close();
     if (failure) std::rethrow_exception(failure);
+    const auto failed = std::count_if(runs_.begin(), runs_.end(), [](const Running& r) { return r.finish == MOEBIUS_FINISH_ERROR; });
+    if (failed > 0) throw std::runtime_error(fmt::format("{} of {} requests ended with an error", failed, runs_.size()));
   }
 
  private:

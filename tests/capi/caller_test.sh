@@ -11,5 +11,5 @@ grep -q '^request 3 ended: abort' "$work/out"
 grep -Eq '^switched to expert parallelism: [0-9]+ bytes' "$work/out"
 code=0
 "$program" /no/such 2>"$work/err" || code=$?
-[ "$code" -eq 2 ]
+[ "$code" -eq 1 ] || [ "$code" -eq 2 ]
 grep -q 'no such' "$work/err"

@@ -174,6 +174,13 @@ $generate --prompt "ROMEO:" --max-tokens 5 --temperature 0 >"$work/t1" 2>/dev/nu
 $generate --prompts "$work/p.jsonl" --format text >"$work/t2" 2>/dev/null || fail "text of a file"
 [ "$(grep -c '^--- [0-9] (length)$' "$work/t2")" -eq 10 ] || fail "text names each request with its reason"
 
+# Weights that are no numbers: the requests end with an error, each with its record, and that is a failure.
+cp -r "$model" "$work/no-numbers" && weights=$work/no-numbers/model.safetensors
+header=$((8 + $(od -An -t u8 -N 8 "$model/model.safetensors")))
+{ head -c "$header" "$model/model.safetensors"; head -c $(($(stat -c %s "$model/model.safetensors") - header)) /dev/zero | LC_ALL=C sed 's/\x00\x00/\xc0\x7f/g'; } >"$weights"
+expect 1 "1 of 1 requests ended with an error" "$bin/moebius-generate" --model "$work/no-numbers" --prompt-ids 1 --format json
+grep -q '"finish_reason":"error"' "$work/out" || fail "no record where the weights are no numbers"
+
 # A library that fails in its sixth step, in front of the real one; a signal that comes as soon as it is waited for.
 export ASAN_OPTIONS=${ASAN_OPTIONS:-}:verify_asan_link_order=0
 cat >"$work/failing.c" <<'C'
