@@ -153,6 +153,11 @@ class Bench {
     }
   }
   std::unique_ptr<Engine> engine_for(int n, int64_t length, int steps) { return engine(n, length + filling_steps(n, length) + steps + 1); }
+  std::unique_ptr<Engine> filled_engine(int n, int64_t length, int steps) {
+    auto e = engine_for(n, length, steps);
+    fill(*e, n, length, steps);
+    return e;
+  }
 
   static int64_t kv_tokens(Engine& e) {
     int64_t tokens = 0;
@@ -316,9 +321,7 @@ class Bench {
   }
 
   void switches() {
-    const int steps = 16 + 4 * o_.rounds;
-    const auto e = engine_for(o_.requests, o_.context, steps);
-    fill(*e, o_.requests, o_.context, steps);
+    auto e = filled_engine(o_.requests, o_.context, 16 + 4 * o_.rounds);
     for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));  // touches both layouts' pages
     struct Part {
       int64_t bytes = 0, changed = 0;
@@ -385,9 +388,7 @@ class Bench {
   // What a switch does to the gap between tokens: decode steps of `requests` requests, steady and while a switch moves under a budget.
   void stalls() {
     constexpr int kSteady = 50;  // steps before and after
-    const int most_steps = 2 * o_.rounds * static_cast<int>(o_.budgets.size()) * (2 * kSteady + o_.max_switch_steps) + 16;
-    const auto e = engine_for(o_.requests, o_.context, most_steps);
-    fill(*e, o_.requests, o_.context, most_steps);
+    auto e = filled_engine(o_.requests, o_.context, 2 * o_.rounds * static_cast<int>(o_.budgets.size()) * (2 * kSteady + o_.max_switch_steps) + 16);
     for (int i = 0; i < 2; ++i) switch_once(*e, flipped(i));
     struct Stall {
       std::vector<double> steady, longest, seconds, steps, kept;

@@ -115,6 +115,15 @@ moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& conf
   return moebius_cpp::Engine(options.model, config);
 }
 
+std::optional<uint64_t> submit_if_room(moebius_cpp::Engine& engine, const moebius_cpp::Request& request) {
+  try {
+    return engine.submit(request);
+  } catch (const moebius_cpp::Error& e) {
+    if (e.code() != MOEBIUS_E_QUEUE_FULL) throw;
+    return std::nullopt;
+  }
+}
+
 int run_program(const char* name, const std::function<void()>& body) {
   return exit_status_of(name, [&] {
     body();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <optional>
 #include <string>
 
 #include "examples/common/checks.h"
@@ -38,6 +39,9 @@ struct EngineOptions {
 
 // Loads with a progress bar where stderr is a terminal. Gives up (MOEBIUS_E_CANCELLED) once `interrupted`, if there is one, says so.
 moebius_cpp::Engine load(const EngineOptions& options, moebius_cpp::Config& config, bool (*interrupted)() = nullptr);
+
+// The request's number; none where the queue is full: it waits outside for another step.
+std::optional<uint64_t> submit_if_room(moebius_cpp::Engine& engine, const moebius_cpp::Request& request);
 
 // Runs a program's body with the contract's exit status: 0, 2 for bad usage or input, 1 for a later failure.
 int run_program(const char* name, const std::function<void()>& body);

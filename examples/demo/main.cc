@@ -85,12 +85,9 @@ class Run {
       moebius_cpp::Request r(tokenizer_.encode(kPrompts[static_cast<size_t>(i) % std::size(kPrompts)]));
       r.set("id", "demo-" + std::to_string(i)).set("max_tokens", tokens_of(i)).set_real("temperature", 0.8).set("top_k", int64_t{40});
       r.set("ignore_eos", int64_t{1});
-      try {
-        number_[engine_->submit(r)] = i;
-      } catch (const moebius_cpp::Error& e) {
-        if (e.code() != MOEBIUS_E_QUEUE_FULL) throw;
-        return;
-      }
+      const auto number = submit_if_room(*engine_, r);
+      if (!number) return;
+      number_[*number] = i;
     }
   }
 

@@ -183,13 +183,10 @@ class Generate {
   }
 
   void submit(size_t i) {
-    try {
-      const uint64_t id = engine_->submit(prompts_[i].request);
-      numbers_[i] = id;
-      by_number_[id] = i;
-    } catch (const moebius_cpp::Error& e) {
-      if (e.code() != MOEBIUS_E_QUEUE_FULL) throw;  // a full queue makes it wait for the next step
-    }
+    const auto id = submit_if_room(*engine_, prompts_[i].request);
+    if (!id) return;
+    numbers_[i] = *id;
+    by_number_[*id] = i;
   }
 
   void abort_unborn(size_t i, int64_t step) {

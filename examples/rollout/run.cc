@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "examples/common/options.h"
+
 namespace moebius_examples {
 namespace {
 
@@ -73,12 +75,9 @@ class Server {
       moebius_cpp::Request r(prompt);
       r.set("max_tokens", load_.most_tokens).set("ignore_eos", int64_t{1}).set("seed", static_cast<int64_t>(submitted_));
       r.set_user_data(submitted_);
-      try {
-        id_[submitted_] = engine_.submit(r);
-      } catch (const moebius_cpp::Error& e) {
-        if (e.code() != MOEBIUS_E_QUEUE_FULL) throw;
-        return;  // it waits for the next step
-      }
+      const auto id = submit_if_room(engine_, r);
+      if (!id) return;
+      id_[submitted_] = *id;
     }
   }
 

@@ -17,4 +17,4 @@ unformatted=$("$("$go" env GOROOT)/bin/gofmt" -l "$source")
 "$go" vet .
 "$go" build -o "$work/bin/" ./...
 "$work/bin/layout"
-bash "$here/caller_test.sh" "$model" "$work/bin/go"
+bash "$here/caller_test.sh" "$model" "$work/bin/go" 1

@@ -12,4 +12,4 @@ build() { "$rustc" -D warnings --edition 2021 -L "$library" -l moebius -o "$@"; 
 build "$work/layout" --test "$work/layout.rs"
 "$work/layout" --quiet
 build "$work/stream" -O "$source"
-bash "$here/caller_test.sh" "$model" "$work/stream"
+bash "$here/caller_test.sh" "$model" "$work/stream" 1
