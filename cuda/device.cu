@@ -133,6 +133,7 @@ std::byte* CudaDevice::allocate(int rank, int64_t bytes, ModuleStatus& status) {
            static_cast<long long>(free), cudaGetErrorString(error));
     return nullptr;
   }
+  starts_late = true;
   if (checked(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), r.stream), "clearing memory", rank, status) < 0) {
     (void)cudaFree(memory);
     return nullptr;
@@ -167,6 +168,7 @@ int32_t CudaDevice::read(int rank, void* to, int64_t to_pitch, const void* from,
 }
 
 int32_t CudaDevice::pin(void* host, int64_t bytes, ModuleStatus& status) {
+  on(0);
   return checked(cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterPortable), "pinning memory", 0, status);
 }
 

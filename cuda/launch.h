@@ -39,12 +39,18 @@ inline bool starts_early(const void* kernel) {
 // ahead has ended. CUDA allows early starts between kernels only.
 inline thread_local bool starts_late = false;
 
+// Unasked a kernel gets 48 KiB together with its static shared memory: more is not started, and by occupancy no block of it fits.
+template <class... P>
+bool allow_shared(void (*kernel)(P...), size_t shared_bytes) {
+  return shared_bytes == 0 || cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) == cudaSuccess;
+}
+
 // Queues a kernel on a stream (Lane::queue); nothing when the grid is empty. An error stays with the host's thread (cudaGetLastError),
 // which Device::idle asks. Each thread of a kernel calls await_previous before it touches memory that another kernel writes, and in any case
 // before it ends: what comes after the kernel takes it that what was ahead of it has ended too.
 template <class... P, class... A>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, void* queue, const A&... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || !allow_shared(kernel, shared_bytes)) return;
 #ifdef MOEBIUS_EMULATED
   emulation::launch(grid, block, shared_bytes, static_cast<cudaStream_t>(queue), [=] {
     emulation::start_thread();
@@ -52,9 +58,6 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, vo
     emulation::end_thread();
   });
 #else
-  // Unasked it gets 48 KiB together with its static shared memory.
-  if (shared_bytes > 0 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)) != cudaSuccess)
-    return;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -91,7 +94,9 @@ template <class... P>
 unsigned resident_blocks(void (*kernel)(P...), int threads, size_t shared_bytes = 0) {
   thread_local std::unordered_map<const void*, int> known;  // a multiprocessor's
   int& blocks = known[reinterpret_cast<const void*>(kernel)];
-  if (blocks == 0 && (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess || blocks < 1)) blocks = 1;
+  if (blocks == 0 && (!allow_shared(kernel, shared_bytes) ||
+                      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes) != cudaSuccess || blocks < 1))
+    blocks = 1;
   return resident_blocks(blocks);
 }
 

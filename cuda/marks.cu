@@ -48,13 +48,13 @@ cudaError_t SharedMarks::open(std::byte* own, std::byte* const* others, int num_
   others_.num = num_others;
   const cudaError_t e = cudaHostRegister(stop_waiting_, kPageBytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
   pinned_ = e == cudaSuccess;
-  return e;
+  return pinned_ ? cudaHostGetDevicePointer(reinterpret_cast<void**>(&stop_on_device_), stop_waiting_, 0) : e;
 }
 
 void SharedMarks::mark(cudaStream_t stream) const { launch(mark_kernel, 1, 1, 0, stream, own_); }
 
 void SharedMarks::pass(cudaStream_t stream) const {
-  if (others_.num > 0) launch(pass_kernel, 1, kMaxRanks, 0, stream, own_, others_, wait_ns_, stop_waiting_);
+  if (others_.num > 0) launch(pass_kernel, 1, kMaxRanks, 0, stream, own_, others_, wait_ns_, stop_on_device_);
 }
 
 void SharedMarks::set(uint64_t marks, cudaStream_t stream) const { launch(set_kernel, 1, 1, 0, stream, own_, marks); }

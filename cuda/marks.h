@@ -49,6 +49,7 @@ class SharedMarks {
   MarkFlags* own_ = nullptr;
   OtherMarks others_;
   uint32_t* stop_waiting_;
+  uint32_t* stop_on_device_ = nullptr;  // the same word
   bool pinned_ = false;
 };
 

@@ -23,12 +23,17 @@ R guarded(ModuleStatus& status, R failed, F&& f) noexcept {
   }
 }
 
+// Makes a device the calling thread's, where it is not: to set it makes a context there.
+void make_current(int device) {
+  if (int now = 0; cudaGetDevice(&now) != cudaSuccess || now != device) (void)cudaSetDevice(device);
+}
+
 // Leaves the calling thread's device as it was.
 struct KeptCurrent {
   int before = 0;
   bool had = cudaGetDevice(&before) == cudaSuccess;
   ~KeptCurrent() {
-    if (had) (void)cudaSetDevice(before);
+    if (had) make_current(before);
   }
 };
 
@@ -46,7 +51,8 @@ constexpr DeviceModule kModule{
     .name = "cuda",
     .open = [](const ModuleOptions& options, ModuleStatus& s) -> void* {
       return guarded(s, static_cast<void*>(nullptr), [&]() -> void* { 
-        const KeptCurrent current;
+        KeptCurrent current;
+        current.had &= options.world_ranks == 0;  // a rank's process stays on its device, and makes no context on another
         return CudaDevice::open(options, s).release();
       });
     },
@@ -83,7 +89,7 @@ constexpr DeviceModule kModule{
       (void)cudaGetDevice(&device);
       return device;
     },
-    .set_current = [](void*, int32_t device) { (void)cudaSetDevice(device); },
+    .set_current = [](void*, int32_t device) { make_current(device); },
     .idle = [](void* d, int rank, ModuleStatus& s) { return of(d).idle(rank, s); },
     .share_marks = [](void* d, std::byte* own, std::byte* const* others, int n, ModuleStatus& s) { return of(d).share_marks(own, others, n, s); },
     .ipc_handle = [](void* d, std::byte* memory, IpcHandle* out, ModuleStatus& s) { return of(d).ipc_handle(memory, out, s); },

@@ -134,6 +134,7 @@ cudaError_t BlockCopies::flush(cudaStream_t stream) {
   now_ = 1 - now_;
   if (t.read == nullptr)
     if (const cudaError_t e = cudaEventCreateWithFlags(&t.read, cudaEventDisableTiming); e != cudaSuccess) return e;
+  starts_late = true;
   if (const cudaError_t e = cudaMemcpyAsync(t.device, t.host, static_cast<size_t>(num + 1) * sizeof(CopyEntry), cudaMemcpyHostToDevice, stream);
       e != cudaSuccess)
     return e;
@@ -149,6 +150,7 @@ cudaError_t BlockCopies::keep(cudaStream_t stream, KeptBlocks& out) {
   t.host[out.num_] = {nullptr, nullptr, total};
   const size_t bytes = static_cast<size_t>(out.num_ + 1) * sizeof(CopyEntry);
   if (const cudaError_t e = cudaMalloc(&out.table_, bytes); e != cudaSuccess) return e;
+  starts_late = true;
   if (const cudaError_t e = cudaMemcpyAsync(out.table_, t.host, bytes, cudaMemcpyHostToDevice, stream); e != cudaSuccess) return e;
   const cudaError_t done = cudaStreamSynchronize(stream);
   release(t);  // a device that keeps its tables seldom fills others

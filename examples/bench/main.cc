@@ -223,6 +223,7 @@ class Bench {
 
   // Per step: what each kernel adds to it, and where none runs. Ranks that work side by side share one line.
   void print_trace(const json& row, const std::vector<DeviceRun>& runs, const std::vector<double>& steps) {
+    if (runs.empty()) fail(Code::kUnsupported, "the device's profiler told of no kernel; with --no-capture steps are queued kernel by kernel");
     const auto n = static_cast<double>(steps.size());
     double total = 0, added = 0;
     for (double s : steps) total += s;

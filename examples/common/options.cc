@@ -20,7 +20,8 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
   app.add_option("--layout", layout, "layout to start in: tp or ep")->check(CLI::IsMember({"tp", "ep"}))->capture_default_str();
   app.add_option(
          "--memory-bytes", memory_bytes,
-         "per rank, weights + KV (0: weights + KV for max-batch requests of min(context, 4096) tokens, at most half of the free memory)")
+         "of a rank, everything that is allocated (0: what weights and KV of max-batch requests of min(context, 4096) tokens take, at most half of "
+         "the free memory)")
       ->check(at_least(0))
       ->capture_default_str();
   app.add_option("--device", device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();

@@ -220,7 +220,7 @@ int run(int argc, char** argv) {
   app.add_option("--model,model", o.model, "model folder: config.json; *.safetensors are compared with it where they are")->required();
   app.add_option("--ranks", e.ranks, "ranks that share the model")->check(CLI::Range(1, 64))->capture_default_str();
   app.add_option("--threads", e.threads, "computing threads per rank, each with scratch of its own (0: cores ÷ ranks)")->check(CLI::Range(0, 4096))->capture_default_str();
-  app.add_option("--memory-bytes", e.memory_bytes, "per rank, weights + KV (0: weights + KV for max-batch requests of min(context, 4096) tokens)")
+  app.add_option("--memory-bytes", e.memory_bytes, "of a rank, everything that is allocated (0: what weights and KV of max-batch requests of min(context, 4096) tokens take)")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 60))
       ->capture_default_str();
   app.add_flag("--own-memory", o.own_memory, "ranks do not share memory (a device each): what is replicated counts on each of them");

@@ -150,8 +150,8 @@ typedef void (*moebius_free_fn)(void *user, void *memory, size_t size);
 MOEBIUS_API moebius_status moebius_config_set_allocator(moebius_config *config, moebius_alloc_fn alloc_fn, moebius_free_fn free_fn, void *user,
                                                         moebius_error **err);
 
-/* The index-th key; all strings are static; stability is "stable" or "experimental" (may change in any release). MOEBIUS_E_NOT_FOUND past
- * the last. out-parameters may be NULL. */
+/* The index-th key; all strings are static. Type: "i64" (flags too: 0 or 1), "f64", "str" or "handles"; stability: "stable" or "experimental"
+ * (may change in any release). MOEBIUS_E_NOT_FOUND past the last. out-parameters may be NULL. */
 MOEBIUS_API moebius_status moebius_config_key(size_t index, const char **out_name, const char **out_type, const char **out_default,
                                               const char **out_doc, const char **out_stability, moebius_error **err);
 
@@ -214,14 +214,16 @@ MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, 
 /* Comes back in every event of the request. */
 MOEBIUS_API moebius_status moebius_request_set_user_data(moebius_request *request, uint64_t user_data, moebius_error **err);
 /* Integer keys (default):
- *   max_tokens (16), min_tokens (0)  tokens to generate; until min_tokens end-of-text and stop tokens are not chosen
+ *   max_tokens (16), min_tokens (0)  tokens to generate, 1 to 2^30; until min_tokens (at most max_tokens) end-of-text and stop tokens are
+ *                                    not chosen
  *   n (1)                            samples of the prompt, 1 to 1,024
  *   top_k (0)                        0 or -1: off
  *   seed (none)                      any number; without one the engine's seed and the id decide
  *   ignore_eos (0)                   1: end-of-text does not end it
  *   logprobs (none)                  0 to 20: log-probabilities of the token and of so many likeliest, of the raw distribution
  *   priority (0)                     lower runs first
- *   keep_logits, routed_experts (0)  1: to be taken with moebius_engine_take_logits, _take_routes
+ *   keep_logits, routed_experts (0)  1: to be taken with moebius_engine_take_logits, _take_routes; such a request uses no cached prefix,
+ *                                    and each of its n samples computes the prompt
  * Float keys (default):
  *   temperature (1)                  0: greedy
  *   top_p (1), min_p (0)             above 0 to 1; 0 to 1, of the largest probability
@@ -237,6 +239,7 @@ MOEBIUS_API moebius_status moebius_request_set_str(moebius_request *request, con
 /* Keys: stop_token_ids (each ends the request, as its last token), allowed_token_ids (no other is chosen). */
 MOEBIUS_API moebius_status moebius_request_set_ids(moebius_request *request, const char *key, const int32_t *token_ids, size_t num_tokens,
                                                    moebius_error **err);
+/* -100 to 100, added to the token's logit. */
 MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *request, int32_t token, float bias, moebius_error **err);
 
 /* Queues a request; *out_id names it in events. Any thread. By design: INVALID_ARGUMENT, CONTEXT_TOO_LONG, DOES_NOT_FIT,
@@ -313,7 +316,7 @@ typedef struct moebius_event {
 } moebius_event;
 /* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
  * element's struct_size is set by the library). Waits at most timeout_ms for the first (0 or less: not at all; INFINITY: as long as it
- * takes). Events come from steps only, ARRIVED too. Any thread. */
+ * takes). Events come from steps only, ARRIVED too, and from an update of the weights that fails. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
                                                double timeout_ms, size_t *out_count, moebius_error **err);
 
@@ -389,7 +392,7 @@ typedef struct moebius_stats {
   double switch_seconds; /* that they took from their steps */
   double kv_usage;       /* 0 to 1, of the present layout's pages */
 } moebius_stats;
-/* Fills out_stats, as of the last step. */
+/* Fills out_stats, as of the last step; `waiting` counts what was submitted since, too. */
 MOEBIUS_API moebius_status moebius_engine_stats(const moebius_engine *engine, moebius_stats *out_stats, moebius_error **err);
 
 /* Where memory goes, in bytes of a rank unless said otherwise. */
@@ -495,8 +498,9 @@ typedef struct moebius_plan_info {
 } moebius_plan_info;
 
 /* Of the config (NULL: its defaults) these keys count: ranks, layout (where it starts), memory_bytes (of an arena), device, device_ids,
- * streams. By design: INVALID_ARGUMENT, DOES_NOT_FIT, UNSUPPORTED (the device). A plan's functions may be called from any thread, but
- * moebius_plan_advance and moebius_plan_destroy only while no other runs. */
+ * streams. By design: INVALID_ARGUMENT, DOES_NOT_FIT, UNSUPPORTED (the device; communicator nccl and rank_processes, since a plan's ranks read
+ * each other's memory). A plan's functions may be called from any thread, but moebius_plan_advance and moebius_plan_destroy only while no
+ * other runs. */
 MOEBIUS_API moebius_status moebius_plan_create(const moebius_plan_spec *spec, const moebius_config *config, moebius_plan **out_plan,
                                                moebius_error **err);
 MOEBIUS_API void moebius_plan_destroy(moebius_plan *plan);

@@ -137,6 +137,7 @@ class RankProcess {
         if (shares_) {
           marks_ = module_->allocate(device_, 0, kMarkBytes, status_);
           if (marks_ != nullptr) module_->ipc_handle(device_, marks_, &out.handle, status_);
+          while (module_->idle(device_, 0, status_) == 0) sched_yield();  // cleared before others look
         }
       }
     } catch (const Error& e) {

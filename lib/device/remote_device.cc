@@ -98,12 +98,19 @@ class RemoteRank {
   Answer ask(Command command, const Parts&... parts) {
     std::lock_guard lock(mutex_);
     write(command, parts...);
-    const int64_t number = ++asked_;
-    wait([&] { return control_->answered.load(std::memory_order_acquire) >= number; });
-    const Answer answer = control_->answer;
-    if (answer.status.code >= 0) return answer;
-    if (on_failure) on_failure();
-    throw Error(static_cast<Code>(answer.status.code), fmt::format("process of rank {}: {}", rank_, answer.status.text));
+    ++asked_;
+    return wait_for_answer();
+  }
+  // The same in two: several ranks are at it meanwhile.
+  template <class... Parts>
+  void begin_to_ask(Command command, const Parts&... parts) {
+    std::lock_guard lock(mutex_);
+    write(command, parts...);
+    ++asked_;
+  }
+  Answer answer() {
+    std::lock_guard lock(mutex_);
+    return wait_for_answer();
   }
 
   // Bytes of the host as a part of a command.
@@ -147,6 +154,14 @@ class RemoteRank {
     std::byte* to;
     int64_t to_pitch, at, width, height;
   };
+
+  Answer wait_for_answer() {
+    wait([&] { return control_->answered.load(std::memory_order_acquire) >= asked_; });
+    const Answer answer = control_->answer;
+    if (answer.status.code >= 0) return answer;
+    if (on_failure) on_failure();
+    throw Error(static_cast<Code>(answer.status.code), fmt::format("process of rank {}: {}", rank_, answer.status.text));
+  }
 
   void forget_reads() {
     reads_.clear();
@@ -286,7 +301,10 @@ class RemoteDevice final : public Device, private Collectives {
       open.row_major = options.row_major;
       open.collectives = options.collectives;
       open.wait_ms = options.wait_ms;
-      opened.push_back(rank->ask(Command::kOpen, open));
+      rank->begin_to_ask(Command::kOpen, open);
+    }
+    for (const auto& rank : ranks_) {
+      opened.push_back(rank->answer());
       devices_.push_back(opened.back().values[0]);
     }
     const auto devices = static_cast<int>(std::set<int64_t>(devices_.begin(), devices_.end()).size());

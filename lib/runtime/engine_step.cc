@@ -175,11 +175,12 @@ StepResult Engine::Impl::run_step() {
     const auto before_switch = Clock::now();
     take_wishes();
     observe_load();
+    const bool switches = !seams_.empty() || switcher_.moving();
     switcher_.advance(stall_budget_ms_);
     result.switch_seconds = seconds_between(before_switch, Clock::now());
     scheduler_.plan(plan_, [&](Sequence& s) { emit_request(EventType::kPreempted, s); });
     if (plan_.num_rows() > 0) run_plan(result);
-    result.worked = plan_.num_rows() > 0 || switcher_.moving() || !scheduler_.waiting().empty();
+    result.worked = plan_.num_rows() > 0 || switches || !scheduler_.waiting().empty();
   } catch (...) {
     with_reason([this](std::string_view why) { fail_everything(why); });
     throw;

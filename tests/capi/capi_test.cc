@@ -426,7 +426,7 @@ Change hot(const Change& more = [](moebius_cpp::Request&) {}) {
 
 }  // namespace
 
-TEST_CASE("every sampling key has its effect") {
+TEST_CASE("every sampling key has its effect", "[long]") {
   using R = moebius_cpp::Request;
   auto engine = small_engine(1);
   const std::vector<int32_t> greedy = run(engine, [](R&) {}).tokens[0];

@@ -71,7 +71,7 @@ moebius_status update(moebius_cpp::Engine& engine, const moebius_cpp::Source& so
 
 }  // namespace
 
-TEST_CASE("weights from files in memory, from tensors and from a folder give the logits of an engine made of them") {
+TEST_CASE("weights from files in memory, from tensors and from a folder give the logits of an engine made of them", "[long]") {
   const Weights w = changed();
   const std::string config = file("config.json");
   moebius_cpp::Source files("trained"), tensors("trained");

@@ -170,6 +170,13 @@ TEST_CASE("a stream with new work is not ready when it is asked at once, and tha
   CHECK(cudaStreamDestroy(stream) == cudaSuccess);
 }
 
+TEST_CASE("how many blocks of a kernel a device holds is asked with the shared memory that it will have") {
+  int blocks = -1;
+  CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reverse_kernel, 256, 40 << 10) == cudaSuccess);
+  CHECK(blocks == 0);
+  CHECK(resident_blocks(reverse_kernel, 256, 40 << 10) == resident_blocks(4));
+}
+
 TEST_CASE("a launch that no device takes is an error of the thread that asked") {
   launch(reverse_kernel, 1, 2048, 0, nullptr, static_cast<int*>(nullptr), 0);
   CHECK(cudaGetLastError() == cudaErrorInvalidConfiguration);

@@ -26,6 +26,7 @@ TEST_CASE("fast: any number of ranks, either layout, seams and switches stay nea
     std::string model;
     double bf16_error;
   };
+  int64_t turn = 0;
   for (const Case& c : {Case{kQwen, 0.0333}, Case{kDense, 0.0354}, Case{kMixtral, 0.0317}}) {
     Script script;
     script.requests.push_back({greedy_request("a", prompt_of(1, 25), 6, true)});
@@ -33,6 +34,7 @@ TEST_CASE("fast: any number of ranks, either layout, seams and switches stay nea
     const size_t prompt = 25 * 512;  // later positions follow the tokens chosen
     for (int ranks : {1, c.model == kMixtral ? 8 : 3})
       for (Layout layout : {Layout::kTp, Layout::kEp}) {
+        if (turn++ % kSweep != 0) continue;
         INFO(c.model << " ranks " << ranks << " " << name_of(layout));
         const Output got = run_script(c.model, fast_config(ranks, layout), script).outputs.at("a");
         CHECK(got.tokens.size() == 6);

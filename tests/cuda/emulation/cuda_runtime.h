@@ -234,11 +234,6 @@ cudaError_t cudaGetDeviceCount(int* count);  // MOEBIUS_EMULATED_DEVICES, else 4
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
-template <class F>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F*, int, size_t) {
-  *blocks = 4;
-  return cudaSuccess;
-}
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer);
 cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags);
@@ -254,6 +249,10 @@ cudaError_t cudaMallocHost(T** out, size_t bytes) { return cudaHostAlloc(out, by
 cudaError_t cudaFreeHost(void* memory);
 inline cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+inline cudaError_t cudaHostGetDevicePointer(void** out, void* host, unsigned) {
+  *out = host;
+  return cudaSuccess;
+}
 enum cudaMemoryType { cudaMemoryTypeUnregistered = 0, cudaMemoryTypeHost = 1 };
 struct cudaPointerAttributes {
   cudaMemoryType type;
@@ -289,10 +288,11 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsign
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph);
-template <class F>
-cudaError_t cudaFuncSetAttribute(F*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 namespace moebius::emulation {
+
+// The dynamic shared memory that a kernel may have: 32 KiB (static memory is not known here: as if it had 16), or what was allowed for it.
+size_t& allowed_shared(const void* kernel);
 
 void keep_error(cudaError_t error);
 // Does the work, or keeps it where the stream is being captured.
@@ -310,3 +310,15 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, con
 }
 
 }  // namespace moebius::emulation
+
+template <class F>
+cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute, int bytes) {
+  moebius::emulation::allowed_shared(reinterpret_cast<const void*>(kernel)) = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+// None fits where more was not allowed for, and that is no error.
+template <class F>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F* kernel, int, size_t shared_bytes) {
+  *blocks = shared_bytes > moebius::emulation::allowed_shared(reinterpret_cast<const void*>(kernel)) ? 0 : 4;
+  return cudaSuccess;
+}

@@ -235,7 +235,7 @@ TEST_CASE("logits are not taken out of a dead world's memory, only copied") {
   *release = true;
 }
 
-TEST_CASE("weights that are no numbers end the same requests with an error everywhere, and leave their batch mates' bits alone") {
+TEST_CASE("weights that are no numbers end the same requests with an error everywhere, and leave their batch mates' bits alone", "[long]") {
   Script script;
   for (int i = 0; i < 12; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(700 + i, 1), 3, true), i / 6});
   const Outcome clean = run_script(kQwen, small_config(1, 1, Layout::kTp), script);

@@ -176,7 +176,7 @@ TEST_CASE("switches due at one step happen in order, each with its events") {
   CHECK(types(slow, {0, 2}) == "start turn 2 ");
 }
 
-TEST_CASE("more than 65,536 switches at one step are refused") {
+TEST_CASE("more than 65,536 switches at one step are refused", "[long]") {
   Engine engine(kQwen, small_config(2, 1, Layout::kTp));
   for (int i = 0; i < 65536; ++i) engine.request_switch(i < 100 && i % 2 == 0 ? Layout::kEp : Layout::kTp);
   CHECK_THROWS_WITH(engine.request_switch(Layout::kTp), Catch::Contains("65536"));
