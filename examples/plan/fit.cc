@@ -14,7 +14,7 @@
 #include "examples/common/statistics.h"
 #include "examples/plan/facts.h"
 #include "examples/plan/step_model.h"
-#include "lib/model/json.h"
+#include "lib/base/json_tree.h"
 
 namespace moebius::plan {
 namespace {

@@ -4,8 +4,8 @@
 
 #include "examples/plan/facts.h"
 #include "examples/plan/shipped.h"
+#include "lib/base/json_tree.h"
 #include "lib/base/numbers.h"
-#include "lib/model/json.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius::plan {

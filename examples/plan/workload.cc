@@ -6,7 +6,7 @@
 
 #include "examples/plan/facts.h"
 #include "examples/plan/shipped.h"
-#include "lib/model/json.h"
+#include "lib/base/json_tree.h"
 
 namespace moebius::plan {
 namespace {

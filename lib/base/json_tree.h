@@ -3,6 +3,8 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
 
 namespace moebius {
 
@@ -23,5 +25,9 @@ class JsonTree {
   }
   nlohmann::json root_;
 };
+
+// JSON that nobody vouches for: bounded in depth, and no key twice (the DOM alone would keep the last in silence). `file` is for messages.
+// Throws kCorruptModel.
+JsonTree parse_json(std::string_view text, const std::string& file);
 
 }  // namespace moebius

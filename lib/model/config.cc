@@ -5,8 +5,8 @@
 #include <unordered_set>
 
 #include "lib/base/error.h"
+#include "lib/base/json_tree.h"
 #include "lib/model/config_keys.h"
-#include "lib/model/json.h"
 
 namespace moebius {
 namespace {

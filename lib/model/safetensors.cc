@@ -9,8 +9,8 @@
 #include <nlohmann/json.hpp>
 
 #include "lib/base/error.h"
+#include "lib/base/json_tree.h"
 #include "lib/base/numbers.h"
-#include "lib/model/json.h"
 
 namespace moebius {
 namespace {

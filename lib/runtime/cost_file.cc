@@ -9,7 +9,7 @@
 #include <unistd.h>
 
 #include "lib/base/error.h"
-#include "lib/model/json.h"
+#include "lib/base/json_tree.h"
 
 namespace moebius {
 namespace {

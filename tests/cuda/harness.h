@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <string_view>
 #include <vector>
 
 #include "lib/cpu/cpu_ops.h"
@@ -11,6 +12,8 @@
 #include "tests/catch.h"
 
 namespace moebius {
+
+constexpr bool kEmulated = std::string_view(MOEBIUS_TEST_DEVICE) == "cuda-emulated";
 
 // Opened once, with four ranks.
 Device& test_device();

@@ -23,7 +23,6 @@ struct Matrix {
   std::vector<bf16> plain, packed;
 };
 
-constexpr bool kEmulated = std::string_view(MOEBIUS_TEST_DEVICE) == "cuda-emulated";
 
 // The sums of mode fast: floats in the same memory.
 std::vector<float> as_floats(const std::vector<int64_t>& sums) {
@@ -132,33 +131,35 @@ TEST_CASE("row-major weights: against the plain sum, rows and columns beside the
 
 TEST_CASE("the O projection's sums are the integers of each group's contributions") {
   Random random(2);
-  constexpr int64_t kHidden = 72, kRows = 70;
+  constexpr int64_t kHidden = 72;
+  const int64_t rows = kEmulated ? 70 : 11000;  // so many units that a warp has one by itself; elsewhere that is the case from 4 on
   for (const int64_t k : {16, 40, 64}) {
     constexpr int kGroups = 3;
     std::vector<Matrix> groups;
     std::vector<Array<bf16>> weights;
     for (int g = 0; g < kGroups; ++g) groups.emplace_back(random, kHidden, k, 0.5f), weights.emplace_back(groups.back().packed);
-    std::vector<bf16> x = random.bf16s(static_cast<size_t>(kRows * k * kGroups));
+    std::vector<bf16> x = random.bf16s(static_cast<size_t>(rows * k * kGroups));
     x[static_cast<size_t>(9 * k * kGroups)] = to_bf16(3e37f);           // too large a contribution
     x[static_cast<size_t>(20 * k * kGroups + 1)] = 0x7fc0;              // NaN
     const Array<bf16> there(x);
-    Lanes lanes({kRows, kHidden, 16, 1, 1, 1});
+    Lanes lanes({rows, kHidden, 16, 1, 1, 1});
     std::vector<ExactLinearPart> parts;
     for (int g = 0; g < kGroups; ++g) parts.push_back({weights[static_cast<size_t>(g)].get(), g * k});
-    const auto run = [&](Range rows, std::vector<uint8_t>& flags, bool plain = false) {
-      const Array<int64_t> sum(static_cast<size_t>(kRows * kHidden));
-      const Array<uint8_t> flags_there(std::vector<uint8_t>(kRows, 0));
-      test_device().ops().exact_linear({rows, there.get(), k * kGroups, kHidden, k, kGroups, parts.data(), {sum.get(), flags_there.get(), 0x1p28f, 0x1p60f, plain}},
+    const auto run = [&](Range some, std::vector<uint8_t>& flags, bool plain = false) {
+      const Array<int64_t> sum(static_cast<size_t>(rows * kHidden));
+      const Array<uint8_t> flags_there(std::vector<uint8_t>(static_cast<size_t>(rows), 0));
+      test_device().ops().exact_linear({some, there.get(), k * kGroups, kHidden, k, kGroups, parts.data(), {sum.get(), flags_there.get(), 0x1p28f, 0x1p60f, plain}},
                                        lanes.device);
       flags = flags_there.values();
       return sum.values();
     };
     std::vector<uint8_t> flags, some_flags;
-    const std::vector<float> plain = as_floats(run({0, kRows}, flags, true));
-    CHECK(std::count(flags.begin(), flags.end(), 0) == kRows);
+    const std::vector<float> plain = as_floats(run({0, rows}, flags, true));
+    CHECK(std::count(flags.begin(), flags.end(), 0) == rows);
     CHECK(std::isnan(plain[static_cast<size_t>(20 * kHidden)]));
-    const std::vector<int64_t> all = run({0, kRows}, flags);
-    for (int64_t r = 0; r < kRows; ++r) {
+    const std::vector<int64_t> all = run({0, rows}, flags);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (r >= 70 && r % 97 != 0) continue;
       CHECK(flags[static_cast<size_t>(r)] == (r == 9 || r == 20));
       if (flags[static_cast<size_t>(r)] != 0) continue;
       for (int64_t h = 0; h < kHidden; ++h) {
@@ -172,9 +173,9 @@ TEST_CASE("the O projection's sums are the integers of each group's contribution
         REQUIRE(std::fabs(plain[static_cast<size_t>(r * kHidden + h)] - sum) <= bound(k, size) + kGroups * 0x1p-24 * size);
       }
     }
-    for (const Range rows : {Range{4, 5}, Range{8, 21}, Range{30, 62}}) {
-      const std::vector<int64_t> some = run(rows, some_flags);
-      for (int64_t r = rows.begin; r < rows.end; ++r) {
+    for (const Range part : {Range{4, 5}, Range{8, 21}, Range{30, 62}}) {
+      const std::vector<int64_t> some = run(part, some_flags);
+      for (int64_t r = part.begin; r < part.end; ++r) {
         CHECK(some_flags[static_cast<size_t>(r)] == flags[static_cast<size_t>(r)]);
         for (int64_t h = 0; h < kHidden && flags[static_cast<size_t>(r)] == 0; ++h)
           REQUIRE(some[static_cast<size_t>(r * kHidden + h)] == all[static_cast<size_t>(r * kHidden + h)]);

@@ -1,34 +1,12 @@
 #include "lib/model/tokenizer/json_node.h"
 
 #include <limits>
-#include <unordered_set>
 
 #include "lib/base/error.h"
 
 namespace moebius::tokenizer {
 
 using nlohmann::json;
-
-JsonTree parse_json(std::string_view text) {
-  std::vector<std::unordered_set<std::string>> keys_of_open_objects;
-  const auto check = [&](int depth, json::parse_event_t event, json& parsed) {
-    using Event = json::parse_event_t;
-    if ((event == Event::object_start || event == Event::array_start) && depth >= kMaxNesting) {
-      fail(Code::kCorruptModel, "JSON nested deeper than {} levels", kMaxNesting);
-    }
-    if (event == Event::object_start) keys_of_open_objects.emplace_back();
-    if (event == Event::object_end) keys_of_open_objects.pop_back();
-    if (event == Event::key && !keys_of_open_objects.back().insert(parsed.get_ref<const std::string&>()).second) {
-      fail(Code::kCorruptModel, "an object names the key \"{}\" twice", parsed.get_ref<const std::string&>());
-    }
-    return true;
-  };
-  try {
-    return JsonTree(json::parse(text.begin(), text.end(), check));
-  } catch (const json::exception& error) {
-    fail(Code::kCorruptModel, "not JSON: {}", error.what());
-  }
-}
 
 JsonNode JsonNode::child(const json& value, std::string_view key) const {
   return {value, path_.empty() ? std::string(key) : fmt::format("{}.{}", path_, key)};

@@ -12,11 +12,6 @@
 
 namespace moebius::tokenizer {
 
-inline constexpr int kMaxNesting = 64;  // real files stay below 10; bounds the recursion of whoever walks the tree
-
-// Refuses malformed text, objects that name a key twice and nesting above kMaxNesting.
-JsonTree parse_json(std::string_view text);
-
 // Borrows a value of a tree that outlives it.
 class JsonNode {
  public:

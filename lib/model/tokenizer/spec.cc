@@ -152,7 +152,7 @@ int32_t count_ids(const TokenizerSpec& spec) {
 }  // namespace
 
 TokenizerSpec read_tokenizer_spec(std::string_view text) {
-  const JsonTree tree = parse_json(text);
+  const JsonTree tree = parse_json(text, "JSON");
   const JsonNode root(tree.root(), "");
   const JsonNode model = root.at("model");
   TokenizerSpec spec;

@@ -123,11 +123,11 @@ TEST_CASE("a deadline ends a request that waits, that is in prefill, that decode
     DYNAMIC_SECTION((decoding ? "decoding" : "in prefill")) {
       Engine engine(kQwen, config);
       RequestSpec spec = greedy_request("late", prompt_of(2, decoding ? 5 : 900), 100);
-      spec.deadline_ms = 500;  // long for the steps before, however busy the machine
+      spec.deadline_ms = 500 * kSlower;  // long for the steps before, however busy the machine
       const uint64_t late = engine.submit(spec);
       for (int i = 0; i < 3; ++i) CHECK_FALSE(aborted(step_and_poll(engine), late));
       CHECK(engine.stats().generation_tokens == (decoding ? 3 : 0));
-      std::this_thread::sleep_for(600ms);
+      std::this_thread::sleep_for(600ms * kSlower);
       CHECK(aborted(step_and_poll(engine), late));
       CHECK(engine.stats().running == 0);
       CHECK(engine.stats().kv_usage == 0);

@@ -76,6 +76,9 @@ struct Outcome {
 // The device that the tests run on, by MOEBIUS_TEST_DEVICE; null: the CPU.
 inline const char* test_device() { return std::getenv("MOEBIUS_TEST_DEVICE"); }
 
+// A rank's threads: on a device it has one.
+inline int threads_here(int threads) { return test_device() != nullptr ? 1 : threads; }
+
 // MOEBIUS_TEST_MODE=fast is for tests against references only.
 inline const char* test_mode() {
   const char* mode = std::getenv("MOEBIUS_TEST_MODE");
@@ -85,8 +88,8 @@ inline const char* test_mode() {
 inline EngineConfig small_config(int ranks, int threads, Layout layout) {
   EngineConfig c;
   c.ranks = ranks;
-  c.threads = threads;
-  if (test_device() != nullptr) c.device = test_device(), c.threads = 1;
+  c.threads = threads_here(threads);
+  if (test_device() != nullptr) c.device = test_device();
   if (const char* processes = std::getenv("MOEBIUS_TEST_PROCESSES")) c.rank_processes = test_device() != nullptr && *processes == '1';
   c.mode = test_mode();
   c.layout = layout;

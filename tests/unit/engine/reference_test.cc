@@ -139,10 +139,11 @@ TEST_CASE("logits are as close to float32 as Hugging Face's own bf16, and greedy
       EngineConfig config;
       if (test_device() != nullptr) config.device = path;
       else config.isa = path;
+      config.mode = test_mode();
       config.threads = 1;
       config.kv_tokens = 4096;
       const Comparison c = compare(model, config);
-      INFO(model << " " << path << ": rms " << c.ours << " against " << c.theirs << ", arg-max " << c.wide_agree << " of "
+      INFO(model << " " << path << " " << config.mode << ": rms " << c.ours << " against " << c.theirs << ", arg-max " << c.wide_agree << " of "
                  << c.wide << ", greedy " << c.greedy_equal << " of " << c.greedy_wide);
       WARN(model.substr(model.rfind('/') + 1) << " " << path << ": rms " << c.ours << " against " << c.theirs << " ("
                                               << c.ours / c.theirs << "), " << c.calm << " without " << c.tied << " near ties, arg-max " << c.wide_agree << " of " << c.wide << ", greedy "

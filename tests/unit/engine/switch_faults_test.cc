@@ -27,7 +27,7 @@ TEST_CASE("a fault of any type, of any thread, between two blocks is rolled back
   Script script = busy_script();
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
   for (Layout start : {Layout::kTp, Layout::kEp})
-    for (int thread : {0, 1})
+    for (int thread = 0; thread < threads_here(2); ++thread)
       for (int kind : {0, 1, 2}) {
         Engine engine(kQwen, small_config(2, 2, start));
         std::atomic<bool> armed{true};

@@ -268,7 +268,7 @@ TEST_CASE("a rank that fails in a step ends every request with a status instead 
   engine.submit(greedy_request("a", prompt_of(1, 9), 20));
   engine.step();
   engine.impl().step_hook = [](int rank, int thread) {
-    if (rank == 1 && thread == 1) throw Error(Code::kIo, "injected");
+    if (rank == 1 && thread == threads_here(2) - 1) throw Error(Code::kIo, "injected");
   };
   CHECK_THROWS_WITH(engine.step(), Catch::Contains("injected"));
   CHECK_THROWS_AS(engine.step(), Error);

@@ -224,12 +224,12 @@ TEST_CASE("defaults spelled out are accepted") {
 
 TEST_CASE("text that is not JSON, names a key twice or nests without end is corrupt") {
   const std::vector<std::pair<std::string, const char*>> cases = {
-      {"", "not JSON"},
-      {"{\"model\":", "not JSON"},
-      {"{\"model\": \"\xFF\"}", "not JSON"},
-      {R"({"model": {"vocab": {"a": 1, "b": 2, "a": 3}}})", "the key \"a\" twice"},
-      {std::string(1000000, '['), "nested deeper than 64"},
-      {"{\"model\":" + std::string(100000, '[') + std::string(100000, ']') + "}", "nested deeper than 64"},
+      {"", "not valid JSON"},
+      {"{\"model\":", "not valid JSON"},
+      {"{\"model\": \"\xFF\"}", "not valid JSON"},
+      {R"({"model": {"vocab": {"a": 1, "b": 2, "a": 3}}})", "key 'a' is given twice"},
+      {std::string(1000000, '['), "nested deeper than 32"},
+      {"{\"model\":" + std::string(100000, '[') + std::string(100000, ']') + "}", "nested deeper than 32"},
   };
   for (const auto& [text, fact] : cases) {
     const Failure failure = failure_of([&, &text = text] { Tokenizer::from_json(text, "test.json"); });

@@ -1,4 +1,4 @@
-#include "lib/model/json.h"
+#include "lib/base/json_tree.h"
 
 #include <set>
 #include <vector>
@@ -10,7 +10,7 @@ namespace moebius {
 using nlohmann::json;
 
 JsonTree parse_json(std::string_view text, const std::string& file) {
-  constexpr int kMaxDepth = 32;             // a config has a few levels
+  constexpr int kMaxDepth = 32;             // what is read has a few levels, and whoever walks it may recurse
   std::vector<std::set<std::string>> keys;  // of the objects that are open
   const json::parser_callback_t watch = [&](int depth, json::parse_event_t event, json& parsed) {
     if (depth > kMaxDepth) fail(Code::kCorruptModel, "{}: nested deeper than {} levels", file, kMaxDepth);
