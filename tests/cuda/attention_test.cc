@@ -129,7 +129,7 @@ TEST_CASE("attention: against the plain sum in double, at every edge of tiles, p
 
 TEST_CASE("attention: a row's bits depend on its position alone") {
   Random random(5);
-  for (const Shape& shape : {Shape{64, 1, 4, 16}, Shape{128, 2, 3, 32}}) {
+  for (const Shape& shape : {Shape{64, 1, 4, 16}, Shape{128, 2, 3, 32}, Shape{80, 1, 5, 48}, Shape{256, 1, 2, 16}}) {
     const std::vector<int> lengths = {530, 40};
     const Sequences s(random, shape, lengths);
     const int width = shape.kv_heads * shape.heads_per_kv * shape.head_dim;
@@ -139,7 +139,7 @@ TEST_CASE("attention: a row's bits depend on its position alone") {
       return std::vector<bf16>(out.begin() + first * width, out.begin() + (first + rows) * width);
     };
     // So many rows that one warp walks all splits of its rows, and few, whose splits are apart and merged later.
-    const std::vector<Chunk> many(std::string(MOEBIUS_TEST_DEVICE) == "cuda" ? 64 : 1, Chunk{0, 400, 130});
+    const std::vector<Chunk> many(kEmulated ? 1 : 64, Chunk{0, 400, 130});
     const std::vector<bf16> whole = rows_of(run(s, many, queries), 100, 30);
     CHECK(same_bytes(run(s, {{0, 500, 30}}, queries), whole));
     for (int i = 0; i < 30; i += 3) CHECK(same_bytes(run(s, {{0, 500 + i, 1}}, queries), rows_of(whole, i, 1)));
