@@ -1,6 +1,6 @@
 #include "lib/base/json_tree.h"
 
-#include <set>
+#include <unordered_set>
 #include <vector>
 
 #include "lib/base/error.h"
@@ -10,8 +10,8 @@ namespace moebius {
 using nlohmann::json;
 
 JsonTree parse_json(std::string_view text, const std::string& file) {
-  constexpr int kMaxDepth = 32;             // what is read has a few levels, and whoever walks it may recurse
-  std::vector<std::set<std::string>> keys;  // of the objects that are open
+  constexpr int kMaxDepth = 32;  // what is read has a few levels, and whoever walks it may recurse
+  std::vector<std::unordered_set<std::string>> keys;  // of the objects that are open; a vocabulary has 150,000
   const json::parser_callback_t watch = [&](int depth, json::parse_event_t event, json& parsed) {
     if (depth > kMaxDepth) fail(Code::kCorruptModel, "{}: nested deeper than {} levels", file, kMaxDepth);
     if (event == json::parse_event_t::object_start) keys.emplace_back();
