@@ -117,6 +117,10 @@ class RankProcess {
     control_.answered.fetch_add(1, std::memory_order_release);
   }
 
+  void wait_until_idle() {
+    while (module_->idle(device_, 0, status_) == 0) sched_yield();
+  }
+
   void open(const Open& open) {
     Answer out;
     rank_ = open.rank;
@@ -137,7 +141,7 @@ class RankProcess {
         if (shares_) {
           marks_ = module_->allocate(device_, 0, kMarkBytes, status_);
           if (marks_ != nullptr) module_->ipc_handle(device_, marks_, &out.handle, status_);
-          while (module_->idle(device_, 0, status_) == 0) sched_yield();  // cleared before others look
+          wait_until_idle();  // cleared before others look
         }
       }
     } catch (const Error& e) {
@@ -157,7 +161,7 @@ class RankProcess {
         if (s.code >= 0) module_->share_marks(device_, marks_, others_marks_.data(), static_cast<int>(others_marks_.size()), s);
         return answer(out);
       case Command::kForgetAll:
-        while (module_->idle(device_, 0, s) == 0) sched_yield();
+        wait_until_idle();
         for (auto& [address, peer] : shared_) forget(peer);
         for (std::byte* memory : others_marks_) module_->ipc_close(device_, memory);
         shared_.clear(), others_marks_.clear();

@@ -27,8 +27,6 @@ inline const int64_t kSweep = [] {
   return int64_t{1};
 #endif
 }();
-inline const int kSlower = kSweep > 1 ? 5 : 1;  // of deadlines in which steps must not need as long
-
 inline const std::string kQwen = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe";
 inline const std::string kDense = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe-dense";
 inline const std::string kMixtral = std::string(MOEBIUS_TEST_DATA) + "/tiny-mixtral";
@@ -75,6 +73,8 @@ struct Outcome {
 
 // The device that the tests run on, by MOEBIUS_TEST_DEVICE; null: the CPU.
 inline const char* test_device() { return std::getenv("MOEBIUS_TEST_DEVICE"); }
+
+inline const int kSlower = kSanitized || test_device() != nullptr ? 5 : 1;  // of deadlines in which steps must not need as long
 
 // A rank's threads: on a device it has one.
 inline int threads_here(int threads) { return test_device() != nullptr ? 1 : threads; }
