@@ -28,7 +28,7 @@ struct CublasLt : Library {
   MOEBIUS_LIBRARY_FUNCTION(multiply, cublasLtMatmul);
 
   static const CublasLt& get() {
-    static const CublasLt library;
+    static const CublasLt& library = *new CublasLt;
     return library;
   }
 };
@@ -44,8 +44,8 @@ struct Product {
 using Sizes = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;  // device, n, k, rows, ldx, ldy
 
 std::mutex mutex;  // of what follows
-std::map<int, cublasLtHandle_t> handles;  // [device]
-std::map<Sizes, Product> products;        // sizes are few: rows of a step's logits
+std::map<int, cublasLtHandle_t>& handles = *new std::map<int, cublasLtHandle_t>;  // [device]
+std::map<Sizes, Product>& products = *new std::map<Sizes, Product>;               // sizes are few: rows of a step's logits
 
 cublasStatus_t make(cublasLtHandle_t handle, int64_t n, int64_t k, int64_t rows, int64_t ldx, int64_t ldy, Product& p) {
   const CublasLt& lt = CublasLt::get();

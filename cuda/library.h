@@ -8,6 +8,7 @@
 
 namespace moebius::cuda {
 
+// One of each is made and never ended: a rank's thread may still call it when the process exits.
 class Library {
  public:
   // The file that the environment variable names, else `file` as the loader finds it (what the process has already, if any).

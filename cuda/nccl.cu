@@ -35,7 +35,7 @@ struct NcclLibrary : Library {
   MOEBIUS_LIBRARY_FUNCTION(receive, ncclRecv);
 
   static const NcclLibrary& get() {
-    static const NcclLibrary library;
+    static const NcclLibrary& library = *new NcclLibrary;
     return library;
   }
 };

@@ -27,7 +27,7 @@ class EpBackend final : public LayerBackend {
 }  // namespace
 
 const LayerBackend& ep_backend() {
-  static const EpBackend backend;
+  static constexpr EpBackend backend;
   return backend;
 }
 

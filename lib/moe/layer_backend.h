@@ -52,13 +52,15 @@ struct RankContext {
 
 class LayerBackend {
  public:
-  virtual ~LayerBackend() = default;
   // homes: [ranks] rows of each home; the step has num_rows rows.
   virtual Range rows(const RankContext& rank, const Range* homes, int64_t num_rows) const = 0;
   virtual PartialSums finish_attention(RankContext& rank, int64_t num_rows) const = 0;
   // Router and experts (or dense MLP) for `rows`; x and x_float are ready. homes as above.
   virtual PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range* homes, int64_t num_rows,
                               const Lane& lane) const = 0;
+
+ protected:
+  ~LayerBackend() = default;  // there are the two below, which nothing ends: a rank's thread may still be in a step when the process exits
 };
 
 const LayerBackend& tp_backend();

@@ -26,7 +26,7 @@ class TpBackend final : public LayerBackend {
 }  // namespace
 
 const LayerBackend& tp_backend() {
-  static const TpBackend backend;
+  static constexpr TpBackend backend;
   return backend;
 }
 
