@@ -4,6 +4,9 @@
 // last of them merges (few rows, long contexts). Which of the two is decided on the device, where the chunks' lengths are known: a
 // captured step serves any lengths.
 //
+// Where chunks are of one row each, Q, K and V may come as the projection left them (rope_attention): a warp turns its queries in registers, each
+// split's anew, and the warp with the row's own token puts its K and V into their page before it reads them.
+//
 // Floors. Decode: K and V of each KV head once, 4 · tokens · head_dim bytes. Prompts: 4 · rows · tokens / 2 · heads · head_dim operations.
 //
 // Fragments, for lane 4·g + t. Scores of 32 tokens, two tiles of keys, are Q · Kᵀ in four products of 8 tokens: a load of 16 bytes of a key
@@ -20,6 +23,8 @@
 #include "cuda/fragments.h"
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/rope.h"
+#include "cuda/rows.h"
 #include "cuda/scratch.h"
 
 namespace moebius::cuda {
@@ -314,6 +319,42 @@ __device__ __forceinline__ void load_queries(const AttentionArgs& args, const Un
   }
 }
 
+__device__ __forceinline__ uint4 to_words(const float (&v)[8]) {
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+// The same from what the projection left, for a chunk of one row; head_dim = 64·kGroups, so that a lane's halves are its dimensions.
+template <int kGroups>
+__device__ __forceinline__ void rope_queries(const RopeStoreArgs& args, const Unit& u, const float* rope, uint4 (&q)[2 * kGroups][2]) {
+  constexpr int kHalf = 32 * kGroups, kDim = 2 * kHalf;
+  RopeHalves<kGroups> x;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (r == 0 || u.num_m > 8) {
+      x.load(args.q + (static_cast<int64_t>(u.first_row) * args.num_heads + u.head_of(WeightStream::lane_g() + 8 * r)) * kDim, kHalf);
+      x.norm_and_rotate(args.q_norm, args.eps, rope, kHalf);
+    }
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+      q[n][r] = to_words(x.low[n]);
+      q[kGroups + n][r] = to_words(x.high[n]);
+    }
+  }
+}
+
+// K and V of such a chunk's row, into their page.
+template <int kGroups>
+__device__ __forceinline__ void rope_key(const RopeStoreArgs& args, const Unit& u, const float* rope) {
+  constexpr int kHalf = 32 * kGroups;
+  const int64_t at = (static_cast<int64_t>(u.first_row) * args.kv.num_kv_heads + u.kv_head) * 2 * kHalf;
+  RopeHalves<kGroups> k, v;
+  k.load(args.k + at, kHalf);
+  v.load(args.v + at, kHalf);
+  k.norm_and_rotate(args.k_norm, args.eps, rope, kHalf);
+  if (threadIdx.x % 32 < 4) store_kv(args.kv, u.pages, u.first_position, u.kv_head, k, v, args.value_scale, kHalf);
+  __syncwarp();  // who reads them next
+}
+
 // output / sum, as bf16.
 template <int kGroups>
 __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit& u, const State<kGroups>& state) {
@@ -340,10 +381,10 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
 }
 
 // partials: [item][word][lane], of items that are splits; counters: [item]. kOnce: no two warps read the same K and V, as where chunks are of one
-// row each; not decided on the device, where it would cost registers.
+// row each; not decided on the device, where it would cost registers. Then also, where rope has a q: Q is its, and K and V it has are stored first.
 template <bool kOnce, int kGroups>
-__global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs args, const __grid_constant__ Heads heads, int most_heads, float* partials,
-                                                                unsigned* counters) {
+__global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 2)
+    attention_kernel(AttentionArgs args, RopeStoreArgs rope, const __grid_constant__ Heads heads, int most_heads, float* partials, unsigned* counters) {
   begin_next();
   __shared__ Work work;
   block_list_work(work, args, most_heads);  // from the step's tables, which are there before its first kernel
@@ -361,16 +402,22 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
       const int begin = own_split * kSplitTokens, tokens = kPrefetchBytes / (args.kv.head_dim * 4) / work.begin[args.num_chunks];
       kv.prefetch(begin, min(end, begin + min(tokens, kSplitTokens)));
     }
+    const bool alone = work.spread && splits > 1;  // with one split: the last warp of the unit adds up all of them
+    const int last = alone ? own_split + 1 : splits;
     uint4 q[2 * kGroups][2];
-    load_queries<kGroups>(args, u, q);
+    if (kOnce && rope.q != nullptr) {
+      const float* const table = rope.rope + static_cast<int64_t>(u.first_position) * args.kv.head_dim;
+      if (last == splits) rope_key<kGroups>(rope, u, table);
+      rope_queries<kGroups>(rope, u, table, q);
+    } else {
+      load_queries<kGroups>(args, u, q);
+    }
     const int position[2] = {u.position_of(g), u.position_of(g + 8)};
     State<kGroups> state;
     const auto add_split = [&](int split) {
       if (split == 0) state.for_words([&](int at, float& v, int) { total[at * 32 + lane] = v; });
       else merge(total, state, {position[0] >= split * kSplitTokens, position[1] >= split * kSplitTokens});
     };
-    const bool alone = work.spread && splits > 1;  // with one split: the last warp of the unit adds up all of them
-    const int last = alone ? own_split + 1 : splits;
     for (int split = own_split; split < last; ++split) {
       const int begin = split * kSplitTokens;
       state.clear();
@@ -397,19 +444,17 @@ __global__ void __launch_bounds__(kWarps * 32) attention_kernel(AttentionArgs ar
 }
 
 template <int kGroups>
-void launch_attention(const AttentionArgs& args, const Heads& heads, int most_heads, const Lane& lane) {
+void launch_attention(const AttentionArgs& args, const RopeStoreArgs& rope, const Heads& heads, int most_heads, const Lane& lane) {
   constexpr size_t kTotals = kWarps * State<kGroups>::kWords * 32 * sizeof(float);
   const int64_t units = args.num_rows * most_heads / kRows + args.num_chunks;  // each chunk's last may be short
   // The host knows no lengths: as many blocks as there may be items, up to what a device runs at once.
   const int64_t items = units * args.kv.num_kv_heads * std::max<int64_t>(1, div_up(args.max_tokens, kSplitTokens));
   const auto kernel = args.num_rows > args.num_chunks ? attention_kernel<false, kGroups> : attention_kernel<true, kGroups>;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(div_up(items, kWarps), resident_blocks(kernel, kWarps * 32, kTotals)));
-  launch(kernel, blocks, kWarps * 32, kTotals, lane.queue, args, heads, most_heads, scratch_of<float>(lane), counters_of(lane));
+  launch(kernel, blocks, kWarps * 32, kTotals, lane.queue, args, rope, heads, most_heads, scratch_of<float>(lane), counters_of(lane));
 }
 
-}  // namespace
-
-void attention(const AttentionArgs& args, const Lane& lane) {
+void attend(AttentionArgs args, const RopeStoreArgs& rope, const Lane& lane) {
   Heads heads{};
   int most_heads = 0;
   for (int j = 0; j < args.kv.num_kv_heads; ++j) {
@@ -417,17 +462,32 @@ void attention(const AttentionArgs& args, const Lane& lane) {
     heads.count[j] = static_cast<int>(args.heads_of_kv[j].size());
     most_heads = std::max(most_heads, heads.count[j]);
   }
-  AttentionArgs some = args;
-  for (int first = 0; first < args.num_chunks; first += kMaxChunks) {
-    some.chunks = args.chunks + first;
-    some.num_chunks = std::min(args.num_chunks - first, kMaxChunks);
+  const SequenceChunk* const chunks = args.chunks;
+  const int num_chunks = args.num_chunks;
+  for (int first = 0; first < num_chunks; first += kMaxChunks) {
+    args.chunks = chunks + first;
+    args.num_chunks = std::min(num_chunks - first, kMaxChunks);
     switch ((args.kv.head_dim + 63) / 64) {
-      case 1: launch_attention<1>(some, heads, most_heads, lane); break;
-      case 2: launch_attention<2>(some, heads, most_heads, lane); break;
-      case 3: launch_attention<3>(some, heads, most_heads, lane); break;
-      default: launch_attention<4>(some, heads, most_heads, lane); break;
+      case 1: launch_attention<1>(args, rope, heads, most_heads, lane); break;
+      case 2: launch_attention<2>(args, rope, heads, most_heads, lane); break;
+      case 3: launch_attention<3>(args, rope, heads, most_heads, lane); break;
+      default: launch_attention<4>(args, rope, heads, most_heads, lane); break;
     }
   }
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& args, const Lane& lane) { attend(args, {}, lane); }
+
+void rope_attention(const RopeAttentionArgs& args, const Lane& lane) {
+  const AttentionArgs& a = args.attention;
+  const auto in_one_unit = [](Range heads) { return !heads.empty() && heads.size() <= kRows; };
+  if (a.num_rows <= a.num_chunks && a.num_chunks <= kMaxChunks && a.kv.head_dim % 64 == 0 &&
+      std::all_of(a.heads_of_kv, a.heads_of_kv + a.kv.num_kv_heads, in_one_unit))
+    return attend(a, args.rope, lane);
+  rope_store(args.rope, lane);
+  attend(a, {}, lane);
 }
 
 size_t scratch_bytes_attention(const OpLimits& limits) {

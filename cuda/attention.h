@@ -6,6 +6,7 @@
 namespace moebius::cuda {
 
 void attention(const AttentionArgs& args, const Lane& lane);
+void rope_attention(const RopeAttentionArgs& args, const Lane& lane);
 size_t scratch_bytes_attention(const OpLimits& limits);
 
 }  // namespace moebius::cuda

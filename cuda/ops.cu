@@ -49,6 +49,8 @@ const Ops& ops() {
                              .add_partials = in_turn<add_partials>,
                              .fetch_rows = in_turn<fetch_rows>,
                              .copy_pages = in_turn<copy_pages>,
+                             .rope_attention = in_turn<rope_attention>,
+                             .route_group = in_turn<route_group>,
                              .arg_max = nullptr,
                              .exp_sum = nullptr,
                              .probe_read = nullptr,

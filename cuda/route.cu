@@ -1,7 +1,8 @@
 // Floors. Router: its weights (experts · hidden · 2 bytes) once for each group of rows (1 or 8) from the second-level cache, and a launch: 128
 // experts of hidden 2048 are 512 KiB, 0.1 µs. A decode step has a block for each 16 experts and row, so few multiprocessors are busy and what
 // counts is how often a block waits for memory: 8 warps with 16 loads of 16 bytes a lane have 64 KiB under way, hidden 2048 at once. With 8 rows
-// it is 16 KiB of weights and as much of inputs. Grouping: the choices are some KiB in a decode step, so one launch; a prompt's are sorted (CUB).
+// it is 16 KiB of weights and as much of inputs. Grouping: the choices are some KiB in a decode step, so one launch, or none where they are few;
+// a prompt's are sorted (CUB).
 #include "cuda/route.h"
 
 #include <algorithm>
@@ -53,37 +54,34 @@ __device__ __forceinline__ void warp_choose_experts(const RouteArgs& args, int64
     most = larger(p[n], most);
   }
   most = warp_max(most);
-  // Ranks for choosing: a probability; −0.5 for NaN, which comes after all numbers; −1 for what does not exist or has been taken.
-  float rank[kPerLane];
+  // Keys for choosing, in the order of probabilities: their bits from 2 on; 1 for NaN, which comes after all numbers; 0 for what does not exist or
+  // has been taken.
+  unsigned key[kPerLane];
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
     const bool exists = n * 32 + lane < args.num_experts;
-    p[n] = exists ? exp_of(p[n] - most) : 0;
-    rank[n] = !exists ? -1.0f : p[n] >= 0 ? p[n] : -0.5f;
-    sum += p[n];
+    const float likely = exists ? exp_of(p[n] - most) : 0;
+    key[n] = !exists ? 0 : likely >= 0 ? __float_as_uint(likely) + 2 : 1;
+    sum += likely;
   }
   sum = warp_sum(sum);
 
   const int64_t out = (args.rows.begin + i) * args.top_k;
   float chosen = 0;
   for (int k = 0; k < args.top_k; ++k) {
-    float best = -2, value = 0;
-    int id = 0;
+    unsigned best = 0, id = 0;
 #pragma unroll
     for (int n = 0; n < kPerLane; ++n)
-      if (rank[n] > best) best = rank[n], value = p[n], id = n * 32 + lane;  // the lowest of the lane's
-#pragma unroll
-    for (int bits = 16; bits > 0; bits /= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, best, bits), other_value = __shfl_xor_sync(kAllLanes, value, bits);
-      const int other_id = __shfl_xor_sync(kAllLanes, id, bits);
-      if (other > best || (other == best && other_id < id)) best = other, value = other_value, id = other_id;
-    }
+      if (key[n] > best) best = key[n], id = static_cast<unsigned>(n * 32 + lane);  // the lowest of the lane's
+    const unsigned top = __reduce_max_sync(kAllLanes, best);
+    id = __reduce_min_sync(kAllLanes, best == top ? id : static_cast<unsigned>(kGpuMaxExperts));
 #pragma unroll
     for (int n = 0; n < kPerLane; ++n)
-      if (n * 32 + lane == id) rank[n] = -1;
+      if (static_cast<unsigned>(n * 32 + lane) == id) key[n] = 0;
+    const float value = __uint_as_float(top >= 2 ? top - 2 : 0x7fc00000u);
     chosen += value;
     if (lane == 0) {
-      args.ids[out + k] = id;
+      args.ids[out + k] = static_cast<int32_t>(id);
       values[k] = value;
     }
   }
@@ -94,12 +92,72 @@ __device__ __forceinline__ void warp_choose_experts(const RouteArgs& args, int64
   }
 }
 
+// local number of choice i, or num_experts when it is not one of the rank's, or of no row.
+__device__ int local_of(const GroupArgs& args, int64_t i) {
+  const int token = args.tokens != nullptr ? args.tokens[args.rows.begin + i / args.top_k] : 0;
+  const int id = args.ids[args.rows.begin * args.top_k + i];  // both on their way together
+  const int local = token >= 0 ? args.local_of_expert[id] : -1;
+  return local >= 0 ? local : args.num_experts;
+}
+
+__device__ void put_pair(const GroupArgs& args, int64_t to, int64_t choice) {
+  const int64_t i = args.rows.begin * args.top_k + choice;
+  args.pair_rows[to] = static_cast<int32_t>(i / args.top_k);
+  args.pair_weights[to] = args.weights[i];
+}
+
+template <int kMost>
+struct Groups {
+  int counts[kGpuMaxExperts + 1], begins[kGpuMaxExperts + 1];
+  int16_t locals[kMost];
+};
+
+// By one block, at most kMost choices: counts, a scan of the counts, then each warp takes experts and finds their choices in order by ballots.
+template <int kThreads, int kMost>
+__device__ void block_group(const GroupArgs& args, Groups<kMost>& groups) {
+  int *const counts = groups.counts, *const begins = groups.begins;
+  int16_t* const locals = groups.locals;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int num = static_cast<int>(args.rows.size()) * args.top_k;
+  for (int e = thread; e <= args.num_experts; e += kThreads) counts[e] = 0;
+  __syncthreads();
+  for (int i = thread; i < num; i += kThreads) {
+    const int local = local_of(args, i);
+    locals[i] = static_cast<int16_t>(local);
+    atomicAdd(&counts[local], 1);
+  }
+  __syncthreads();
+  if (warp == 0) {
+    warp_lay_end_to_end(begins, args.num_experts, [&](int e) { return counts[e]; });
+    int reached = 0;
+    for (int e = lane; e < args.num_experts; e += 32) reached += counts[e] > 0;
+    reached = warp_sum(reached);
+    if (lane == 0) *args.experts_reached += reached;
+  }
+  __syncthreads();
+  for (int e = thread; e <= args.num_experts; e += kThreads) args.begins[e] = begins[e];
+  for (int e = warp; e < args.num_experts; e += kThreads / 32) {
+    if (counts[e] == 0) continue;
+    int to = begins[e];
+    for (int first = 0; first < num; first += 32) {
+      const bool hit = first + lane < num && locals[first + lane] == e;
+      const unsigned hits = __ballot_sync(kAllLanes, hit);
+      if (hit) put_pair(args, to + __popc(hits & ((1u << lane) - 1)), first + lane);
+      to += __popc(hits);
+    }
+  }
+}
+
+constexpr int kFewChoices = 128;  // that the router's kernel groups too: its warps are few
+
 // Logits of kRows rows for a tile of 16 experts by one block. Lane 4·q + c takes experts 4·c … 4·c + 3 at pair q of its warp's 8, so a warp
 // loads 512 bytes in one piece. A lane adds up its pairs in order, the lanes of the same experts theirs by a tree, the warps theirs in order:
-// the order is the same for every number of rows. The last block of the rows chooses their experts, a warp for each row. One block a
-// multiprocessor is asked for since for more the compiler saves registers, and puts off each load until it is needed.
+// the order is the same for every number of rows. The last block of the rows chooses their experts, a warp for each row; where group has begins
+// the last of these groups all rows. One block a multiprocessor is asked for since for more the compiler saves registers, and puts off each load
+// until it is needed.
 template <int kRows, int kPerLane>
-__global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs args, float* logits, int64_t stride, unsigned* counters) {
+__global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs args, GroupArgs group, float* logits, int64_t stride,
+                                                                     unsigned* counters) {
   constexpr int kAhead = kRows == 1 ? 16 : 4;  // loads of weights under way, each with kRows of inputs: what registers hold
   __shared__ float of_warp[kRouterWarps][kRows * kTile];
   __shared__ float values[kRows][kPerLane * 32];
@@ -153,63 +211,27 @@ __global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs a
   __syncthreads();
   if (thread == 0) last = comes_last(counters + blockIdx.x, static_cast<int>(gridDim.y));
   __syncthreads();
-  if (last && warp < num) warp_choose_experts<kPerLane>(args, first + warp, logits + (first + warp) * stride, values[warp]);
+  if (!last) return;
+  if (warp < num) warp_choose_experts<kPerLane>(args, first + warp, logits + (first + warp) * stride, values[warp]);
+  if constexpr (kRows == 1) {
+    if (group.begins == nullptr) return;
+    __shared__ Groups<kFewChoices> groups;
+    __syncthreads();
+    if (thread == 0) last = comes_last(counters + kCounters - 1, static_cast<int>(gridDim.x));
+    __syncthreads();
+    if (last) block_group<kRouterWarps * 32>(group, groups);
+  }
 }
 
-// ---- grouping
+// ---- grouping of many choices
 
-constexpr int kGroupThreads = 1024, kGroupWarps = kGroupThreads / 32;
-constexpr int kMaxInBlock = 4096;   // choices that one block groups
+constexpr int kGroupThreads = 1024;
+constexpr int kMaxInBlock = 4096;  // choices that one block groups
 
-// local number of choice i, or num_experts when it is not one of the rank's, or of no row.
-__device__ int local_of(const GroupArgs& args, int64_t i) {
-  const int token = args.tokens != nullptr ? args.tokens[args.rows.begin + i / args.top_k] : 0;
-  const int id = args.ids[args.rows.begin * args.top_k + i];  // both on their way together
-  const int local = token >= 0 ? args.local_of_expert[id] : -1;
-  return local >= 0 ? local : args.num_experts;
-}
-
-__device__ void put_pair(const GroupArgs& args, int64_t to, int64_t choice) {
-  const int64_t i = args.rows.begin * args.top_k + choice;
-  args.pair_rows[to] = static_cast<int32_t>(i / args.top_k);
-  args.pair_weights[to] = args.weights[i];
-}
-
-// One block: counts, a scan of the counts, then each warp takes experts and finds their choices in order by ballots.
 __global__ void __launch_bounds__(kGroupThreads, 1) group_small_kernel(GroupArgs args) {
   follow_previous();
-  __shared__ int counts[kGpuMaxExperts + 1];
-  __shared__ int begins[kGpuMaxExperts + 1];
-  __shared__ int16_t locals[kMaxInBlock];
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int num = static_cast<int>(args.rows.size()) * args.top_k;
-  for (int e = thread; e <= args.num_experts; e += kGroupThreads) counts[e] = 0;
-  __syncthreads();
-  for (int i = thread; i < num; i += kGroupThreads) {
-    const int local = local_of(args, i);
-    locals[i] = static_cast<int16_t>(local);
-    atomicAdd(&counts[local], 1);
-  }
-  __syncthreads();
-  if (warp == 0) {
-    warp_lay_end_to_end(begins, args.num_experts, [&](int e) { return counts[e]; });
-    int reached = 0;
-    for (int e = lane; e < args.num_experts; e += 32) reached += counts[e] > 0;
-    reached = warp_sum(reached);
-    if (lane == 0) *args.experts_reached += reached;
-  }
-  __syncthreads();
-  for (int e = thread; e <= args.num_experts; e += kGroupThreads) args.begins[e] = begins[e];
-  for (int e = warp; e < args.num_experts; e += kGroupWarps) {
-    if (counts[e] == 0) continue;
-    int to = begins[e];
-    for (int first = 0; first < num; first += 32) {
-      const bool hit = first + lane < num && locals[first + lane] == e;
-      const unsigned hits = __ballot_sync(kAllLanes, hit);
-      if (hit) put_pair(args, to + __popc(hits & ((1u << lane) - 1)), first + lane);
-      to += __popc(hits);
-    }
-  }
+  __shared__ Groups<kMaxInBlock> groups;
+  block_group<kGroupThreads>(args, groups);
 }
 
 __global__ void number_choices_kernel(GroupArgs args, int32_t* keys, int32_t* choices, int64_t num) {
@@ -245,31 +267,41 @@ __global__ void group_dense_kernel(GroupArgs args) {
 }
 
 template <int kRows, int kPerLane>
-void launch_route(const RouteArgs& args, int64_t tiles, const Lane& lane) {
+void launch_route(const RouteArgs& args, const GroupArgs& group, int64_t tiles, const Lane& lane) {
   const int64_t stride = tiles * kTile;
   RouteArgs some = args;
   for (some.rows.end = args.rows.begin; some.rows.end < args.rows.end;) {  // as many groups of rows as there are counters
     some.rows.begin = some.rows.end;
     some.rows.end = std::min(args.rows.end, some.rows.begin + int64_t{kCounters} * kRows);
     const dim3 grid(static_cast<unsigned>(div_up(some.rows.size(), kRows)), static_cast<unsigned>(tiles));
-    launch(route_kernel<kRows, kPerLane>, grid, kRouterWarps * 32, 0, lane.queue, some, scratch_of<float>(lane), stride, counters_of(lane));
+    launch(route_kernel<kRows, kPerLane>, grid, kRouterWarps * 32, 0, lane.queue, some, group, scratch_of<float>(lane), stride, counters_of(lane));
   }
 }
 
+constexpr int kManyRows = 8, kFewRows = 4 * kManyRows;
+
 template <int kPerLane>
-void launch_route(const RouteArgs& args, const Lane& lane) {
-  constexpr int kManyRows = 8;
+void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane) {
   const int64_t tiles = div_up(args.num_experts, kTile);
-  if (args.rows.size() < 4 * kManyRows) launch_route<1, kPerLane>(args, tiles, lane);
-  else launch_route<kManyRows, kPerLane>(args, tiles, lane);
+  if (args.rows.size() < kFewRows) launch_route<1, kPerLane>(args, group, tiles, lane);
+  else launch_route<kManyRows, kPerLane>(args, group, tiles, lane);
+}
+
+// group: of fewer than kFewRows rows and at most kFewChoices choices, or none.
+void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane) {
+  if (args.num_experts <= 128) launch_route<4>(args, group, lane);
+  else if (args.num_experts <= 256) launch_route<8>(args, group, lane);
+  else launch_route<kGpuMaxExperts / 32>(args, group, lane);
 }
 
 }  // namespace
 
-void route(const RouteArgs& args, const Lane& lane) {
-  if (args.num_experts <= 128) launch_route<4>(args, lane);
-  else if (args.num_experts <= 256) launch_route<8>(args, lane);
-  else launch_route<kGpuMaxExperts / 32>(args, lane);
+void route(const RouteArgs& args, const Lane& lane) { launch_route(args, {}, lane); }
+
+void route_group(const RouteGroupArgs& args, const Lane& lane) {
+  const bool few = !args.route.rows.empty() && args.route.rows.size() < kFewRows && args.route.rows.size() * args.route.top_k <= kFewChoices;
+  launch_route(args.route, few ? args.group : GroupArgs{}, lane);
+  if (!few) group_experts(args.group, lane);
 }
 
 void group_experts(const GroupArgs& args, const Lane& lane) {

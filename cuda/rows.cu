@@ -6,6 +6,7 @@
 #include "cuda/launch.h"
 #include "cuda/math.h"
 #include "cuda/ptx.h"
+#include "cuda/rope.h"
 #include "lib/layout/owners.h"
 #include "lib/tensor/packed.h"
 
@@ -76,45 +77,60 @@ __device__ __forceinline__ void float_sums_of(const Partials& partials, bool pla
   for (int j = 0; j < kAtOnce; ++j) sums[j] = static_cast<float>(static_cast<double>(static_cast<int64_t>(fixed[j])) * inv_scale);
 }
 
-__global__ void __launch_bounds__(kRowThreads) add_norm_kernel(AddNormArgs args, const __grid_constant__ Partials partials) {
+// kKept: parts of kAtOnce · kRowThreads elements that a row has at most, what a thread has of them staying with it, and its weights there before the
+// sums are awaited; 0: longer rows, read twice. The order of the sum is the same.
+template <int kKept>
+__global__ void __launch_bounds__(kRowThreads, 2) add_norm_kernel(AddNormArgs args, const __grid_constant__ Partials partials) {
   begin_next();
-  if (args.weight != nullptr && blockIdx.x == 0 && threadIdx.x == 0) prefetch_bytes(args.weight, args.hidden * static_cast<int64_t>(sizeof(float)));
+  const int64_t row = args.rows.begin + blockIdx.x, begin = row * args.hidden;
+  float* const h = args.h + begin;
+  float v[kKept > 0 ? kKept : 1][kAtOnce] = {}, weight[kKept > 0 ? kKept : 1][kAtOnce] = {};
+  const auto for_parts = [&](const auto& f) {  // f(number of what is kept, the thread's first element)
+    constexpr int64_t kPart = kAtOnce * kRowThreads;
+    if constexpr (kKept > 0) {
+#pragma unroll
+      for (int p = 0; p < kKept; ++p) f(p, threadIdx.x + p * kPart);
+    } else {
+      for (int64_t at = threadIdx.x; at < args.hidden; at += kPart) f(0, at);
+    }
+  };
+  const auto for_elements = [&](int64_t at, const auto& f) {
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (const int64_t i = at + j * kRowThreads; i < args.hidden) f(j, i);
+  };
+  const auto load = [&](float (&to)[kAtOnce], const float* from, int64_t at) { for_elements(at, [&](int j, int64_t i) { to[j] = __ldcg(from + i); }); };
+  const auto store = [&](int p, int64_t at) {
+    if (partials.num > 0) for_elements(at, [&](int j, int64_t i) { h[i] = v[p][j]; });
+  };
+  if (args.weight != nullptr && kKept > 0) for_parts([&](int p, int64_t at) { load(weight[p], args.weight, at); });
   await_previous();
-  const int64_t row = args.rows.begin + blockIdx.x, begin = row * args.hidden, end = begin + args.hidden;
   int first = 0, last = partials.num;
   if (args.whole_rows > 0) first = static_cast<int>(div_up((row + 1) * partials.num, args.whole_rows)) - 1, last = first + 1;  // who share_of says
   const bool bad = any_flag(partials, first, last, row);
   float squares = 0;
-  for (int64_t at = begin + threadIdx.x; at < end; at += kAtOnce * kRowThreads) {
-    float v[kAtOnce], sums[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) v[j] = at + j * kRowThreads < end ? args.h[at + j * kRowThreads] : 0;
-    if (partials.num > 0) float_sums_of(partials, args.plain, args.inv_scale, first, last, at, end, sums);
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int64_t i = at + j * kRowThreads;
-      if (i >= end) break;
-      if (partials.num > 0) args.h[i] = v[j] = bad ? __uint_as_float(0x7fc00000u) : v[j] + sums[j];
-      squares = __fmaf_rn(v[j], v[j], squares);
-    }
-  }
+  for_parts([&](int p, int64_t at) {
+    float sums[kAtOnce];
+    load(v[p], h, at);
+    if (partials.num > 0) float_sums_of(partials, args.plain, args.inv_scale, first, last, begin + at, begin + args.hidden, sums);
+    for_elements(at, [&](int j, int64_t) {
+      if (partials.num > 0) v[p][j] = bad ? __uint_as_float(0x7fc00000u) : v[p][j] + sums[j];
+      squares = __fmaf_rn(v[p][j], v[p][j], squares);
+    });
+    if (kKept == 0) store(p, at);
+  });
+  if (kKept > 0) for_parts(store);  // not before: no load has waited for a store
   if (args.weight == nullptr) return;
   const float mean = __fdiv_rn(block_sum(squares), static_cast<float>(args.hidden));
   const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + args.eps));
-  for (int64_t at = begin + threadIdx.x; at < end; at += kAtOnce * kRowThreads) {  // each thread's own elements again
-    float v[kAtOnce], weight[kAtOnce];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (const int64_t i = at + j * kRowThreads; i < end) v[j] = args.h[i], weight[j] = args.weight[i - begin];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const int64_t i = at + j * kRowThreads;
-      if (i >= end) break;
-      const float x = v[j] * factor * weight[j];
-      args.x[i] = to_bf16(x);
-      if (args.x_float != nullptr) args.x_float[i] = x;
-    }
-  }
+  for_parts([&](int p, int64_t at) {  // each thread's own elements again
+    if (kKept == 0) load(v[p], h, at), load(weight[p], args.weight, at);
+    for_elements(at, [&](int j, int64_t i) {
+      const float x = v[p][j] * factor * weight[p][j];
+      args.x[begin + i] = to_bf16(x);
+      if (args.x_float != nullptr) args.x_float[begin + i] = x;
+    });
+  });
 }
 
 __global__ void __launch_bounds__(kRowThreads) add_partials_kernel(AddPartialsArgs args, const __grid_constant__ Partials partials) {
@@ -165,75 +181,30 @@ __global__ void __launch_bounds__(kRowThreads) fetch_rows_kernel(FetchRowsArgs a
   block_copy_row(homes.weights, homes.own, home, row, args.top_k);
 }
 
-// A V that is no number is stored as 0: tensor cores multiply what is masked by 0, and NaN would stay. Rows that see it are NaN all the
-// same, by its K, which comes of the same input.
-__device__ f16 value_half(float v) { return fabsf(v) < __uint_as_float(0x7f800000u) ? to_half(v) : f16{0}; }
+constexpr int kRopeThreads = 128;
 
-constexpr int kRopeWarps = 4;
-constexpr int kMaxHalf = kGpuMaxHeadDim / 2 / 32;  // pairs of a lane
-
-// A warp a (row, head): lane l has the pairs (i, i + half) with i = l, l + 32, …. All that is read is read before anything is written, since a
-// load would wait for the stores ahead of it; tables and weights before the projections are awaited.
-__global__ void __launch_bounds__(kRopeWarps * 32) rope_store_kernel(RopeStoreArgs args) {
-  begin_next();
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+// Four lanes a (row, head).
+template <int kGroups>
+__global__ void __launch_bounds__(kRopeThreads) rope_store_kernel(RopeStoreArgs args) {
+  follow_previous();
   const int64_t kv_heads = args.kv.num_kv_heads, heads = args.num_heads + kv_heads;
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kRopeWarps + threadIdx.x / 32;
+  const int64_t unit = (static_cast<int64_t>(blockIdx.x) * kRopeThreads + threadIdx.x) / 4;
   const bool exists = unit < args.rows.size() * heads;
   const int64_t row = args.rows.begin + (exists ? unit / heads : 0), head = unit % heads, j = head - args.num_heads;
   const int dim = args.kv.head_dim, half = dim / 2;
   const bool is_key = j >= 0;
-  const RowPlace place = load_early(args.places + row);
-  const float* norm = is_key ? args.k_norm : args.q_norm;
-  const float* rope = args.rope + static_cast<int64_t>(place.position) * dim;
-  float cosine[kMaxHalf], sine[kMaxHalf], weight_a[kMaxHalf], weight_b[kMaxHalf];
-#pragma unroll
-  for (int n = 0; n < kMaxHalf; ++n) {
-    const int i = n * 32 + lane;
-    if (i >= half) continue;
-    cosine[n] = rope[i], sine[n] = rope[half + i];
-    if (norm != nullptr) weight_a[n] = norm[i], weight_b[n] = norm[i + half];
-  }
-  await_previous();
+  const RowPlace place = args.places[row];
+  RopeHalves<kGroups> x, v;
+  x.load(is_key ? args.k + (row * kv_heads + j) * dim : args.q + (row * args.num_heads + head) * dim, half);
+  if (is_key) v.load(args.v + (row * kv_heads + j) * dim, half);
+  x.norm_and_rotate(is_key ? args.k_norm : args.q_norm, args.eps, args.rope + static_cast<int64_t>(place.position) * dim, half);
   if (!exists || (is_key && place.pages == nullptr)) return;  // without pages: a row that only fills a step up
-
-  const float* in = is_key ? args.k + (row * kv_heads + j) * dim : args.q + (row * args.num_heads + head) * dim;
-  const float* v = args.v + (row * kv_heads + (is_key ? j : 0)) * dim;
-  float a[kMaxHalf], b[kMaxHalf], value_a[kMaxHalf], value_b[kMaxHalf], squares = 0;
-#pragma unroll
-  for (int n = 0; n < kMaxHalf; ++n) {
-    const int i = n * 32 + lane;
-    a[n] = i < half ? in[i] : 0;
-    b[n] = i < half ? in[i + half] : 0;
-    if (is_key && i < half) value_a[n] = v[i], value_b[n] = v[i + half];
-  }
-#pragma unroll
-  for (int n = 0; n < kMaxHalf; ++n) squares = __fmaf_rn(b[n], b[n], __fmaf_rn(a[n], a[n], squares));
-  float factor = 1;
-  if (norm != nullptr) factor = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(warp_sum(squares), static_cast<float>(dim)) + args.eps));
-
-  const KvSlice slice{args.kv.page_tokens, dim};
-  const int64_t slot = place.position % args.kv.page_tokens;
-  bf16* kv = nullptr;
-  if (is_key) kv = reinterpret_cast<bf16*>(args.kv.base + (place.pages[place.position / args.kv.page_tokens] * kv_heads + j) * slice.bytes());
-  bf16* q = args.q_out + (row * args.num_heads + head) * dim;
-#pragma unroll
-  for (int n = 0; n < kMaxHalf; ++n) {
-    const int i = n * 32 + lane;
-    if (i >= half) continue;
-    if (norm != nullptr) a[n] = a[n] * factor * weight_a[n], b[n] = b[n] * factor * weight_b[n];
-    const float c = cosine[n], s = sine[n];
-    const bf16 first = to_bf16(a[n] * c - b[n] * s), second = to_bf16(b[n] * c + a[n] * s);
-    if (is_key) {
-      kv[slice.k_index(slot, i)] = first;
-      kv[slice.k_index(slot, i + half)] = second;
-      kv[slice.v_index(slot, i)] = value_half(value_a[n] * args.value_scale);
-      kv[slice.v_index(slot, i + half)] = value_half(value_b[n] * args.value_scale);
-    } else {
-      q[i] = first;
-      q[i + half] = second;
-    }
-  }
+  if (is_key) return store_kv(args.kv, place.pages, place.position, static_cast<int>(j), x, v, args.value_scale, half);
+  bf16* const q = args.q_out + (row * args.num_heads + head) * dim;
+  for_pieces<kGroups>(half, [&](int n, int s, int i) {
+    *reinterpret_cast<uint2*>(q + i) = make_uint2(pack_bf16(x.low[n][s], x.low[n][s + 1]), pack_bf16(x.low[n][s + 2], x.low[n][s + 3]));
+    *reinterpret_cast<uint2*>(q + half + i) = make_uint2(pack_bf16(x.high[n][s], x.high[n][s + 1]), pack_bf16(x.high[n][s + 2], x.high[n][s + 3]));
+  });
 }
 
 __global__ void __launch_bounds__(kRowThreads) pick_rows_kernel(PickArgs args) {
@@ -249,7 +220,9 @@ void embed(const EmbedArgs& args, const Lane& lane) {
 }
 
 void add_norm(const AddNormArgs& args, const Lane& lane) {
-  launch(add_norm_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials(args));
+  const int64_t parts = div_up(args.hidden, int64_t{kAtOnce} * kRowThreads);
+  const auto kernel = parts == 1 ? add_norm_kernel<1> : parts == 2 ? add_norm_kernel<2> : add_norm_kernel<0>;
+  launch(kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials(args));
 }
 
 void fetch_rows(const FetchRowsArgs& args, const Lane& lane) {
@@ -269,7 +242,9 @@ void add_partials(const AddPartialsArgs& args, const Lane& lane) {
 
 void rope_store(const RopeStoreArgs& args, const Lane& lane) {
   const int64_t units = args.rows.size() * (args.num_heads + args.kv.num_kv_heads);
-  launch(rope_store_kernel, static_cast<unsigned>(div_up(units, kRopeWarps)), kRopeWarps * 32, 0, lane.queue, args);
+  const int groups = (args.kv.head_dim + 63) / 64;
+  const auto kernel = groups == 1 ? rope_store_kernel<1> : groups == 2 ? rope_store_kernel<2> : groups == 3 ? rope_store_kernel<3> : rope_store_kernel<4>;
+  launch(kernel, static_cast<unsigned>(div_up(4 * units, kRopeThreads)), kRopeThreads, 0, lane.queue, args);
 }
 
 void pick_rows(const PickArgs& args, const Lane& lane) {

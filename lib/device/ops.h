@@ -153,6 +153,12 @@ struct AttentionArgs {
   KvView kv;
 };
 
+// rope_store, then attention of the same rows. Where chunks are as many as rows, each is of one row at most.
+struct RopeAttentionArgs {
+  RopeStoreArgs rope;
+  AttentionArgs attention;  // its q is where rope puts it
+};
+
 // acc = Σ_groups fixed(O[group]·a[:, group]): overwrites the rows' sums. Shares: tiles of hidden.
 struct ExactLinearPart {
   const bf16* w = nullptr;  // packed matrix n = hidden, k
@@ -196,6 +202,12 @@ struct GroupArgs {
   int32_t* pair_rows = nullptr;              // out [rows·top_k] the step's row of each pair
   float* pair_weights = nullptr;             // out [rows·top_k]
   int32_t* experts_reached = nullptr;        // += local experts that have pairs
+};
+
+// route, then group_experts of the same rows.
+struct RouteGroupArgs {
+  RouteArgs route;
+  GroupArgs group;
 };
 
 // Experts (or one dense MLP) over the pairs that chose them.
@@ -302,11 +314,14 @@ struct Ops {
   void (*pick_rows)(const PickArgs&, const Lane&);
   void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone
 
-  // Null on the CPU, where the sampler does all, ranks read all partial sums, and each copies its rows and blocks itself.
+  // Null on the CPU, where the sampler does all, ranks read all partial sums, each copies its rows and blocks itself, and threads meet between
+  // two ops. q_out may stay unwritten.
   void (*choose_tokens)(const ChooseArgs&, const Lane&);
   void (*add_partials)(const AddPartialsArgs&, const Lane&);
   void (*fetch_rows)(const FetchRowsArgs&, const Lane&);
   void (*copy_pages)(const CopyPagesArgs&, const Lane&);
+  void (*rope_attention)(const RopeAttentionArgs&, const Lane&);
+  void (*route_group)(const RouteGroupArgs&, const Lane&);
 
   // Null on a GPU: what follows works on the host. Sampling helpers over one row of float logits; called by one thread, order fixed.
   int64_t (*arg_max)(const float* x, int64_t n);                                        // lowest index wins; -1 when no element is a number

@@ -31,7 +31,8 @@ enum class Command : int32_t {
 #define MOEBIUS_OPS(X)                                                                                                                            \
   X(embed, EmbedArgs) X(add_norm, AddNormArgs) X(linear, LinearArgs) X(rope_store, RopeStoreArgs) X(attention, AttentionArgs)                     \
   X(exact_linear, ExactLinearArgs) X(route, RouteArgs) X(group_experts, GroupArgs) X(experts_gate_up, ExpertsArgs) X(experts_down, ExpertsArgs)   \
-  X(pick_rows, PickArgs) X(choose_tokens, ChooseArgs) X(add_partials, AddPartialsArgs) X(fetch_rows, FetchRowsArgs) X(copy_pages, CopyPagesArgs)
+  X(pick_rows, PickArgs) X(choose_tokens, ChooseArgs) X(add_partials, AddPartialsArgs) X(fetch_rows, FetchRowsArgs) X(copy_pages, CopyPagesArgs) \
+  X(rope_attention, RopeAttentionArgs) X(route_group, RouteGroupArgs)
 
 // Calls v(array, count) for each array of the host that the arguments point to, and v.peers(array, count) where it holds pointers to ranks'
 // memory.
@@ -43,6 +44,8 @@ template <class V>
 void each_array(LinearArgs& a, V&& v) { v(a.parts, a.num_parts); }
 template <class V>
 void each_array(AttentionArgs& a, V&& v) { v(a.heads_of_kv, a.kv.num_kv_heads); }
+template <class V>
+void each_array(RopeAttentionArgs& a, V&& v) { each_array(a.attention, v); }
 template <class V>
 void each_array(ExactLinearArgs& a, V&& v) { v(a.parts, a.num_parts); }
 template <class V>

@@ -1,8 +1,9 @@
 #include "lib/moe/layer_backend.h"
 
 namespace moebius {
+namespace {
 
-void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
+RouteArgs route_args(const RankContext& rank, const LayerWeights& layer, Range rows) {
   const RankBuffers& b = *rank.buffers;
   RouteArgs args;
   args.rows = rows;
@@ -14,24 +15,45 @@ void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const 
   args.renormalise = rank.dims.renormalise;
   args.ids = b.expert_ids;
   args.weights = b.expert_weights;
-  rank.ops->route(args, lane);
+  return args;
+}
+
+GroupArgs group_args(const RankContext& rank, const LayerWeights& layer, Range rows) {
+  const RankBuffers& b = *rank.buffers;
+  GroupArgs args;
+  args.rows = rows;
+  args.top_k = rank.dims.top_k;
+  args.tokens = rank.tokens;
+  args.ids = b.expert_ids;
+  args.weights = b.expert_weights;
+  args.num_experts = layer.num_local_experts;
+  args.local_of_expert = layer.local_of_expert;
+  args.begins = b.begins;
+  args.pair_rows = b.pair_rows;
+  args.pair_weights = b.pair_weights;
+  args.experts_reached = b.experts_reached;
+  return args;
+}
+
+}  // namespace
+
+void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
+  rank.ops->route(route_args(rank, layer, rows), lane);
+}
+
+void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
+  rank.ops->group_experts(group_args(rank, layer, rows), lane);
+}
+
+void route_and_group(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
+  if (rank.ops->route_group != nullptr) return rank.ops->route_group({route_args(rank, layer, rows), group_args(rank, layer, rows)}, lane);
+  route_rows(rank, layer, rows, lane);
+  rank.comm->rank_barrier();
+  group_rows(rank, layer, rows, lane);
 }
 
 void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accumulator sum, const Lane& lane) {
   const RankBuffers& b = *rank.buffers;
-  GroupArgs group;
-  group.rows = rows;
-  group.top_k = rank.dims.top_k;
-  group.tokens = rank.tokens;
-  group.ids = b.expert_ids;
-  group.weights = b.expert_weights;
-  group.num_experts = layer.num_local_experts;
-  group.local_of_expert = layer.local_of_expert;
-  group.begins = b.begins;
-  group.pair_rows = b.pair_rows;
-  group.pair_weights = b.pair_weights;
-  group.experts_reached = b.experts_reached;
-  rank.ops->group_experts(group, lane);
   rank.comm->rank_barrier();  // the pairs before every thread's use of them
   ExpertsArgs args;
   args.hidden = rank.dims.hidden;

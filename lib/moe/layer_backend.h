@@ -68,7 +68,11 @@ const LayerBackend& ep_backend();
 
 // Pieces both use.
 void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
-// Groups `rows` by expert (or as one dense MLP) and adds their MLP outputs into the sum, cleared over `rows` first.
+// By expert, or as one dense MLP; once every row's choices are there.
+void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
+// Both, where no choices of other ranks come between.
+void route_and_group(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
+// Adds the MLP outputs of `rows`, which were grouped, into the sum, cleared over `rows` first.
 void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accumulator sum, const Lane& lane);
 
 }  // namespace moebius

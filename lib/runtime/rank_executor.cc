@@ -59,7 +59,8 @@ void RankExecutor::attend(const StepShape& shape, const StepView& view, const La
   context_.comm->rank_barrier();
 
   const int which = static_cast<int>(layout);
-  RopeStoreArgs rope;
+  RopeAttentionArgs args;
+  RopeStoreArgs& rope = args.rope;
   rope.rows = rows;
   rope.places = view.places[which];
   rope.num_heads = layer.num_heads;
@@ -73,12 +74,10 @@ void RankExecutor::attend(const StepShape& shape, const StepView& view, const La
   rope.q_out = b.q;
   rope.kv = layer.kv;
   rope.value_scale = layer.value_scale;
-  ops.rope_store(rope, lane);
-  context_.comm->rank_barrier();  // the step's own K and V are read back as stored
 
   const Range chunks = layout == Layout::kTp ? Range{0, shape.num_chunks}
                                              : shape.chunks_of_home[context_.comm->rank()];
-  AttentionArgs attention;
+  AttentionArgs& attention = args.attention;
   attention.num_chunks = static_cast<int>(chunks.size());
   attention.chunks = view.chunks[which] + chunks.begin;
   attention.num_rows = rows.size();
@@ -90,7 +89,13 @@ void RankExecutor::attend(const StepShape& shape, const StepView& view, const La
   attention.q = b.q;
   attention.out = b.attention;
   attention.kv = layer.kv;
-  ops.attention(attention, lane);
+  if (ops.rope_attention != nullptr) {
+    ops.rope_attention(args, lane);
+  } else {
+    ops.rope_store(rope, lane);
+    context_.comm->rank_barrier();  // the step's own K and V are read back as stored
+    ops.attention(attention, lane);
+  }
   context_.comm->rank_barrier();
 
   ExactLinearArgs out;

@@ -152,4 +152,63 @@ TEST_CASE("attention: a row's bits depend on its position alone") {
   }
 }
 
+TEST_CASE("rope_attention: the bits of rope_store and attention one after the other, of rows and of K and V") {
+  Random random(6);
+  struct Trial {
+    Shape shape;
+    std::vector<int> lengths;
+  };
+  std::vector<Trial> trials;
+  for (const Shape& shape : {Shape{64, 2, 4, 16}, Shape{128, 2, 8, 32}, Shape{128, 1, 16, 16}, Shape{192, 2, 3, 48}, Shape{256, 1, 2, 16}})
+    trials.push_back({shape, {1, 16, 17, 128, 129, 300, 600}});
+  trials.push_back({{64, 2, 4, 16}, std::vector<int>(kEmulated ? 17 : 1030, 129)});  // so many that one warp walks both splits of a row
+  trials.push_back({{80, 1, 5, 48}, {17, 300}});                                     // whose halves are no lane's dimensions
+  trials.push_back({{128, 1, 17, 16}, {17, 300}});                                   // more heads than a warp has rows
+  for (const auto& [shape, lengths] : trials)
+    for (const bool norms : {false, true}) {
+      const Sequences s(random, shape, lengths);
+      const int heads = shape.kv_heads * shape.heads_per_kv, dim = shape.head_dim;
+      const size_t rows = lengths.size() + 1;  // the last one fills the step up
+      const int longest = *std::max_element(lengths.begin(), lengths.end());
+      const Array<float> q(random.floats(rows * static_cast<size_t>(heads * dim))), k(random.floats(rows * static_cast<size_t>(shape.kv_heads * dim))),
+          v(random.floats(rows * static_cast<size_t>(shape.kv_heads * dim))), norm(random.floats(static_cast<size_t>(2 * dim + 2))), table(random.floats(static_cast<size_t>(longest * dim)));
+      std::vector<Array<int32_t>> pages;
+      std::vector<RowPlace> places(rows);
+      std::vector<SequenceChunk> chunks(rows);
+      for (size_t i = 0; i + 1 < rows; ++i) {
+        pages.emplace_back(s.tables[i]);
+        places[i] = {lengths[i] - 1, pages.back().get()};
+        chunks[i] = {static_cast<int32_t>(i), 1, lengths[i] - 1, pages.back().get()};
+      }
+      const Array<RowPlace> places_there(places);
+      const Array<SequenceChunk> chunks_there(chunks);
+      std::vector<Range> heads_of_kv;
+      for (int j = 0; j < shape.kv_heads; ++j) heads_of_kv.push_back({j * shape.heads_per_kv, (j + 1) * shape.heads_per_kv});
+      Lanes lanes({static_cast<int64_t>(rows), 1, dim, heads, 1, 1});
+      const auto run = [&](bool together) {
+        const Array<bf16> kv(s.kv), q_out(q.size()), out(q.size());
+        const KvView view{reinterpret_cast<std::byte*>(kv.get()), shape.kv_heads, shape.page_tokens, dim};
+        const float* const no_norm = nullptr;
+        RopeAttentionArgs args;
+        args.rope = {{0, static_cast<int64_t>(rows)}, places_there.get(), heads, q.get(), k.get(), v.get(), norms ? norm.get() + 2 : no_norm,
+                     norms ? norm.get() + 2 + dim : no_norm, 1e-6f, table.get(), q_out.get(), 0.5f, view};
+        args.attention = {static_cast<int>(rows), chunks_there.get(), static_cast<int64_t>(rows), longest, heads, heads_of_kv.data(),
+                          1.0f / std::sqrt(static_cast<float>(dim)), 0.5f, q_out.get(), out.get(), view};
+        const Ops& ops = test_device().ops();
+        if (together) {
+          ops.rope_attention(args, lanes.device);
+        } else {
+          ops.rope_store(args.rope, lanes.device);
+          ops.attention(args.attention, lanes.device);
+        }
+        return std::pair(out.values(), kv.values());
+      };
+      const auto apart = run(false), together = run(true);
+      INFO("head_dim " << dim << ", heads " << heads << ", sequences " << lengths.size() << ", norms " << norms);
+      CHECK(same_bytes(together.first, apart.first));
+      CHECK(same_bytes(together.second, apart.second));
+      CHECK_FALSE(same_bytes(apart.second, s.kv));
+    }
+}
+
 }  // namespace moebius

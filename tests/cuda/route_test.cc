@@ -113,4 +113,54 @@ TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of oth
   }
 }
 
+TEST_CASE("route_group: the bits of route and group_experts one after the other") {
+  Random random(11);
+  struct Shape {
+    int experts, local, top_k, rows;
+  };
+  // At most 128 choices of fewer than 32 rows are grouped by the router's own kernel.
+  for (const Shape& s : {Shape{8, 8, 2, 0}, Shape{8, 3, 2, 1}, Shape{128, 128, 8, 1}, Shape{128, 40, 8, 16}, Shape{128, 128, 8, 17}, Shape{60, 60, 4, 31}, Shape{60, 20, 4, 32},
+                         Shape{256, 256, 40, 3}, Shape{1024, 700, 8, 16}}) {
+    constexpr int kHidden = 64;
+    const PackedMatrix m{s.experts, kHidden};
+    std::vector<int32_t> local_of_expert(static_cast<size_t>(s.experts), -1), tokens;
+    for (int e = 0; e < s.local; ++e) local_of_expert[static_cast<size_t>(s.experts - 1 - e)] = e;
+    for (int r = 0; r < s.rows; ++r) tokens.push_back(r % 6 == 5 ? -1 : r);  // some rows fill the step up
+    const Array<float> x(random.floats(static_cast<size_t>(s.rows * kHidden)));
+    const Array<bf16> w(random.bf16s(static_cast<size_t>(m.elements()), 0.5f));
+    const Array<int32_t> local_there(local_of_expert), tokens_there(tokens);
+    Lanes lanes({std::max(1, s.rows), kHidden, 16, 1, s.experts, s.top_k});
+    const auto pairs = static_cast<size_t>(s.rows * s.top_k);
+    const auto run = [&](bool together) {
+      const Array<int32_t> ids(pairs), begins(static_cast<size_t>(s.local + 1)), pair_rows(pairs), reached(std::vector<int32_t>(1, 5));
+      const Array<float> weights(pairs), pair_weights(pairs);
+      const Range rows{0, s.rows};
+      const RouteGroupArgs args{{rows, x.get(), w.get(), kHidden, s.experts, s.top_k, true, ids.get(), weights.get()},
+                                {rows, s.top_k, tokens_there.get(), ids.get(), weights.get(), s.local, local_there.get(), begins.get(), pair_rows.get(),
+                                 pair_weights.get(), reached.get()}};
+      const Ops& ops = test_device().ops();
+      if (together) {
+        ops.route_group(args, lanes.device);
+      } else {
+        ops.route(args.route, lanes.device);
+        ops.group_experts(args.group, lanes.device);
+      }
+      const std::vector<int32_t> numbers[] = {ids.values(), begins.values(), pair_rows.values(), reached.values()};
+      std::vector<int32_t> all;
+      for (const auto& n : numbers) all.insert(all.end(), n.begin(), n.end());
+      std::vector<float> floats = weights.values();
+      const std::vector<float> of_pairs = pair_weights.values();
+      floats.insert(floats.end(), of_pairs.begin(), of_pairs.end());
+      return std::pair(all, floats);
+    };
+    const auto apart = run(false);
+    INFO("experts " << s.experts << ", top_k " << s.top_k << ", rows " << s.rows);
+    for (int again = 0; again < 2; ++again) {  // counters are 0 again behind it
+      const auto together = run(true);
+      CHECK(together.first == apart.first);
+      CHECK(same_bytes(together.second, apart.second));
+    }
+  }
+}
+
 }  // namespace moebius

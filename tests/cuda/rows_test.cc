@@ -83,7 +83,7 @@ TEST_CASE("fetch_rows brings the rows of every other home, and leaves the own an
 
 TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few roundings, and rows do not depend on one another") {
   Random random(7);
-  for (const int64_t hidden : {2, 8, 100, 102, 256, 700, 2100}) {
+  for (const int64_t hidden : {2, 8, 100, 102, 256, 700, 2048, 2100, 4100}) {
     constexpr int kRows = 9;
     for (const int num : {0, 1, 3, 4}) {
       const std::vector<float> h = random.floats(static_cast<size_t>(kRows * hidden)), weight = random.floats(static_cast<size_t>(hidden));
@@ -151,7 +151,7 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
 
 TEST_CASE("rope_store: q, and the KV as the CPU stores it, to a rounding") {
   Random random(8);
-  for (const int dim : {2, 16, 64, 80, 256}) {
+  for (const int dim : {8, 16, 64, 80, 128, 192, 256}) {
     for (const bool norms : {false, true}) {
       constexpr int kRows = 7, kHeads = 3, kKvHeads = 2, kPage = 16, kPages = 5;
       const KvSlice slice{kPage, dim};
@@ -169,15 +169,18 @@ TEST_CASE("rope_store: q, and the KV as the CPU stores it, to a rounding") {
       }
       std::vector<bf16> kv(static_cast<size_t>(kPages * kKvHeads * slice.bytes() / 2), 0x7fff), q_out(q.size());
       const Array<bf16> kv_there(kv), q_out_there(q.size());
-      const Array<float> q_there(q), k_there(k), v_there(v), q_norm_there(q_norm), k_norm_there(k_norm), rope_there(rope);
+      std::vector<float> all_norms{1, 2};  // norms of a layer lie end to end: aligned to 8 bytes only
+      for (const auto* norm : {&q_norm, &k_norm}) all_norms.insert(all_norms.end(), norm->begin(), norm->end());
+      const Array<float> q_there(q), k_there(k), v_there(v), norms_there(all_norms), rope_there(rope);
+      const float *const q_norm_there = norms_there.get() + 2, *const k_norm_there = q_norm_there + dim;
       const Array<RowPlace> list(places_there);
       Lanes lanes({kRows, 1, dim, kHeads, 1, 1});
       const auto bytes = [](const bf16* p) { return reinterpret_cast<std::byte*>(const_cast<bf16*>(p)); };
       reference().rope_store({{0, kRows}, places.data(), kHeads, q.data(), k.data(), v.data(), norms ? q_norm.data() : nullptr, norms ? k_norm.data() : nullptr,
                               1e-6f, rope.data(), q_out.data(), 0.5f, {bytes(kv.data()), kKvHeads, kPage, dim}},
                              lanes.host);
-      test_device().ops().rope_store({{0, kRows}, list.get(), kHeads, q_there.get(), k_there.get(), v_there.get(), norms ? q_norm_there.get() : nullptr,
-                                      norms ? k_norm_there.get() : nullptr, 1e-6f, rope_there.get(), q_out_there.get(), 0.5f,
+      test_device().ops().rope_store({{0, kRows}, list.get(), kHeads, q_there.get(), k_there.get(), v_there.get(), norms ? q_norm_there : nullptr,
+                                      norms ? k_norm_there : nullptr, 1e-6f, rope_there.get(), q_out_there.get(), 0.5f,
                                       {bytes(kv_there.get()), kKvHeads, kPage, dim}},
                                      lanes.device);
       // A rounding to bf16 may fall the other way where the two arithmetics differ in their last bits: one step of 2^−7 at most, plus

@@ -138,6 +138,18 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     return bits;
   });
 }
+// One value of the lanes' by `choose`.
+template <class Choose>
+unsigned __reduce_sync(unsigned mask, unsigned v, const Choose& choose) {
+  return moebius::emulation::exchange(mask, v, [&](auto&& of) {
+    unsigned out = v;
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1) out = choose(out, of(i));
+    return out;
+  });
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned v) { return __reduce_sync(mask, v, [](unsigned a, unsigned b) { return a > b ? a : b; }); }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned v) { return __reduce_sync(mask, v, [](unsigned a, unsigned b) { return a < b ? a : b; }); }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 template <class T>
@@ -161,6 +173,8 @@ T atomicExch(T* p, V v) { return std::exchange(*p, static_cast<T>(v)); }
 inline unsigned atomicInc(unsigned* p, unsigned most) { return std::exchange(*p, *p >= most ? 0 : *p + 1); }
 template <class T>
 T __ldg(const T* p) { return *p; }
+template <class T>
+T __ldcg(const T* p) { return *p; }
 
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -168,6 +182,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
+inline float __frsqrt_rn(float a) { return static_cast<float>(1 / std::sqrt(static_cast<double>(a))); }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __double2float_rn(double x) { return static_cast<float>(x); }
