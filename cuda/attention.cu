@@ -36,6 +36,7 @@ constexpr int kStep = 64;         // tokens between two looks at the maximum
 constexpr int kSplitTokens = 128;  // shorter than the CPU's kAttentionSplit: a warp's steps wait one for the other
 constexpr int kGroupTokens = 32;  // two tiles of keys
 constexpr int kLineBytes = 128;
+constexpr float kLog2E = 1.44269504f;
 constexpr int kPrefetchBytes = 16 << 20;  // of all warps together: it has to stay in the second-level cache until it is read
 // Splits that may wait to be merged: some 4 for each warp that a device runs. (Few where kernels are emulated: tests want both ways.)
 #ifdef MOEBIUS_EMULATED
@@ -50,7 +51,7 @@ struct Heads {
   int first[kGpuMaxKvHeads], count[kGpuMaxKvHeads];  // of each local KV head, its local query heads
 };
 
-// A row's running softmax: of rows g and g + 8, of this lane's part of the tokens (sum) and of the dimensions (output).
+// A row's running softmax: of rows g and g + 8, of this lane's part of the tokens (sum) and of the dimensions (output). Scores are exponents of 2.
 template <int kGroups>
 struct State {
   float most[2], sum[2], output[kGroups][8][4];
@@ -82,7 +83,7 @@ struct State {
   }
 };
 
-__device__ __forceinline__ float scale_from(float from, float to) { return from == to ? 1.0f : exp_of(from - to); }
+__device__ __forceinline__ float scale_from(float from, float to) { return from == to ? 1.0f : exp2_of(from - to); }
 
 // `words` holds a state as for_words goes; adds `part` to it, for the rows that have tokens in the part.
 template <int kGroups>
@@ -166,18 +167,24 @@ __device__ Unit unit_at(const Work& work, const AttentionArgs& args, const Heads
 struct KvWalk {
   const char* base;
   int64_t page_bytes, value_bytes;
-  int page_tokens, head_dim;
+  int page_tiles, head_dim;
+  float pages_of_tile;
   const int32_t* pages;
 
-  __device__ KvWalk(const KvView& kv, int kv_head, const int32_t* page_table) : page_tokens(kv.page_tokens), head_dim(kv.head_dim), pages(page_table) {
+  __device__ KvWalk(const KvView& kv, int kv_head, const int32_t* page_table)
+      : page_tiles(kv.page_tokens / kTile), head_dim(kv.head_dim), pages_of_tile(1.0f / static_cast<float>(page_tiles)), pages(page_table) {
     const KvSlice slice{kv.page_tokens, kv.head_dim};
     base = reinterpret_cast<const char*>(kv.base) + kv_head * slice.bytes();
     page_bytes = kv.num_kv_heads * slice.bytes();
     value_bytes = slice.k_elements() * 2;
   }
   // The tile that begins at `token`: its keys; its values are value_bytes behind.
+  static_assert(kGpuMaxContext / kTile <= 1 << 21);
   __device__ const char* tile(int token) const {
-    return base + pages[token / page_tokens] * page_bytes + static_cast<int64_t>(token % page_tokens) * head_dim * 2;
+    const int number = token / kTile;
+    // number / page_tiles: the half keeps it off whole numbers by more than it is rounded.
+    const int page = static_cast<int>((static_cast<float>(number) + 0.5f) * pages_of_tile);
+    return base + pages[page] * page_bytes + (number - page * page_tiles) * (kTile * head_dim * 2);
   }
   // Tokens [begin, end), by the whole warp, tile for tile as they are read.
   __device__ void prefetch(int begin, int end) const {
@@ -198,103 +205,111 @@ __device__ __forceinline__ uint4 load_kv(const char* p) {
   return kOnce ? load_written(reinterpret_cast<const uint4*>(p)) : *reinterpret_cast<const uint4*>(p);
 }
 
-// Tokens [begin, end) of one split. q: the lane's pairs of dimensions of rows g and g + 8, by blocks of 32 dimensions.
+// The kStep tokens from `step` on, those below `end`. kAll: each row sees all of them, and head_dim is 64·kGroups; the bits are the same.
+// q: the lane's pairs of dimensions of rows g and g + 8, by blocks of 32 dimensions.
+template <bool kAll, bool kOnce, int kGroups>
+__device__ __forceinline__ void walk_step(const KvWalk& kv, int step, int end, const int (&position)[2], float to_exponent,
+                                          const uint4 (&q)[2 * kGroups][2], State<kGroups>& state) {
+  const int g = WeightStream::lane_g(), t = WeightStream::lane_t(), head_dim = kAll ? 64 * kGroups : kv.head_dim;
+  float scores[2][4][4];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[half][b][e] = 0;
+    const int tile = step + half * kGroupTokens + g / 4 * kTile;
+    const bool there = kAll || tile < end;
+    const char* keys = there ? kv.tile(tile) : nullptr;
+#pragma unroll
+    for (int d = 0; d < 2 * kGroups; ++d) {
+      uint4 k[kLanePairs];
+#pragma unroll
+      for (int i = 0; i < kLanePairs; ++i) {
+        const int pair = d * kBlockPairs + t * kLanePairs + i;
+        k[i] = there && pair < head_dim / 2 ? load_kv<kOnce>(keys + (pair * 4 + g % 4) * 16) : make_uint4(0, 0, 0, 0);
+      }
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const uint32_t first[4] = {q[d][0].x, q[d][1].x, q[d][0].y, q[d][1].y}, second[4] = {q[d][0].z, q[d][1].z, q[d][0].w, q[d][1].w};
+        const uint32_t k_first[2] = {word_of(k[0], b), word_of(k[1], b)}, k_second[2] = {word_of(k[2], b), word_of(k[3], b)};
+        mma_bf16(scores[half][b], first, k_first);
+        mma_bf16(scores[half][b], second, k_second);
+      }
+    }
+  }
+
+  // Score e of product b is of token 4·(e mod 2) + b of the lane's eight, in row e / 2.
+  const auto token_of = [&](int half, int i) { return step + half * kGroupTokens + 16 * (t / 2) + 8 * (t % 2) + i; };
+  const auto sees = [&](int half, int b, int e) { return kAll || token_of(half, 4 * (e % 2) + b) <= position[e / 2]; };
+  float most[2] = {-__uint_as_float(0x7f800000u), -__uint_as_float(0x7f800000u)};
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (sees(half, b, e)) most[e / 2] = larger(scores[half][b][e], most[e / 2]);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 1));
+    most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 2));
+    most[r] = larger(most[r] * to_exponent, state.most[r]);
+    const float scale = scale_from(state.most[r], most[r]);
+    state.most[r] = most[r];
+    state.sum[r] *= scale;
+#pragma unroll
+    for (int v = 0; v < kGroups; ++v)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) state.output[v][j][2 * r] *= scale, state.output[v][j][2 * r + 1] *= scale;
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scores[half][b][e] = sees(half, b, e) ? exp2_of(__fmaf_rn(scores[half][b][e], to_exponent, -most[e / 2])) : 0;
+        state.sum[e / 2] += scores[half][b][e];
+      }
+
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int tile = step + half * kGroupTokens + t / 2 * kTile;
+    const char* values = kAll || tile < end ? kv.tile(tile) + kv.value_bytes : nullptr;
+#pragma unroll
+    for (int two = 0; two < 4; two += 2) {  // products b = two and two + 1 are one of P · V
+      const uint32_t p[4] = {pack_f16(scores[half][two][0], scores[half][two][1]), pack_f16(scores[half][two][2], scores[half][two][3]),
+                             pack_f16(scores[half][two + 1][0], scores[half][two + 1][1]), pack_f16(scores[half][two + 1][2], scores[half][two + 1][3])};
+#pragma unroll
+      for (int v = 0; v < kGroups; ++v) {
+        const int dim = v * 64 + 8 * g;
+        uint4 x[4];  // of tokens two, two + 4, two + 1, two + 5 of the lane's eight
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = 4 * (i % 2) + two + i / 2;
+          const bool there = kAll || (token_of(half, token) < end && dim < head_dim);  // slots behind the end may hold anything
+          x[i] = there ? load_kv<kOnce>(values + ((8 * (t % 2) + token) * head_dim + dim) * 2) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const unsigned halves = j % 2 == 0 ? 0x5410u : 0x7632u;
+          const uint32_t b[2] = {__byte_perm(word_of(x[0], j / 2), word_of(x[1], j / 2), halves),
+                                 __byte_perm(word_of(x[2], j / 2), word_of(x[3], j / 2), halves)};
+          mma_f16(state.output[v][j], p, b);
+        }
+      }
+    }
+  }
+}
+
+// Tokens [begin, end) of one split. lowest: of the warp's rows' positions.
 template <bool kOnce, int kGroups>
-__device__ __forceinline__ void walk_split(const KvWalk& kv, int begin, int end, const int (&position)[2], float softmax_scale,
+__device__ __forceinline__ void walk_split(const KvWalk& kv, int begin, int end, const int (&position)[2], int lowest, float to_exponent,
                                            const uint4 (&q)[2 * kGroups][2], State<kGroups>& state) {
-  const int g = WeightStream::lane_g(), t = WeightStream::lane_t();
   for (int step = begin; step < end; step += kStep) {
-    float scores[2][4][4];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int b = 0; b < 4; ++b)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) scores[half][b][e] = 0;
-      const int tile = step + half * kGroupTokens + g / 4 * kTile;
-      const bool there = tile < end;
-      const char* keys = there ? kv.tile(tile) : nullptr;
-#pragma unroll
-      for (int d = 0; d < 2 * kGroups; ++d) {
-        uint4 k[kLanePairs];
-#pragma unroll
-        for (int i = 0; i < kLanePairs; ++i) {
-          const int pair = d * kBlockPairs + t * kLanePairs + i;
-          k[i] = there && pair < kv.head_dim / 2 ? load_kv<kOnce>(keys + (pair * 4 + g % 4) * 16) : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int b = 0; b < 4; ++b) {
-          const uint32_t first[4] = {q[d][0].x, q[d][1].x, q[d][0].y, q[d][1].y}, second[4] = {q[d][0].z, q[d][1].z, q[d][0].w, q[d][1].w};
-          const uint32_t k_first[2] = {word_of(k[0], b), word_of(k[1], b)}, k_second[2] = {word_of(k[2], b), word_of(k[3], b)};
-          mma_bf16(scores[half][b], first, k_first);
-          mma_bf16(scores[half][b], second, k_second);
-        }
-      }
-    }
-
-    // Score e of product b is of token 4·(e mod 2) + b of the lane's eight, in row e / 2.
-    const auto token_of = [&](int half, int i) { return step + half * kGroupTokens + 16 * (t / 2) + 8 * (t % 2) + i; };
-    float most[2] = {state.most[0], state.most[1]};
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int b = 0; b < 4; ++b)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          scores[half][b][e] *= softmax_scale;
-          if (token_of(half, 4 * (e % 2) + b) <= position[e / 2]) most[e / 2] = larger(scores[half][b][e], most[e / 2]);
-        }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 1));
-      most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 2));
-      const float scale = scale_from(state.most[r], most[r]);
-      state.most[r] = most[r];
-      state.sum[r] *= scale;
-#pragma unroll
-      for (int v = 0; v < kGroups; ++v)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) state.output[v][j][2 * r] *= scale, state.output[v][j][2 * r + 1] *= scale;
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int b = 0; b < 4; ++b)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const bool seen = token_of(half, 4 * (e % 2) + b) <= position[e / 2];
-          scores[half][b][e] = seen ? exp_of(scores[half][b][e] - most[e / 2]) : 0;
-          state.sum[e / 2] += scores[half][b][e];
-        }
-
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int tile = step + half * kGroupTokens + t / 2 * kTile;
-      const char* values = tile < end ? kv.tile(tile) + kv.value_bytes : nullptr;
-#pragma unroll
-      for (int two = 0; two < 4; two += 2) {  // products b = two and two + 1 are one of P · V
-        const uint32_t p[4] = {pack_f16(scores[half][two][0], scores[half][two][1]), pack_f16(scores[half][two][2], scores[half][two][3]),
-                               pack_f16(scores[half][two + 1][0], scores[half][two + 1][1]), pack_f16(scores[half][two + 1][2], scores[half][two + 1][3])};
-#pragma unroll
-        for (int v = 0; v < kGroups; ++v) {
-          const int dim = v * 64 + 8 * g;
-          uint4 x[4];  // of tokens two, two + 4, two + 1, two + 5 of the lane's eight
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int token = 4 * (i % 2) + two + i / 2;
-            const bool there = token_of(half, token) < end && dim < kv.head_dim;  // slots behind the end may hold anything
-            x[i] = there ? load_kv<kOnce>(values + ((8 * (t % 2) + token) * kv.head_dim + dim) * 2) : make_uint4(0, 0, 0, 0);
-          }
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const unsigned halves = j % 2 == 0 ? 0x5410u : 0x7632u;
-            const uint32_t b[2] = {__byte_perm(word_of(x[0], j / 2), word_of(x[1], j / 2), halves),
-                                   __byte_perm(word_of(x[2], j / 2), word_of(x[3], j / 2), halves)};
-            mma_f16(state.output[v][j], p, b);
-          }
-        }
-      }
-    }
+    if (step + kStep - 1 <= lowest && kv.head_dim == 64 * kGroups) walk_step<true, kOnce>(kv, step, end, position, to_exponent, q, state);
+    else walk_step<false, kOnce>(kv, step, end, position, to_exponent, q, state);
   }
   // The four lanes of a row join their parts of the sum.
 #pragma unroll
@@ -364,7 +379,7 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
     const int m = g + 8 * r;
     if (m >= u.num_m) continue;
     bf16* row = args.out + ((static_cast<int64_t>(u.first_row) + u.row_of(m)) * args.num_heads + u.head_of(m)) * dim;
-    const float divisor = state.sum[r] * args.value_scale;
+    const float factor = __fdiv_rn(1.0f, state.sum[r] * args.value_scale);
 #pragma unroll
     for (int v = 0; v < kGroups; ++v)
 #pragma unroll
@@ -374,7 +389,7 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
         uint32_t words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          words[i] = pack_bf16(__fdiv_rn(state.output[v][2 * i][2 * r + high], divisor), __fdiv_rn(state.output[v][2 * i + 1][2 * r + high], divisor));
+          words[i] = pack_bf16(state.output[v][2 * i][2 * r + high] * factor, state.output[v][2 * i + 1][2 * r + high] * factor);
         *reinterpret_cast<uint4*>(row + at) = make_uint4(words[0], words[1], words[2], words[3]);
       }
   }
@@ -421,7 +436,7 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 2)
     for (int split = own_split; split < last; ++split) {
       const int begin = split * kSplitTokens;
       state.clear();
-      walk_split<kOnce>(kv, begin, min(end, begin + kSplitTokens), position, args.softmax_scale, q, state);
+      walk_split<kOnce>(kv, begin, min(end, begin + kSplitTokens), position, u.position_of(0), args.softmax_scale * kLog2E, q, state);
       if (splits > 1 && !alone) add_split(split);
     }
     if (alone) {

@@ -176,6 +176,13 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[16][2][4]) {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// 2^x to some 2^-22 of it, 0 for what is below 2^-126; the same on every device of an architecture.
+__device__ __forceinline__ float exp2_of(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 // Two floats to bf16 pairs and f16 pairs, `low` in the lower half; to nearest, ties to even.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t out;

@@ -291,8 +291,8 @@ struct ChooseArgs {
   int32_t* tokens = nullptr;             // [rows]
 };
 
-// What the kernels of a GPU are made for; models beyond are refused when the device is opened.
-inline constexpr int kGpuMaxHeadDim = 256, kGpuHeadDimUnit = 8, kGpuMaxKvHeads = 256, kGpuMaxExperts = 1024, kGpuMaxVocab = 2 << 20;
+// What the kernels of a GPU are made for; models (and max_context) beyond are refused when the device is opened.
+inline constexpr int kGpuMaxHeadDim = 256, kGpuHeadDimUnit = 8, kGpuMaxKvHeads = 256, kGpuMaxExperts = 1024, kGpuMaxVocab = 2 << 20, kGpuMaxContext = 1 << 25;
 
 // The kernels of one backend. One world uses one table: equality of bits holds among runs on the same table.
 struct Ops {

@@ -10,7 +10,7 @@ namespace moebius {
 
 namespace {
 
-void check_for_gpu(const ModelConfig& model) {
+void check_for_gpu(const EngineConfig& config, const ModelConfig& model) {
   const ModelShape& s = model.shape;
   if (s.head_dim % kGpuHeadDimUnit != 0 || s.head_dim > kGpuMaxHeadDim)
     fail(Code::kUnsupported, "head_dim is {}, on a GPU it must be a multiple of {} up to {}", s.head_dim, kGpuHeadDimUnit, kGpuMaxHeadDim);
@@ -19,13 +19,14 @@ void check_for_gpu(const ModelConfig& model) {
   };
   at_most("num_key_value_heads", s.num_kv_heads, kGpuMaxKvHeads);
   at_most("vocab_size", model.vocab_size, kGpuMaxVocab);
+  at_most("max_context", config.max_context, kGpuMaxContext);
   for (const MlpShape& mlp : s.mlps) at_most("num_experts", mlp.num_experts, kGpuMaxExperts);
 }
 
 }  // namespace
 
 std::unique_ptr<Device> open_device(const EngineConfig& config, const ModelConfig& model) {
-  if (config.device != "cpu") check_for_gpu(model);
+  if (config.device != "cpu") check_for_gpu(config, model);
   return open_device(config);
 }
 

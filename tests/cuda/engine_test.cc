@@ -225,6 +225,10 @@ TEST_CASE("what a device cannot do is refused before anything is loaded", "[engi
   narrow.set("config.json", "head_dim", 20);
   config.dummy_weights = true;
   CHECK_THAT(refusal(config, narrow.path()), Contains("head_dim is 20, on a GPU it must be a multiple of 8"));
+  ModelCopy endless(kQwen);
+  endless.set("config.json", "max_position_embeddings", (1 << 25) + 1);
+  config.max_context = 0;
+  CHECK_THAT(refusal(config, endless.path()), Contains("max_context is 33554433, on a GPU at most 33554432"));
   config.device = "no-such";
   CHECK_THAT(refusal(config), Contains("libmoebius-no-such.so was not found"));
 }

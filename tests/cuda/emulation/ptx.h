@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -125,6 +126,7 @@ void add_relaxed(T* p, const T (&v)[4]) {
 inline void store_release_system(uint64_t* p, uint64_t v) { std::atomic_ref(*p).store(v, std::memory_order_release); }
 inline uint64_t load_acquire_system(const uint64_t* p) { return std::atomic_ref(*const_cast<uint64_t*>(p)).load(std::memory_order_acquire); }
 inline uint64_t global_timer_ns() { return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count()); }
+inline float exp2_of(float x) { return std::exp2(x); }
 inline uint32_t pack_bf16(float low, float high) { return static_cast<uint32_t>(to_bf16(high)) << 16 | to_bf16(low); }
 inline uint32_t pack_f16(float low, float high) { return static_cast<uint32_t>(to_half(high)) << 16 | to_half(low); }
 
