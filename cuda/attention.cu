@@ -37,6 +37,7 @@ constexpr int kSplitTokens = 128;  // shorter than the CPU's kAttentionSplit: a 
 constexpr int kGroupTokens = 32;  // two tiles of keys
 constexpr int kLineBytes = 128;
 constexpr float kLog2E = 1.44269504f;
+constexpr int kGroupsWithRoom = 2;  // of 64 dimensions: larger heads leave no registers for rope_attention and for two kinds of steps
 constexpr int kPrefetchBytes = 16 << 20;  // of all warps together: it has to stay in the second-level cache until it is read
 // Splits that may wait to be merged: some 4 for each warp that a device runs. (Few where kernels are emulated: tests want both ways.)
 #ifdef MOEBIUS_EMULATED
@@ -51,7 +52,7 @@ struct Heads {
   int first[kGpuMaxKvHeads], count[kGpuMaxKvHeads];  // of each local KV head, its local query heads
 };
 
-// A row's running softmax: of rows g and g + 8, of this lane's part of the tokens (sum) and of the dimensions (output). Scores are exponents of 2.
+// A row's running softmax: of rows g and g + 8, of this lane's part of the tokens (sum) and of the dimensions (output).
 template <int kGroups>
 struct State {
   float most[2], sum[2], output[kGroups][8][4];
@@ -83,19 +84,19 @@ struct State {
   }
 };
 
-__device__ __forceinline__ float scale_from(float from, float to) { return from == to ? 1.0f : exp2_of(from - to); }
+__device__ __forceinline__ float scale_from(float from, float to, float to_exponent) { return from == to ? 1.0f : exp2_of((from - to) * to_exponent); }
 
 // `words` holds a state as for_words goes; adds `part` to it, for the rows that have tokens in the part.
 template <int kGroups>
-__device__ __forceinline__ void merge(float* words, State<kGroups>& part, const bool (&has)[2]) {
+__device__ __forceinline__ void merge(float* words, State<kGroups>& part, const bool (&has)[2], float to_exponent) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   float old_scale[2], new_scale[2], most[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float before = words[(State<kGroups>::kWords - 2 + r) * 32 + lane];
     most[r] = larger(before, part.most[r]);
-    old_scale[r] = scale_from(before, most[r]);
-    new_scale[r] = scale_from(part.most[r], most[r]);
+    old_scale[r] = scale_from(before, most[r], to_exponent);
+    new_scale[r] = scale_from(part.most[r], most[r], to_exponent);
   }
   part.for_words([&](int at, float& v, int r) {
     float& total = words[at * 32 + lane];
@@ -254,8 +255,8 @@ __device__ __forceinline__ void walk_step(const KvWalk& kv, int step, int end, c
   for (int r = 0; r < 2; ++r) {
     most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 1));
     most[r] = larger(most[r], __shfl_xor_sync(kAllLanes, most[r], 2));
-    most[r] = larger(most[r] * to_exponent, state.most[r]);
-    const float scale = scale_from(state.most[r], most[r]);
+    most[r] = larger(most[r], state.most[r]);
+    const float scale = scale_from(state.most[r], most[r], to_exponent);
     state.most[r] = most[r];
     state.sum[r] *= scale;
 #pragma unroll
@@ -269,7 +270,7 @@ __device__ __forceinline__ void walk_step(const KvWalk& kv, int step, int end, c
     for (int b = 0; b < 4; ++b)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        scores[half][b][e] = sees(half, b, e) ? exp2_of(__fmaf_rn(scores[half][b][e], to_exponent, -most[e / 2])) : 0;
+        scores[half][b][e] = sees(half, b, e) ? exp2_of((scores[half][b][e] - most[e / 2]) * to_exponent) : 0;
         state.sum[e / 2] += scores[half][b][e];
       }
 
@@ -279,8 +280,9 @@ __device__ __forceinline__ void walk_step(const KvWalk& kv, int step, int end, c
     const char* values = kAll || tile < end ? kv.tile(tile) + kv.value_bytes : nullptr;
 #pragma unroll
     for (int two = 0; two < 4; two += 2) {  // products b = two and two + 1 are one of P · V
-      const uint32_t p[4] = {pack_f16(scores[half][two][0], scores[half][two][1]), pack_f16(scores[half][two][2], scores[half][two][3]),
-                             pack_f16(scores[half][two + 1][0], scores[half][two + 1][1]), pack_f16(scores[half][two + 1][2], scores[half][two + 1][3])};
+      const auto& low = scores[half][two];
+      const auto& high = scores[half][two + 1];
+      const uint32_t p[4] = {pack_f16(low[0], low[1]), pack_f16(low[2], low[3]), pack_f16(high[0], high[1]), pack_f16(high[2], high[3])};
 #pragma unroll
       for (int v = 0; v < kGroups; ++v) {
         const int dim = v * 64 + 8 * g;
@@ -308,8 +310,10 @@ template <bool kOnce, int kGroups>
 __device__ __forceinline__ void walk_split(const KvWalk& kv, int begin, int end, const int (&position)[2], int lowest, float to_exponent,
                                            const uint4 (&q)[2 * kGroups][2], State<kGroups>& state) {
   for (int step = begin; step < end; step += kStep) {
-    if (step + kStep - 1 <= lowest && kv.head_dim == 64 * kGroups) walk_step<true, kOnce>(kv, step, end, position, to_exponent, q, state);
-    else walk_step<false, kOnce>(kv, step, end, position, to_exponent, q, state);
+    if (kGroups <= kGroupsWithRoom && step + kStep - 1 <= lowest && kv.head_dim == 64 * kGroups)
+      walk_step<true, kOnce>(kv, step, end, position, to_exponent, q, state);
+    else
+      walk_step<false, kOnce>(kv, step, end, position, to_exponent, q, state);
   }
   // The four lanes of a row join their parts of the sum.
 #pragma unroll
@@ -397,6 +401,7 @@ __device__ __forceinline__ void store_rows(const AttentionArgs& args, const Unit
 
 // partials: [item][word][lane], of items that are splits; counters: [item]. kOnce: no two warps read the same K and V, as where chunks are of one
 // row each; not decided on the device, where it would cost registers. Then also, where rope has a q: Q is its, and K and V it has are stored first.
+// Three blocks of small heads fit, and two of others, as long as the compiler keeps to it.
 template <bool kOnce, int kGroups>
 __global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 2)
     attention_kernel(AttentionArgs args, RopeStoreArgs rope, const __grid_constant__ Heads heads, int most_heads, float* partials, unsigned* counters) {
@@ -420,23 +425,24 @@ __global__ void __launch_bounds__(kWarps * 32, kGroups == 1 ? 3 : 2)
     const bool alone = work.spread && splits > 1;  // with one split: the last warp of the unit adds up all of them
     const int last = alone ? own_split + 1 : splits;
     uint4 q[2 * kGroups][2];
-    if (kOnce && rope.q != nullptr) {
+    if (kOnce && kGroups <= kGroupsWithRoom && rope.q != nullptr) {
       const float* const table = rope.rope + static_cast<int64_t>(u.first_position) * args.kv.head_dim;
+      rope_queries<kGroups>(rope, u, table, q);  // first: its loads wait for no stores
       if (last == splits) rope_key<kGroups>(rope, u, table);
-      rope_queries<kGroups>(rope, u, table, q);
     } else {
       load_queries<kGroups>(args, u, q);
     }
     const int position[2] = {u.position_of(g), u.position_of(g + 8)};
+    const float to_exponent = args.softmax_scale * kLog2E;  // of 2, from a score
     State<kGroups> state;
     const auto add_split = [&](int split) {
       if (split == 0) state.for_words([&](int at, float& v, int) { total[at * 32 + lane] = v; });
-      else merge(total, state, {position[0] >= split * kSplitTokens, position[1] >= split * kSplitTokens});
+      else merge(total, state, {position[0] >= split * kSplitTokens, position[1] >= split * kSplitTokens}, to_exponent);
     };
     for (int split = own_split; split < last; ++split) {
       const int begin = split * kSplitTokens;
       state.clear();
-      walk_split<kOnce>(kv, begin, min(end, begin + kSplitTokens), position, u.position_of(0), args.softmax_scale * kLog2E, q, state);
+      walk_split<kOnce>(kv, begin, min(end, begin + kSplitTokens), position, u.position_of(0), to_exponent, q, state);
       if (splits > 1 && !alone) add_split(split);
     }
     if (alone) {
@@ -498,7 +504,7 @@ void attention(const AttentionArgs& args, const Lane& lane) { attend(args, {}, l
 void rope_attention(const RopeAttentionArgs& args, const Lane& lane) {
   const AttentionArgs& a = args.attention;
   const auto in_one_unit = [](Range heads) { return !heads.empty() && heads.size() <= kRows; };
-  if (a.num_rows <= a.num_chunks && a.num_chunks <= kMaxChunks && a.kv.head_dim % 64 == 0 &&
+  if (a.num_rows <= a.num_chunks && a.num_chunks <= kMaxChunks && a.kv.head_dim % 64 == 0 && a.kv.head_dim <= 64 * kGroupsWithRoom &&
       std::all_of(a.heads_of_kv, a.heads_of_kv + a.kv.num_kv_heads, in_one_unit))
     return attend(a, args.rope, lane);
   rope_store(args.rope, lane);

@@ -90,8 +90,9 @@ __device__ __forceinline__ void store_kv(const KvView& view, const int32_t* page
                                          const RopeHalves<kGroups>& v, float value_scale, int half) {
   const KvSlice slice{view.page_tokens, 2 * half};
   const int slot = position % view.page_tokens;
-  bf16* const kv = reinterpret_cast<bf16*>(view.base + (static_cast<int64_t>(pages[position / view.page_tokens]) * view.num_kv_heads + j) * slice.bytes());
-  uint32_t* const keys = reinterpret_cast<uint32_t*>(kv + slice.k_index(slot, 0));  // a word is a pair of dimensions; between two are those of a tile
+  const int64_t page = pages[position / view.page_tokens];
+  bf16* const kv = reinterpret_cast<bf16*>(view.base + (page * view.num_kv_heads + j) * slice.bytes());
+  uint32_t* const keys = reinterpret_cast<uint32_t*>(kv + slice.k_index(slot, 0));  // a word is a pair of dimensions, kTile of them a tile's
   f16* const values = kv + slice.v_index(slot, 0);
   const auto store = [&](const float* key, const float* value, int d) {  // 4 dimensions
     keys[d / 2 * kTile] = pack_bf16(key[0], key[1]);

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs a
     if (group.begins == nullptr) return;
     __shared__ Groups<kFewChoices> groups;
     __syncthreads();
-    if (thread == 0) last = comes_last(counters + kCounters - 1, static_cast<int>(gridDim.x));
+    if (thread == 0) last = comes_last(counters + kCounters - 1, static_cast<int>(gridDim.x));  // no row's: rows are fewer than kFewRows
     __syncthreads();
     if (last) block_group<kRouterWarps * 32>(group, groups);
   }
@@ -279,6 +279,7 @@ void launch_route(const RouteArgs& args, const GroupArgs& group, int64_t tiles, 
 }
 
 constexpr int kManyRows = 8, kFewRows = 4 * kManyRows;
+static_assert(kFewRows < kCounters);
 
 template <int kPerLane>
 void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane) {

@@ -99,11 +99,16 @@ __global__ void __launch_bounds__(kRowThreads, 2) add_norm_kernel(AddNormArgs ar
     for (int j = 0; j < kAtOnce; ++j)
       if (const int64_t i = at + j * kRowThreads; i < args.hidden) f(j, i);
   };
-  const auto load = [&](float (&to)[kAtOnce], const float* from, int64_t at) { for_elements(at, [&](int j, int64_t i) { to[j] = __ldcg(from + i); }); };
+  const auto load = [&](float (&to)[kAtOnce], const float* from, int64_t at) {
+    for_elements(at, [&](int j, int64_t i) { to[j] = __ldcg(from + i); });
+  };
   const auto store = [&](int p, int64_t at) {
     if (partials.num > 0) for_elements(at, [&](int j, int64_t i) { h[i] = v[p][j]; });
   };
-  if (args.weight != nullptr && kKept > 0) for_parts([&](int p, int64_t at) { load(weight[p], args.weight, at); });
+  if (args.weight != nullptr) {
+    if (kKept > 0) for_parts([&](int p, int64_t at) { load(weight[p], args.weight, at); });
+    else if (blockIdx.x == 0 && threadIdx.x == 0) prefetch_bytes(args.weight, args.hidden * static_cast<int64_t>(sizeof(float)));
+  }
   await_previous();
   int first = 0, last = partials.num;
   if (args.whole_rows > 0) first = static_cast<int>(div_up((row + 1) * partials.num, args.whole_rows)) - 1, last = first + 1;  // who share_of says
@@ -243,7 +248,10 @@ void add_partials(const AddPartialsArgs& args, const Lane& lane) {
 void rope_store(const RopeStoreArgs& args, const Lane& lane) {
   const int64_t units = args.rows.size() * (args.num_heads + args.kv.num_kv_heads);
   const int groups = (args.kv.head_dim + 63) / 64;
-  const auto kernel = groups == 1 ? rope_store_kernel<1> : groups == 2 ? rope_store_kernel<2> : groups == 3 ? rope_store_kernel<3> : rope_store_kernel<4>;
+  const auto kernel = groups == 1   ? rope_store_kernel<1>
+                      : groups == 2 ? rope_store_kernel<2>
+                      : groups == 3 ? rope_store_kernel<3>
+                                    : rope_store_kernel<4>;
   launch(kernel, static_cast<unsigned>(div_up(4 * units, kRopeThreads)), kRopeThreads, 0, lane.queue, args);
 }
 

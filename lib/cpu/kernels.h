@@ -59,7 +59,8 @@ double probe_dot(int64_t iterations) {
 
 const Ops& ops() {
   static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes,   embed,        add_norm,  linear, rope_store, attention, exact_linear, route,
-                             group_experts,    experts_gate_up, experts_down, pick_rows, clear,  nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, arg_max,   exp_sum,      probe_read, probe_dot};
+                             group_experts,    experts_gate_up, experts_down, pick_rows, clear,  nullptr,    nullptr,   nullptr,      nullptr,
+                             nullptr,          nullptr,         arg_max,      exp_sum,   probe_read, probe_dot};
   return table;
 }
 

@@ -153,7 +153,7 @@ struct AttentionArgs {
   KvView kv;
 };
 
-// rope_store, then attention of the same rows. Where chunks are as many as rows, each is of one row at most.
+// rope_store, then attention of the same rows. Where chunks are at least as many as rows, each is of one row at most, and q_out may stay unwritten.
 struct RopeAttentionArgs {
   RopeStoreArgs rope;
   AttentionArgs attention;  // its q is where rope puts it
@@ -292,7 +292,8 @@ struct ChooseArgs {
 };
 
 // What the kernels of a GPU are made for; models (and max_context) beyond are refused when the device is opened.
-inline constexpr int kGpuMaxHeadDim = 256, kGpuHeadDimUnit = 8, kGpuMaxKvHeads = 256, kGpuMaxExperts = 1024, kGpuMaxVocab = 2 << 20, kGpuMaxContext = 1 << 25;
+inline constexpr int kGpuMaxHeadDim = 256, kGpuHeadDimUnit = 8, kGpuMaxKvHeads = 256, kGpuMaxExperts = 1024, kGpuMaxVocab = 2 << 20,
+                     kGpuMaxContext = 1 << 25;
 
 // The kernels of one backend. One world uses one table: equality of bits holds among runs on the same table.
 struct Ops {
@@ -315,7 +316,7 @@ struct Ops {
   void (*clear)(void* to, size_t bytes, const Lane&);  // sets to 0; by the first lane alone
 
   // Null on the CPU, where the sampler does all, ranks read all partial sums, each copies its rows and blocks itself, and threads meet between
-  // two ops. q_out may stay unwritten.
+  // two ops.
   void (*choose_tokens)(const ChooseArgs&, const Lane&);
   void (*add_partials)(const AddPartialsArgs&, const Lane&);
   void (*fetch_rows)(const FetchRowsArgs&, const Lane&);

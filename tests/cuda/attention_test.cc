@@ -168,17 +168,21 @@ TEST_CASE("rope_attention: the bits of rope_store and attention one after the ot
     for (const bool norms : {false, true}) {
       const Sequences s(random, shape, lengths);
       const int heads = shape.kv_heads * shape.heads_per_kv, dim = shape.head_dim;
-      const size_t rows = lengths.size() + 1;  // the last one fills the step up
+      const size_t rows = lengths.size() + 1;  // one fills the step up
       const int longest = *std::max_element(lengths.begin(), lengths.end());
-      const Array<float> q(random.floats(rows * static_cast<size_t>(heads * dim))), k(random.floats(rows * static_cast<size_t>(shape.kv_heads * dim))),
-          v(random.floats(rows * static_cast<size_t>(shape.kv_heads * dim))), norm(random.floats(static_cast<size_t>(2 * dim + 2))), table(random.floats(static_cast<size_t>(longest * dim)));
+      const auto width = static_cast<size_t>(heads * dim), kv_width = static_cast<size_t>(shape.kv_heads * dim);
+      std::vector<float> q_values = random.floats(rows * width), v_values = random.floats(rows * kv_width);
+      q_values[3 * width + 1] = NAN, v_values[1] = NAN;
+      const Array<float> q(q_values), k(random.floats(rows * kv_width)), v(v_values), norm(random.floats(static_cast<size_t>(2 * dim + 2)));
+      const Array<float> table(random.floats(static_cast<size_t>(longest * dim)));
       std::vector<Array<int32_t>> pages;
       std::vector<RowPlace> places(rows);
       std::vector<SequenceChunk> chunks(rows);
-      for (size_t i = 0; i + 1 < rows; ++i) {
+      for (size_t i = 0; i < lengths.size(); ++i) {
         pages.emplace_back(s.tables[i]);
-        places[i] = {lengths[i] - 1, pages.back().get()};
-        chunks[i] = {static_cast<int32_t>(i), 1, lengths[i] - 1, pages.back().get()};
+        const size_t row = i + (i > 0);  // the second fills up
+        places[row] = {lengths[i] - 1, pages.back().get()};
+        chunks[row] = {static_cast<int32_t>(row), 1, lengths[i] - 1, pages.back().get()};
       }
       const Array<RowPlace> places_there(places);
       const Array<SequenceChunk> chunks_there(chunks);
@@ -201,6 +205,9 @@ TEST_CASE("rope_attention: the bits of rope_store and attention one after the ot
           ops.rope_store(args.rope, lanes.device);
           ops.attention(args.attention, lanes.device);
         }
+        const std::vector<bf16> queries = q_out.values();
+        const bool fused = together && (dim == 64 || dim == 128) && shape.heads_per_kv <= 16;
+        CHECK(std::all_of(queries.begin(), queries.end(), [](bf16 x) { return x == 0xffff; }) == fused);  // then they are nowhere but in registers
         return std::pair(out.values(), kv.values());
       };
       const auto apart = run(false), together = run(true);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tests/unit/engine/harness.h"
+#include "tests/unit/engine/model_copy.h"
 
 namespace moebius::test {
 
@@ -13,6 +14,11 @@ inline EngineConfig device_config(int ranks, Layout layout) {
   c.max_context = 128;
   return c;
 }
+
+// A checkpoint with heads of 64, for which decode's attention turns queries and stores K and V itself: with EngineConfig::dummy_weights.
+struct WideHeads : ModelCopy {
+  WideHeads() : ModelCopy(kQwen) { set("config.json", "head_dim", 64); }
+};
 
 inline Script brief_script() { return {{{greedy_request("a", prompt_of(1, 4), 3, true)}}, {}}; }
 

@@ -42,6 +42,27 @@ TEST_CASE("chunks of a prompt, and pages of another size, give the same bits", "
   }
 }
 
+TEST_CASE("queries that attention turns itself give the bits of those that were turned before, in any layout, at any seam, captured or not", "[engine]") {
+  const WideHeads model;
+  const auto config_of = [](int ranks, Layout layout) {
+    EngineConfig c = device_config(ranks, layout);
+    c.dummy_weights = true;
+    return c;
+  };
+  Script script = short_script();
+  const Outcome expected = run_script(model.path(), config_of(1, Layout::kTp), script);  // a prompt of 19 rows in one chunk: turned before
+  for (int ranks : {1, 2, 4})
+    for (Layout layout : {Layout::kTp, Layout::kEp}) {
+      EngineConfig config = config_of(ranks, layout);
+      config.capture_steps = ranks != 2;
+      if (ranks != 4) config.chunk_tokens = 1;  // the prompt's rows too are chunks of one row
+      INFO("ranks " << ranks << " " << name_of(layout));
+      CHECK(difference(expected, run_script(model.path(), config, script)) == "");
+    }
+  script.switches = {{0, 2}};
+  CHECK(difference(expected, run_script(model.path(), config_of(2, Layout::kTp), script)) == "");
+}
+
 TEST_CASE("captured steps: used by decode steps of pure layouts, and they change no bit", "[engine]") {
   for (int ranks : {1, 2, 3})
     for (Layout layout : {Layout::kTp, Layout::kEp}) {

@@ -74,6 +74,14 @@ TEST_CASE("processes: either layout, seams and switches give the bits of one pro
   CHECK(children().empty());
 }
 
+TEST_CASE("processes: attention that turns its queries gives the bits of one process", "[engine]") {
+  const SharedMemory shared;
+  const WideHeads model;
+  EngineConfig one = device_config(1, Layout::kTp), two = processes_config(2, Layout::kTp);
+  one.dummy_weights = two.dummy_weights = true;
+  CHECK(difference(run_script(model.path(), one, short_script()), run_script(model.path(), two, short_script())) == "");
+}
+
 TEST_CASE("processes: what is read comes whole, however much it is", "[engine]") {
   const SharedMemory shared;
   Engine engine(kQwen, processes_config(2, Layout::kTp));

@@ -119,8 +119,8 @@ TEST_CASE("route_group: the bits of route and group_experts one after the other"
     int experts, local, top_k, rows;
   };
   // At most 128 choices of fewer than 32 rows are grouped by the router's own kernel.
-  for (const Shape& s : {Shape{8, 8, 2, 0}, Shape{8, 3, 2, 1}, Shape{128, 128, 8, 1}, Shape{128, 40, 8, 16}, Shape{128, 128, 8, 17}, Shape{60, 60, 4, 31}, Shape{60, 20, 4, 32},
-                         Shape{256, 256, 40, 3}, Shape{1024, 700, 8, 16}}) {
+  for (const Shape& s : {Shape{8, 8, 2, 0}, Shape{8, 3, 2, 1}, Shape{128, 128, 8, 1}, Shape{128, 40, 8, 16}, Shape{128, 128, 8, 17}, Shape{60, 60, 4, 31},
+                         Shape{60, 20, 4, 32}, Shape{256, 256, 40, 3}, Shape{1024, 700, 8, 16}}) {
     constexpr int kHidden = 64;
     const PackedMatrix m{s.experts, kHidden};
     std::vector<int32_t> local_of_expert(static_cast<size_t>(s.experts), -1), tokens;
@@ -136,8 +136,8 @@ TEST_CASE("route_group: the bits of route and group_experts one after the other"
       const Array<float> weights(pairs), pair_weights(pairs);
       const Range rows{0, s.rows};
       const RouteGroupArgs args{{rows, x.get(), w.get(), kHidden, s.experts, s.top_k, true, ids.get(), weights.get()},
-                                {rows, s.top_k, tokens_there.get(), ids.get(), weights.get(), s.local, local_there.get(), begins.get(), pair_rows.get(),
-                                 pair_weights.get(), reached.get()}};
+                                {rows, s.top_k, tokens_there.get(), ids.get(), weights.get(), s.local, local_there.get(), begins.get(),
+                                 pair_rows.get(), pair_weights.get(), reached.get()}};
       const Ops& ops = test_device().ops();
       if (together) {
         ops.route_group(args, lanes.device);

@@ -1,5 +1,8 @@
 // How requests end: end-of-text and stop tokens, lengths, deadlines, logits that are no numbers.
 #include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
 #include <thread>
 
 #include "tests/unit/engine/harness.h"
