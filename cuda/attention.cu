@@ -339,7 +339,8 @@ __device__ __forceinline__ void load_queries(const AttentionArgs& args, const Un
 }
 
 __device__ __forceinline__ uint4 to_words(const float (&v)[8]) {
-  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+  const uint2 low = bf16_piece(v), high = bf16_piece(v + 4);
+  return make_uint4(low.x, low.y, high.x, high.y);
 }
 
 // The same from what the projection left, for a chunk of one row; head_dim = 64·kGroups, so that a lane's halves are its dimensions.

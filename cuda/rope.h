@@ -29,6 +29,9 @@ __device__ __forceinline__ void load_piece(float* to, const float* from) {
   }
 }
 
+// A piece as bf16, in order.
+__device__ __forceinline__ uint2 bf16_piece(const float* v) { return make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3])); }
+
 // A lane's dimensions of [dim] floats, dim ≤ 64·kGroups: of the lower half and, as far behind each, of the upper.
 template <int kGroups>
 struct RopeHalves {
@@ -95,8 +98,9 @@ __device__ __forceinline__ void store_kv(const KvView& view, const int32_t* page
   uint32_t* const keys = reinterpret_cast<uint32_t*>(kv + slice.k_index(slot, 0));  // a word is a pair of dimensions, kTile of them a tile's
   f16* const values = kv + slice.v_index(slot, 0);
   const auto store = [&](const float* key, const float* value, int d) {  // 4 dimensions
-    keys[d / 2 * kTile] = pack_bf16(key[0], key[1]);
-    keys[(d / 2 + 1) * kTile] = pack_bf16(key[2], key[3]);
+    const uint2 pairs = bf16_piece(key);
+    keys[d / 2 * kTile] = pairs.x;
+    keys[(d / 2 + 1) * kTile] = pairs.y;
     *reinterpret_cast<uint2*>(values + d) = make_uint2(pack_f16(value_of(value[0], value_scale), value_of(value[1], value_scale)),
                                                        pack_f16(value_of(value[2], value_scale), value_of(value[3], value_scale)));
   };

@@ -207,8 +207,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_store_kernel(RopeStoreArgs 
   if (is_key) return store_kv(args.kv, place.pages, place.position, static_cast<int>(j), x, v, args.value_scale, half);
   bf16* const q = args.q_out + (row * args.num_heads + head) * dim;
   for_pieces<kGroups>(half, [&](int n, int s, int i) {
-    *reinterpret_cast<uint2*>(q + i) = make_uint2(pack_bf16(x.low[n][s], x.low[n][s + 1]), pack_bf16(x.low[n][s + 2], x.low[n][s + 3]));
-    *reinterpret_cast<uint2*>(q + half + i) = make_uint2(pack_bf16(x.high[n][s], x.high[n][s + 1]), pack_bf16(x.high[n][s + 2], x.high[n][s + 3]));
+    *reinterpret_cast<uint2*>(q + i) = bf16_piece(x.low[n] + s);
+    *reinterpret_cast<uint2*>(q + half + i) = bf16_piece(x.high[n] + s);
   });
 }
 
