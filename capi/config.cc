@@ -131,6 +131,10 @@ const Key kKeys[] = {
     Key{"policy_file", "", "where the learned costs are read from and, when the engine is destroyed, written to; empty: nowhere",
         SetStr([](EngineConfig& c, const std::string& v) { c.policy_file = v; }), "experimental"},
 };
+#undef INT_KEY
+#undef WIDE_KEY
+#undef FLAG_KEY
+#undef REAL_KEY
 
 const Key& key_named(const char* name) {
   moebius::capi::not_null(name, "key");

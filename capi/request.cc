@@ -48,6 +48,7 @@ const IntKey kInts[] = {
     {"keep_logits", [](RequestSpec& r, int64_t v) { r.keep_logits = v != 0; }},
     {"routed_experts", [](RequestSpec& r, int64_t v) { r.keep_routes = v != 0; }},
 };
+#undef INT_KEY
 const RealKey kReals[] = {
     {"temperature", [](RequestSpec& r, double v) { r.sampling.temperature = v; }},
     {"top_p", [](RequestSpec& r, double v) { r.sampling.top_p = v; }},
