@@ -189,6 +189,7 @@ TEST_CASE("a refused switch throws no cached page away") {
     int running = 9;
     if (start == Layout::kEp) {  // filled memory: TP holds fewer tokens, because it has each KV head four times
       const MemoryReport least = Engine(kQwen, config).memory();
+      // 768 KiB more than the least, of which a device's tables take a part: each home has room for its 8 requests, TP not for all 64.
       config.memory_bytes = least.arena_bytes + least.workspace_bytes + div_up(least.shared_bytes, 8) + (3 << 18);
       config.kv_tokens = 0;
       running = 64;
