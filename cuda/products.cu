@@ -446,7 +446,7 @@ __device__ __forceinline__ void store_gate_up(const ExpertsArgs& args, const Exp
   const int64_t width = args.num_cuts * cut.padded(), n0 = c * cut.padded() + tile * kTile;
   for_outputs(acc, [&](int, int, int r, int output, const float (&v)[4]) {
     if (r >= u.num) return;
-    *reinterpret_cast<uint2*>(args.act + (u.pair0 + r) * width + n0 + output) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
+    *reinterpret_cast<uint2*>(static_cast<bf16*>(args.act) + (u.pair0 + r) * width + n0 + output) = make_uint2(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]));
   });
 }
 
@@ -520,7 +520,7 @@ __device__ __forceinline__ void add_cuts(Sums& sums, const float (&factors)[kBlo
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j) {
     const int r = min(j * 8 + WeightStream::lane_g(), u.num - 1);
-    rows.row[j] = reinterpret_cast<const uint32_t*>(args.act + (u.pair0 + r) * width);
+    rows.row[j] = reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(args.act) + (u.pair0 + r) * width);
   }
   WeightStream weights;
   WeightBlock w[kDepth];
@@ -630,7 +630,7 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_down_kernel(ExpertsAr
   for_wide_units(args, rows, static_cast<int>(div_up(args.hidden, kWarpOutputs)), [&](const ExpertUnit& u, bool exists) {
     const int64_t tile = 2 * static_cast<int64_t>(u.group);
     const bf16* inputs[kWideThreadRows];
-    wide_rows(inputs, [&](int r) { return args.act + (u.pair0 + min(r, u.num - 1)) * args.num_cuts * cut.padded(); });
+    wide_rows(inputs, [&](int r) { return static_cast<const bf16*>(args.act) + (u.pair0 + min(r, u.num - 1)) * args.num_cuts * cut.padded(); });
     float acc[kWideBlocks][2][4];
     clear(acc);
     const bf16* const* cuts = args.cuts + static_cast<int64_t>(u.expert) * args.num_cuts;

@@ -12,7 +12,7 @@ namespace MOEBIUS_ISA {
 
 // Query rows of a block. The scores of a block are kBlockRows × kAttentionSplit floats: 12 KiB, half of a small L1 cache.
 constexpr int64_t kBlockRows = 12;
-constexpr int64_t kValueTiles = 4;  // 16-float pieces of an output kept in registers
+constexpr int64_t kValueTiles = Vec::kFewRegisters ? 2 : 4;  // 16-float pieces of an output kept in registers
 
 struct QueryBlock {
   int64_t num = 0;                 // ≤ kBlockRows
@@ -25,7 +25,7 @@ struct QueryBlock {
 };
 
 struct BlockScratch {
-  Pair* q;        // gathered rows
+  Laid* q;        // gathered rows
   float* scores;  // [kBlockRows][kAttentionSplit]
   float* part;    // [kBlockRows][head_dim] output of one split
   float* total;   // [kBlockRows][head_dim]
@@ -238,7 +238,7 @@ MOEBIUS_INLINE void attend_block(const KvView& view, float softmax_scale, float 
 
 MOEBIUS_INLINE int64_t attention_scratch_bytes(int64_t head_dim) {
   const int64_t stride = round_up(head_dim, kTile);
-  return kBlockRows * (round_up(head_dim, 2) * 2 + kAttentionSplit * 4 + 2 * stride * 4) + 256;
+  return kBlockRows * (div_up(head_dim, 2) * int64_t{sizeof(Laid)} + kAttentionSplit * 4 + 2 * stride * 4) + 256;
 }
 
 void attention(const AttentionArgs& args, const Lane& lane) {
@@ -247,7 +247,7 @@ void attention(const AttentionArgs& args, const Lane& lane) {
   s.scores = reinterpret_cast<float*>(lane.scratch);
   s.part = s.scores + kBlockRows * kAttentionSplit;
   s.total = s.part + kBlockRows * stride;
-  s.q = reinterpret_cast<Pair*>(s.total + kBlockRows * stride);
+  s.q = reinterpret_cast<Laid*>(s.total + kBlockRows * stride);
 
   // Units: (chunk, KV head, block of rows); a unit's cost is the tokens its rows see. Each lane takes the units that begin in
   // its share of the total cost.

@@ -11,26 +11,35 @@ struct Vec {
   struct F {
     __m256 a, b;
   };
-  static constexpr int kRows = 2;     // 2 rows × 2 tiles × 2 registers, and as many for the widened weights of one tile
-  static constexpr int kWideRows = 0;
-  static constexpr int kRowsOut = 1;
+  static constexpr int kRows = 5;  // rows × 2 registers of a tile + 4 of its widened weights + 1 of a row = 15 of 16
+  static constexpr int tiles_beside(int64_t rows) { return rows <= 2 ? 2 : 1; }
+  static constexpr bool kFewRegisters = true;
+  static constexpr int kRowsOut = 2;  // × 2 pieces × 2 registers + 4 of values + a weight
 
   MOEBIUS_INLINE static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   MOEBIUS_INLINE static F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   MOEBIUS_INLINE static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  // All bits of the first n lanes.
+  struct M {
+    __m256i a, b;
+  };
+  MOEBIUS_INLINE static M first(int n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane), _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lane)};
+  }
   MOEBIUS_INLINE static F load_n(const float* p, int n, float rest) {
-    alignas(32) float t[16];
-    for (int i = 0; i < 16; ++i) t[i] = i < n ? p[i] : rest;
-    return load(t);
+    const M m = first(n);
+    return {_mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(p, m.a), _mm256_castsi256_ps(m.a)),
+            _mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(p + 8, m.b), _mm256_castsi256_ps(m.b))};
   }
   MOEBIUS_INLINE static void store(float* p, F v) {
     _mm256_storeu_ps(p, v.a);
     _mm256_storeu_ps(p + 8, v.b);
   }
   MOEBIUS_INLINE static void store_n(float* p, F v, int n) {
-    alignas(32) float t[16];
-    store(t, v);
-    for (int i = 0; i < n; ++i) p[i] = t[i];
+    const M m = first(n);
+    _mm256_maskstore_ps(p, m.a, v.a);
+    _mm256_maskstore_ps(p + 8, m.b, v.b);
   }
   MOEBIUS_INLINE static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   MOEBIUS_INLINE static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
@@ -53,11 +62,8 @@ struct Vec {
   }
   MOEBIUS_INLINE static F scale_by_power(F x, F n) { return {scale_half(x.a, n.a), scale_half(x.b, n.b)}; }
   MOEBIUS_INLINE static F select_first(int n, F x, F y) {
-    alignas(32) float t[16], u[16];
-    store(t, x);
-    store(u, y);
-    for (int i = n; i < 16; ++i) t[i] = u[i];
-    return load(t);
+    const M m = first(n);
+    return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(m.a)), _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(m.b))};
   }
 
   // 16 halves as floats; 16 floats rounded to halves, ties to even.
@@ -70,10 +76,17 @@ struct Vec {
     _mm_storeu_si128(at, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     _mm_storeu_si128(at + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+  // 16 floats rounded to bf16, ties to even, NaN kept.
   MOEBIUS_INLINE static void store_bf16(bf16* p, F v) {
-    alignas(32) float t[16];
-    store(t, v);
-    for (int i = 0; i < 16; ++i) p[i] = to_bf16(t[i]);
+    const auto rounded = [](__m256 x) MOEBIUS_INLINE_LAMBDA {
+      const __m256i u = _mm256_castps_si256(x), high = _mm256_srli_epi32(u, 16);
+      const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+      const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+      const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+      return _mm256_blendv_epi8(r, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+    };
+    const __m256i packed = _mm256_packus_epi32(rounded(v.a), rounded(v.b));  // quarters of a and b in turn
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
   }
 
   MOEBIUS_INLINE static float sum(F v) {
@@ -125,6 +138,10 @@ struct Vec {
   struct W {
     F even, odd;
   };
+  // A row's pair is widened once, when the row is laid out, and then only spread.
+  struct Laid {
+    float even, odd;
+  };
   struct A {
     __m256 even, odd;
   };
@@ -137,9 +154,30 @@ struct Vec {
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
     return {{even_of(a), even_of(b)}, {odd_of(a), odd_of(b)}};
   }
-  MOEBIUS_INLINE static A load_a(const uint32_t* p) {
-    const __m256i pair = _mm256_set1_epi32(static_cast<int>(*p));
-    return {even_of(pair), odd_of(pair)};
+  MOEBIUS_INLINE static A load_a(const Laid* p) { return {_mm256_broadcast_ss(&p->even), _mm256_broadcast_ss(&p->odd)}; }
+  // dst[p·n + r] = pair p of row r; row(r) → pointer to its pairs.
+  template <class RowOf>
+  MOEBIUS_INLINE static void interleave(Laid* dst, int64_t n, int64_t pairs, const RowOf& row) {
+    for (int64_t r = 0; r < n; ++r) {
+      const Pair* from = row(r);
+      Laid* to = dst + r;
+      const auto store = [&](__m128 x, __m128 next) MOEBIUS_INLINE_LAMBDA {  // two pairs each
+        for (const __m128 two : {x, next}) {
+          _mm_storel_pi(reinterpret_cast<__m64*>(to), two);
+          _mm_storeh_pi(reinterpret_cast<__m64*>(to + n), two);
+          to += 2 * n;
+        }
+      };
+      int64_t p = 0;
+      for (; p + 8 <= pairs; p += 8) {
+        const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + p));
+        const __m256 a = _mm256_unpacklo_ps(even_of(eight), odd_of(eight));  // pairs 0, 1, 4, 5
+        const __m256 b = _mm256_unpackhi_ps(even_of(eight), odd_of(eight));  // pairs 2, 3, 6, 7
+        store(_mm256_castps256_ps128(a), _mm256_castps256_ps128(b));
+        store(_mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1));
+      }
+      for (; p < pairs; ++p, to += n) *to = {__builtin_bit_cast(float, from[p] << 16), __builtin_bit_cast(float, from[p] & 0xffff0000u)};
+    }
   }
   MOEBIUS_INLINE static F dot(F acc, const W& w, const A& a) {
     return {_mm256_fmadd_ps(w.odd.a, a.odd, _mm256_fmadd_ps(w.even.a, a.even, acc.a)),

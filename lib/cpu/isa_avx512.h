@@ -7,11 +7,11 @@
 
 namespace MOEBIUS_ISA {
 
-struct Vec {
+struct Vec : PairRows {
   using F = __m512;
   using M = __mmask16;
   static constexpr int kRows = 12;  // rows × 2 tiles of accumulators + 2 weights = 26 of 32 registers
-  static constexpr int kWideRows = 5;  // up to so many rows × 4 tiles + 4 weights = 24
+  static constexpr int tiles_beside(int64_t rows) { return rows <= 5 ? 4 : 2; }  // 5 rows × 4 tiles + 4 weights = 24
   static constexpr int kRowsOut = 6;  // attention's P·V: rows × 4 accumulators + 4 values
 
   MOEBIUS_INLINE static F zero() { return _mm512_setzero_ps(); }
@@ -87,7 +87,7 @@ struct Vec {
   using W = __m512bh;  // 16 outputs × 2 of k
   using A = __m512bh;
   MOEBIUS_INLINE static W load_w(const bf16* p) { return reinterpret_cast<W>(_mm512_loadu_si512(p)); }
-  MOEBIUS_INLINE static A load_a(const uint32_t* p) { return reinterpret_cast<A>(_mm512_set1_epi32(static_cast<int>(*p))); }
+  MOEBIUS_INLINE static A load_a(const Laid* p) { return reinterpret_cast<A>(_mm512_set1_epi32(static_cast<int>(*p))); }
   MOEBIUS_INLINE static F dot(F acc, W w, A a) { return _mm512_dpbf16_ps(acc, w, a); }
 #else
   struct W {
@@ -99,7 +99,7 @@ struct Vec {
             _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
   }
   MOEBIUS_INLINE static W load_w(const bf16* p) { return split(_mm512_loadu_si512(p)); }
-  MOEBIUS_INLINE static A load_a(const uint32_t* p) { return split(_mm512_set1_epi32(static_cast<int>(*p))); }
+  MOEBIUS_INLINE static A load_a(const Laid* p) { return split(_mm512_set1_epi32(static_cast<int>(*p))); }
   MOEBIUS_INLINE static F dot(F acc, const W& w, const A& a) { return fma(w.odd, a.odd, fma(w.even, a.even, acc)); }
 #endif
   // The two bf16 of 16 outputs as floats.

@@ -5,12 +5,12 @@
 
 namespace MOEBIUS_ISA {
 
-struct Vec {
+struct Vec : PairRows {
   struct F {
     float v[16];
   };
   static constexpr int kRows = 2;
-  static constexpr int kWideRows = 0;
+  static constexpr int tiles_beside(int64_t) { return 2; }
   static constexpr int kRowsOut = 1;
 
   template <class Op>
@@ -95,7 +95,7 @@ struct Vec {
   MOEBIUS_INLINE static W load_w(const bf16* p) {
     return {each([&](int i) { return to_float(p[2 * i]); }), each([&](int i) { return to_float(p[2 * i + 1]); })};
   }
-  MOEBIUS_INLINE static A load_a(const uint32_t* p) {
+  MOEBIUS_INLINE static A load_a(const Laid* p) {
     return {to_float(static_cast<bf16>(*p & 0xffff)), to_float(static_cast<bf16>(*p >> 16))};
   }
   MOEBIUS_INLINE static F dot(const F& acc, const W& w, const A& a) {

@@ -9,7 +9,7 @@ namespace MOEBIUS_ISA {
 
 size_t scratch_bytes(const OpLimits& l) {
   const int64_t heads = l.num_heads * l.head_dim, width = l.hidden > heads ? l.hidden : heads;
-  int64_t bytes = l.max_rows * round_up(width, 2) * 2;  // gathered rows
+  int64_t bytes = l.max_rows * div_up(width, 2) * int64_t{sizeof(Laid)};  // gathered rows
   for (const int64_t other : {attention_scratch_bytes(l.head_dim), kRouterRows * round_up(l.num_experts, kTile) * 4, l.head_dim * 6})
     bytes = other > bytes ? other : bytes;
   return static_cast<size_t>(bytes);
@@ -39,17 +39,19 @@ double probe_dot(int64_t iterations) {
   constexpr int kChains = Vec::kRows >= 12 ? 16 : 4;  // enough to hide the latency, few enough for the registers
   constexpr int64_t kPairs = 512;
   alignas(64) bf16 w[2 * kTile];
-  Pair x[4];
+  Pair rows[4];
+  Laid x[4];
   for (int i = 0; i < 2 * kTile; ++i) w[i] = static_cast<bf16>(0x3c00 + i);
-  for (int r = 0; r < 4; ++r) x[r] = 0x3c003c00u + static_cast<uint32_t>(r);
+  for (int r = 0; r < 4; ++r) rows[r] = 0x3c003c00u + static_cast<uint32_t>(r);
+  Vec::interleave(x, 4, 1, [&](int64_t r) { return rows + r; });
   F acc[kChains];
-  for (int c = 0; c < kChains; ++c) acc[c] = Vec::zero();
+  for (int c = 0; c < kChains; ++c) acc[c] = Vec::set1(static_cast<float>(c));  // equal chains would be made one
   const Vec::W tile = Vec::load_w(w);
-  Vec::A a[4] = {Vec::load_a(reinterpret_cast<uint32_t*>(x)), Vec::load_a(reinterpret_cast<uint32_t*>(x + 1)),
-                 Vec::load_a(reinterpret_cast<uint32_t*>(x + 2)), Vec::load_a(reinterpret_cast<uint32_t*>(x + 3))};
+  Vec::A a[4] = {Vec::load_a(x), Vec::load_a(x + 1),
+                 Vec::load_a(x + 2), Vec::load_a(x + 3)};
   for (int64_t i = 0; i < iterations * kPairs; ++i) {
 #pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) acc[c] = Vec::dot(acc[c], tile, a[c % 4]);
+    for (int c = 0; c < kChains; ++c) acc[c] = Vec::dot(acc[c], tile, a[kChains > 4 ? c % 4 : 0]);
   }
   float keep = 0;
   for (int c = 0; c < kChains; ++c) keep += Vec::sum(acc[c]);
@@ -58,7 +60,7 @@ double probe_dot(int64_t iterations) {
 }
 
 const Ops& ops() {
-  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes,   embed,        add_norm,  linear, rope_store, attention, exact_linear, route,
+  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes,   sizeof(Laid) / 2, embed,        add_norm,  linear, rope_store, attention, exact_linear, route,
                              group_experts,    experts_gate_up, experts_down, pick_rows, clear,  nullptr,    nullptr,   nullptr,      nullptr,
                              nullptr,          nullptr,         arg_max,      exp_sum,   probe_read, probe_dot};
   return table;

@@ -59,11 +59,13 @@ struct SlicePart {
 // Sums of rows × tiles that a lane gathers before they reach the rows' own: 16 KiB, so that they stay near and yet a block alone reads
 // many tiles of one slice in one go: where pieces are short, the memory gives less (docs/decisions/0009).
 constexpr int64_t kGatheredTiles = 128;
+// Tiles of a group that several blocks of rows meet: where a product is slow beside the caches, longer pieces of the rows' own sums.
+constexpr int64_t kMetTiles = Vec::kFewRegisters ? 4 : 2;
 constexpr int64_t kLeadTiles = 4;  // how far ahead of such a block its weights are fetched
 
 // The slow way for sums that hold contributions out of range or no numbers: lane by lane, those left out and their rows flagged.
 template <class SliceOf, class RowOf>
-void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const Pair* x, int64_t rows,
+void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const Laid* x, int64_t rows,
                  Range tiles, const float* factors, const RowOf& row_of) {
   const int64_t tile_elements = pairs * 2 * kTile;
   for (int64_t r = 0; r < rows; ++r)
@@ -87,7 +89,7 @@ void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pa
 
 // sums[at …] (R rows × C tiles) += the contributions of one slice, each rounded to an integer by itself.
 template <int R, int C>
-MOEBIUS_INLINE void add_slice(const Pair* x, const bf16* w, int64_t pairs, const Streams<C>& ahead, const float* factors, bool plain,
+MOEBIUS_INLINE void add_slice(const Laid* x, const bf16* w, int64_t pairs, const Streams<C>& ahead, const float* factors, bool plain,
                               int64_t* sums, int64_t at, typename Vec::Seen& seen) {
   F acc[R][C];
   tile_block<R, C>(x, R, Streams<C>::tiles(w, pairs * 2 * kTile), pairs, ahead, acc);
@@ -115,9 +117,9 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
   const int64_t tile_elements = pairs * 2 * kTile;
   const float limit = out.limit < Vec::kFixedLimit ? out.limit : Vec::kFixedLimit;
   const bool plain = out.plain, alone = x.blocks == 1;
-  const int64_t step = x.rows <= Vec::kWideRows ? 4 : 2;
-  // Several blocks meet the same weights while these are in the first-level cache.
-  const int64_t group = alone ? kGatheredTiles / x.rows / step * step : step, lead = group < kLeadTiles ? group : kLeadTiles;
+  const int64_t step = Vec::tiles_beside(x.rows);
+  // Several blocks meet the same weights while these are in a near cache.
+  const int64_t group = alone ? kGatheredTiles / x.rows / step * step : kMetTiles, lead = group < kLeadTiles ? group : kLeadTiles;
   alignas(64) int64_t sums[kGatheredTiles * kTile];
   for (int64_t t0 = tiles.begin; t0 < tiles.end; t0 += group) {
     const Range here{t0, t0 + group < tiles.end ? t0 + group : tiles.end};
@@ -210,22 +212,32 @@ MOEBIUS_INLINE void for_experts(const ExpertsArgs& args, F&& fn) {
 
 // act = silu(gate)·up of one tile for the rows of a block, stored as experts_down takes it: the rows' pairs side by side.
 // (No part of the loop above it: its constants would push accumulators out of their registers.)
-[[gnu::noinline]] void activate(const float (*gate_up)[2][kTile], int64_t rows, Pair* act) {
+[[gnu::noinline]] void activate(const float (*gate_up)[2][kTile], int64_t rows, Laid* act) {
   alignas(64) bf16 out[Vec::kRows < 4 ? 4 : Vec::kRows][kTile];  // as many as are interleaved at once
   for (int64_t r = 0; r < rows; ++r) Vec::store_bf16(out[r], Vec::mul(silu(Vec::load(gate_up[r][0])), Vec::load(gate_up[r][1])));
-  interleave_rows(act, rows, kTile / 2, [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(out[r]); });
+  Vec::interleave(act, rows, kTile / 2, [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(out[r]); });
 }
 
 // One tile of 16 neurons of a cut, for all rows of a job: act [act_pairs] per row, from pair first_pair on.
-MOEBIUS_INLINE void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* next, Pair* act, int64_t act_pairs, int64_t first_pair) {
+MOEBIUS_INLINE void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* next, Laid* act, int64_t act_pairs, int64_t first_pair) {
   for (int64_t b = 0; b < x.blocks; ++b) {
     const Range rows = x.block(b);
     with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      F acc[R][2];
-      tile_block<R, 2>(x.of(rows), R, Streams<2>::of(w, kLineBytes, 2 * kLineBytes), x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
       alignas(64) float gate_up[R][2][kTile];
+      const Streams<2> both = Streams<2>::of(w, kLineBytes, 2 * kLineBytes);
+      if constexpr (kBeside<R, 2>) {
+        F acc[R][2];
+        tile_block<R, 2>(x.of(rows), R, both, x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) Vec::store(gate_up[r][0], acc[r][0]), Vec::store(gate_up[r][1], acc[r][1]);
+        for (int r = 0; r < R; ++r) Vec::store(gate_up[r][0], acc[r][0]), Vec::store(gate_up[r][1], acc[r][1]);
+      } else {
+        for (int c = 0; c < 2; ++c) {  // each fetches half of what comes next, line by line
+          F acc[R][1];
+          tile_block<R, 1>(x.of(rows), R, both.one(c), x.pairs, part_of<2>(next, x.pairs, 2 * b + c, 2 * x.blocks).one(0), acc);
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) Vec::store(gate_up[r][c], acc[r][0]);
+        }
+      }
       activate(gate_up, R, act + rows.begin * act_pairs + first_pair * R);
     });
   }
@@ -251,7 +263,7 @@ void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
                                     [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.x + rows[r] * args.hidden; });
     const auto weights = [&](int64_t u) { return job.cuts[u / cut.tiles()] + u % cut.tiles() * cut.gate_up_tile_elements(); };
     const bf16* after = next_cuts == job.cuts ? weights(first) : next_cuts[0];
-    Pair* act = reinterpret_cast<Pair*>(args.act) + job.pair_begin * act_pairs;
+    Laid* act = reinterpret_cast<Laid*>(args.act) + job.pair_begin * act_pairs;
     for (int64_t u = first; u < last; ++u)
       gate_up_tile(x, weights(u), u + 1 < units ? weights(u + 1) : after, act, act_pairs,
                    (u / cut.tiles() * cut.padded() + u % cut.tiles() * kTile) / 2);
@@ -268,7 +280,7 @@ void experts_down(const ExpertsArgs& args, const Lane& lane) {
   const float scale = args.out.plain ? 1.0f : args.out.scale;
   const int64_t pairs = down.k_pairs(), act_pairs = args.num_cuts * pairs;
   for_experts(args, [&](const ExpertJob& job, const bf16* const* next_cuts) MOEBIUS_INLINE_LAMBDA {
-    const RowBlocks x(reinterpret_cast<const Pair*>(args.act) + job.pair_begin * act_pairs, job.num_pairs, act_pairs);
+    const RowBlocks x(reinterpret_cast<const Laid*>(args.act) + job.pair_begin * act_pairs, job.num_pairs, act_pairs);
     const auto slice = [&](int s) MOEBIUS_INLINE_LAMBDA { return SlicePart{job.cuts[s] + cut.gate_up_elements(), s * pairs}; };
     const auto factor_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.pair_weights[job.pair_begin + r] * scale; };
     const auto row_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return int64_t{args.pair_rows[job.pair_begin + r]}; };

@@ -24,7 +24,7 @@ int64_t Workspace::lay_out(const WorkspaceShape& s, std::byte* base) {
   take(b.begins, s.num_experts + 2);  // a dense MLP counts as one
   take(b.pair_rows, s.max_pairs);
   take(b.pair_weights, s.max_pairs);
-  take(b.act, s.max_act_elements);
+  take(b.act, s.max_act_bytes);
   take(b.head_x, s.max_logit_rows * s.hidden);
   for (int i = 0; i < kNumAccumulators; ++i) {
     ExactSum& sum = b.sums[i];
