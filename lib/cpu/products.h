@@ -184,8 +184,8 @@ void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
 // ---- experts
 
 // A tile's cost is about max(time to read it, rows · time to multiply it): with some 40 GB/s and 500 GFLOP/s a core the two meet
-// near 12 rows (2026-11, Zen 5). It only balances the lanes.
-constexpr int64_t kRowsPerTileRead = 12;
+// near 12 rows (2026-11, AVX-512-BF16, Zen 5), with 10 and 75 near 7 (AVX2, Zen 3). It only balances the lanes.
+constexpr int64_t kRowsPerTileRead = Vec::kRows;
 
 MOEBIUS_INLINE int64_t cost_of(int64_t num_pairs) { return num_pairs < kRowsPerTileRead ? kRowsPerTileRead : num_pairs; }
 
