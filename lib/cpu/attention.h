@@ -12,7 +12,7 @@ namespace MOEBIUS_ISA {
 
 // Query rows of a block. The scores of a block are kBlockRows × kAttentionSplit floats: 12 KiB, half of a small L1 cache.
 constexpr int64_t kBlockRows = 12;
-constexpr int64_t kValueTiles = Vec::kFewRegisters ? 2 : 4;  // 16-float pieces of an output kept in registers
+constexpr int64_t kValueTiles = Vec::kFewRegisters ? 1 : 4;  // 16-float pieces of an output kept in registers
 
 struct QueryBlock {
   int64_t num = 0;                 // ≤ kBlockRows

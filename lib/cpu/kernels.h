@@ -47,11 +47,10 @@ double probe_dot(int64_t iterations) {
   F acc[kChains];
   for (int c = 0; c < kChains; ++c) acc[c] = Vec::set1(static_cast<float>(c));  // equal chains would be made one
   const Vec::W tile = Vec::load_w(w);
-  Vec::A a[4] = {Vec::load_a(x), Vec::load_a(x + 1),
-                 Vec::load_a(x + 2), Vec::load_a(x + 3)};
+  Vec::A a[4] = {Vec::load_a(x), Vec::load_a(x + 1), Vec::load_a(x + 2), Vec::load_a(x + 3)};
   for (int64_t i = 0; i < iterations * kPairs; ++i) {
 #pragma GCC unroll 16
-    for (int c = 0; c < kChains; ++c) acc[c] = Vec::dot(acc[c], tile, a[kChains > 4 ? c % 4 : 0]);
+    for (int c = 0; c < kChains; ++c) acc[c] = Vec::dot(acc[c], tile, a[Vec::kFewRegisters ? 0 : c % 4]);
   }
   float keep = 0;
   for (int c = 0; c < kChains; ++c) keep += Vec::sum(acc[c]);
@@ -60,9 +59,10 @@ double probe_dot(int64_t iterations) {
 }
 
 const Ops& ops() {
-  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes,   sizeof(Laid) / 2, embed,        add_norm,  linear, rope_store, attention, exact_linear, route,
-                             group_experts,    experts_gate_up, experts_down, pick_rows, clear,  nullptr,    nullptr,   nullptr,      nullptr,
-                             nullptr,          nullptr,         arg_max,      exp_sum,   probe_read, probe_dot};
+  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes, sizeof(Laid) / 2, embed,           add_norm,     linear,    rope_store, attention,
+                             exact_linear,     route,         group_experts,    experts_gate_up, experts_down, pick_rows, clear,      nullptr,
+                             nullptr,          nullptr,       nullptr,          nullptr,         nullptr,      arg_max,   exp_sum,    probe_read,
+                             probe_dot};
   return table;
 }
 
