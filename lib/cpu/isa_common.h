@@ -26,7 +26,7 @@ using Pair = uint32_t __attribute__((may_alias));  // two bf16 of a row
 // How rows are laid out for a product that takes bf16: as they are.
 struct PairRows {
   using Laid = Pair;
-  static constexpr bool kFewRegisters = false;
+  static constexpr bool kFewRegisters = false;  // 16, for which products go tile by tile
 
   // dst[p·n + r] = pair p of row r; row(r) → pointer to its pairs.
   template <class RowOf>
