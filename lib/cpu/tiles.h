@@ -120,10 +120,10 @@ MOEBIUS_INLINE void for_tiles(Range tiles, int64_t rows, const Body& body) {
       for (; t + 4 <= tiles.end; t += 4) body.template operator()<4>(t);
   if (most >= 2)
     for (; t + 2 <= tiles.end; t += 2) body.template operator()<2>(t);
-  if constexpr (kBeside<Vec::kRows, 2>) {
-    if (t < tiles.end) body.template operator()<1>(t);
-  } else {
+  if constexpr (Vec::kFewRegisters) {
     for (; t < tiles.end; ++t) body.template operator()<1>(t);
+  } else {  // at most one is left: a loop costs AVX-512 registers
+    if (t < tiles.end) body.template operator()<1>(t);
   }
 }
 

@@ -145,7 +145,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
             if (row >= range.begin && row < range.end) pair_rows.push_back(row), pair_weights.push_back(weight);
           begins.push_back(static_cast<int32_t>(pair_rows.size()));
         }
-        std::vector<bf16> act((pair_rows.size() * static_cast<size_t>(cuts * cut.padded()) * static_cast<size_t>(ops.act_bytes)) / sizeof(bf16) + 2, 0x7fc0);
+        std::vector<bf16> act(pair_rows.size() * static_cast<size_t>(cuts * cut.padded() * ops.act_bytes) / sizeof(bf16) + 1, 0x7fc0);
         ExpertsArgs args;
         args.hidden = hidden;
         args.neurons_per_cut = neurons;
