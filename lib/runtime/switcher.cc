@@ -30,6 +30,7 @@ Switcher::Switcher(Parts parts, Layout start)
   int64_t pages = parts_.kv.tp_capacity();
   for (int h = 0; h < parts_.kv.num_homes(); ++h) pages += parts_.kv.ep_capacity(h);
   list_.reserve(pages);
+  round_.reserve(pages);
   pairs_.reserve(pages);
   if (ResidentCopies::possible(parts_.device))
     resident_.emplace(parts_.device, parts_.arena, parts_.to_tp, parts_.to_ep, parts_.arenas, pages);
@@ -286,17 +287,22 @@ int64_t Switcher::num_pieces() const {
   return div_up(most, parts_.piece_bytes);
 }
 
-// Blocks whose KV of the next item has not been copied ahead: `most` of them at most, or of the full ones.
-void Switcher::list_blocks(int64_t most, bool only_full) {
+// Blocks whose KV of the next item has not been copied ahead, or the full ones among them.
+void Switcher::list_blocks(bool only_full) {
   const int item = next_item();
   const bool to_ep = direction() == Layout::kEp;
   list_.clear();
   for (int32_t b : parts_.kv.live_blocks()) {
-    if (static_cast<int64_t>(list_.size()) >= most) break;
     const Block& block = parts_.kv.block(b);
     if (block.copied_item != item && (block.full || !only_full) && (to_ep || parts_.kv.leads_tp_page(b))) list_.push_back(b);
   }
   list_is_all_ = false;
+}
+
+// Whether a block of the round is still one to copy: it may have been given up meanwhile, and be another one.
+bool Switcher::wants_ahead(int32_t b) {
+  const Block& block = parts_.kv.block(b);
+  return block.full && block.ep_page >= 0 && block.copied_item != next_item() && (direction() == Layout::kEp || parts_.kv.leads_tp_page(b));
 }
 
 // Copies one piece of the next item while its layer still runs in the old layout. False: nothing is left to copy ahead.
@@ -309,15 +315,21 @@ bool Switcher::copy_ahead() {
     ++pieces_done_;
     return true;
   }
-  if (backlog_ < 0) {
-    list_blocks(INT64_MAX, true);
-    backlog_ = static_cast<int64_t>(list_.size());
-  }
   const int64_t per_block = std::max<int64_t>(1, parts_.arena.kv_page_bytes(0, Layout::kEp));
-  const int64_t most = std::max<int64_t>(1, parts_.piece_bytes * parts_.world.ranks() / per_block);
-  list_blocks(std::min(most, backlog_), true);
-  if (list_.empty()) return false;
-  backlog_ -= static_cast<int64_t>(list_.size());
+  const auto most = static_cast<size_t>(std::max<int64_t>(1, parts_.piece_bytes * parts_.world.ranks() / per_block));
+  if (round_done_ == round_.size()) {
+    list_blocks(true);
+    // What filled meanwhile: another round if it is more than a piece and a quarter less than the last one.
+    if (list_.empty() || (rounds_begun_ && (list_.size() <= most || 4 * list_.size() > 3 * round_.size()))) return false;
+    round_ = list_;
+    round_done_ = 0;
+    rounds_begun_ = true;
+  }
+  list_.clear();
+  for (; round_done_ < round_.size() && list_.size() < most; ++round_done_)
+    if (const int32_t b = round_[round_done_]; wants_ahead(b)) list_.push_back(b);
+  list_is_all_ = false;
+  if (list_.empty()) return copy_ahead();
   const int item = next_item();
   run_copies({}, pieces);
   for (int32_t b : list_) parts_.kv.set_copied_item(b, item);
@@ -328,13 +340,12 @@ bool Switcher::copy_ahead() {
 void Switcher::finish_item() {
   const Layout to = direction();
   const int64_t pieces = num_pieces();
-  const bool none_ahead = pieces_done_ == 0 && backlog_ < 0;
-  if (!list_is_all_ || !none_ahead) list_blocks(INT64_MAX, false);
+  const bool none_ahead = pieces_done_ == 0 && !rounds_begun_;
+  if (!list_is_all_ || !none_ahead) list_blocks(false);
   run_copies({pieces_done_, pieces}, pieces);
   list_is_all_ = none_ahead;  // until anything but items is run
   seam_ += to == Layout::kTp ? 1 : -1;
-  pieces_done_ = 0;
-  backlog_ = -1;
+  begin_item();
   Event event;
   event.type = EventType::kSeam;
   event.from = from_;
@@ -344,9 +355,15 @@ void Switcher::finish_item() {
   if (!moving()) arrive();
 }
 
-void Switcher::forget_ahead() {
+void Switcher::begin_item() {
   pieces_done_ = 0;
-  backlog_ = -1;
+  round_.clear();
+  round_done_ = 0;
+  rounds_begun_ = false;
+}
+
+void Switcher::forget_ahead() {
+  begin_item();
   parts_.kv.forget_copied();
 }
 

@@ -14,8 +14,9 @@
 //      needs no undoing, and earlier ones are undone by moving the seam back.
 //   3. Copied ahead are: a prefix of the item's weights, and full blocks (their KV never changes). What counts belongs to the
 //      block, is set only after the copying region has ended well, and is forgotten by a turn, a fault or an arrival.
-//   4. An item ends after a bounded number of steps: as many pieces as its weights have, then as many full blocks as there
-//      were when these were done, then the fence. Blocks that fill meanwhile are left to the fence, never waited for.
+//   4. An item ends after a bounded number of steps: as many pieces as its weights have, then rounds over the full blocks that there are
+//      when a round begins, each at most three quarters of the one before, then the fence. It has what no round was worth: a piece, or
+//      blocks that fill about as fast as they are copied.
 #pragma once
 
 #include <cstdint>
@@ -124,11 +125,13 @@ class Switcher {
   bool attempt(F&& f);
   void roll_back(std::string_view why);
   bool copy_ahead();
+  bool wants_ahead(int32_t block);
   void finish_item();
+  void begin_item();
   void forget_ahead();
   int64_t num_pieces() const;
   PagePair pair_of(int32_t block) const;
-  void list_blocks(int64_t most, bool only_full);
+  void list_blocks(bool only_full);
   void run_copies(Range pieces, int64_t num_pieces);
   void settle(int rank) const;
   void reach(CopyPoint point, CopyPoint::When when) const;
@@ -145,7 +148,9 @@ class Switcher {
   bool undoing_ = false;
   Reason fault_;
   int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
-  int64_t backlog_ = -1;                                // full blocks still to be copied ahead; −1: not counted yet
+  std::vector<int32_t> round_;                          // full blocks, those that are copied ahead now
+  size_t round_done_ = 0;                               // of these
+  bool rounds_begun_ = false;                           // of the next item
   std::vector<int32_t> list_;                           // blocks that the next region copies
   bool list_is_all_ = false;                            // as the last one did: those of all items alike, and they are with the device
   std::optional<ResidentCopies> resident_;      // where the device has its own tables of copies

@@ -87,6 +87,42 @@ TEST_CASE("with a tiny budget a switch spreads over steps, and every step copies
       }
 }
 
+TEST_CASE("blocks that fill while others are copied ahead are copied ahead too, down to a piece") {
+  for (Layout start : {Layout::kTp, Layout::kEp}) {
+    constexpr int64_t kRanks = 2, kPiece = 8 * kSmallPieces;
+    EngineConfig config = small_config(kRanks, 1, start);
+    config.chunk_tokens = 4096;
+    config.kv_tokens = 32768;
+    config.stall_budget_ms = kTinyBudget;
+    Engine engine(kQwen, config);
+    Switcher& switcher = engine.impl().switcher();
+    switcher.set_piece_bytes(kPiece);
+    for (int i = 0; i < 6; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 390 + 3 * i), 500));
+    for (int i = 0; i < 3; ++i) engine.step();
+    const int64_t block_bytes = engine.impl().store().arena().kv_page_bytes(0, Layout::kEp);
+    const int64_t blocks_a_piece = kRanks * kPiece / block_bytes;
+    // A prompt a step, which ends at once: a third of what a piece takes.
+    const int64_t blocks_a_step = blocks_a_piece / 3;
+    REQUIRE(blocks_a_step >= 1);
+    engine.request_switch(other(start));
+    int64_t kv = 0;
+    int seam = engine.stats().seam, fences = 0;
+    for (int step = 0; step < 2000 && (step == 0 || engine.stats().switching); ++step) {
+      engine.submit(greedy_request("p" + std::to_string(step), prompt_of(100 + step, static_cast<int>(blocks_a_step * config.page_tokens) + 1), 1));
+      engine.step();
+      const int64_t new_kv = switcher.kv_part().bytes - std::exchange(kv, switcher.kv_part().bytes);
+      if (engine.stats().seam == seam) continue;
+      seam = engine.stats().seam;
+      ++fences;
+      INFO("from " << name_of(start) << " fence " << fences << ": " << new_kv / block_bytes << " blocks, a piece has " << blocks_a_piece);
+      // What was no more than a piece when the last list was made, what filled since, and the last block of each request.
+      CHECK(new_kv <= (blocks_a_piece + 2 * blocks_a_step + 2 * 7) * block_bytes);
+    }
+    CHECK(fences == 4);
+    CHECK_FALSE(engine.stats().switching);
+  }
+}
+
 TEST_CASE("a step of the smallest budget copies no more bytes than a piece a rank, or what is left to a fence") {
   for (auto [model, threads] : {std::pair{kQwen, 1}, {kMixtral, 2}}) {
     for (Layout start : {Layout::kTp, Layout::kEp}) {
@@ -105,10 +141,8 @@ TEST_CASE("a step of the smallest budget copies no more bytes than a piece a ran
       // A block of a layer: no head is on both ranks, so a block is written once, whichever way.
       const int64_t block_bytes = engine.impl().store().arena().kv_page_bytes(0, Layout::kEp);
       const int64_t full_blocks = engine.impl().kv().blocks_in_use();
-      // The fence has the block that each request writes, and those filled since the full ones were counted: one for each
-      // request and page_tokens steps.
-      const int64_t backlog_steps = div_up(full_blocks * 2 * block_bytes, kPiece * kRanks) + 1;
-      const int64_t at_fence = kRequests * (2 + backlog_steps / config.page_tokens) * block_bytes;
+      // The fence has the block that each request writes, one that it filled since the last list was made, and what is no more than a piece.
+      const int64_t at_fence = kRequests * 2 * block_bytes + kRanks * kPiece;
       REQUIRE(at_fence * 3 < full_blocks * block_bytes);
       engine.request_switch(other(start));
       INFO(model << " from " << name_of(start) << " threads " << threads << ", a block has " << block_bytes << " bytes");
