@@ -17,6 +17,7 @@ namespace {
 
 using moebius::Code;
 using moebius::fail;
+using moebius::capi::check_stride;
 using moebius::capi::check_struct;
 using moebius::capi::copy_text;
 using moebius::capi::fill_struct;
@@ -136,7 +137,7 @@ moebius_status moebius_engine_drain(moebius_engine* engine, double timeout_ms, m
     moebius_engine& e = not_null(engine, "engine");
     if (e.engine.drain(timeout_ms)) return;
     const moebius::EngineStats s = e.engine.stats();
-    fail(Code::kTimeout, "{} requests run and {} wait still", s.running, s.waiting);
+    fail(Code::kTimeout, "{} requests run and {} wait still{}", s.running, s.waiting, s.switching ? ", a switch is under way" : "");
   });
 }
 
@@ -187,7 +188,7 @@ moebius_status moebius_engine_poll(moebius_engine* engine, moebius_event* out_ev
     moebius_engine& e = not_null(engine, "engine");
     not_null(out_count, "out_count");
     if (capacity > 0) not_null(out_events, "out_events");
-    if (stride < kEventV1) fail(Code::kInvalidArgument, "stride is {}, version 0.1 has {}", stride, kEventV1);
+    check_stride(stride, kEventV1);
     constexpr size_t kBatch = 16;
     std::array<moebius::Event, kBatch> batch;
     size_t count = 0;

@@ -51,6 +51,12 @@ inline void check_length(const char* name, size_t length) {
   if (length > size_t{1} << 32) fail(Code::kInvalidArgument, "{} is {}, at most {} are taken", name, length, size_t{1} << 32);
 }
 
+// Bytes from one struct of a caller's array to the next.
+inline void check_stride(size_t stride, size_t first_size) {
+  constexpr size_t kMost = 1 << 16;
+  if (stride < first_size || stride > kMost) fail(Code::kInvalidArgument, "stride is {}, must be from {} (version 0.1) to {}", stride, first_size, kMost);
+}
+
 // A caller's struct of caller_size bytes (its struct_size) may be an older, smaller version: at least first_size, what 0.1 had;
 // or a newer one, if what this library does not know is 0.
 template <class T>

@@ -20,6 +20,8 @@ using moebius::fail;
 using moebius::Layout;
 using moebius::MigrationSpec;
 using moebius::PagePair;
+using moebius::capi::check_length;
+using moebius::capi::check_stride;
 using moebius::capi::check_struct;
 using moebius::capi::fill_struct;
 using moebius::capi::guarded;
@@ -65,6 +67,9 @@ moebius_plan_spec copy_spec(const moebius_plan_spec& given) {
   in_range("ep_pages", s.ep_pages, 0, INT64_MAX);
   if ((s.tp_pages > 0) != (s.ep_pages > 0))
     fail(Code::kInvalidArgument, "tp_pages is {} and ep_pages {}: both are given or both are 0", s.tp_pages, s.ep_pages);
+  if (std::max(s.tp_pages, s.ep_pages) > INT32_MAX)
+    fail(Code::kInvalidArgument, "tp_pages is {} and ep_pages {}, at most {} are taken", s.tp_pages, s.ep_pages, INT32_MAX);
+  if (s.tp_pages > 0 && s.kv_slice_bytes == 0) fail(Code::kInvalidArgument, "kv_slice_bytes is 0, with tp_pages and ep_pages it must be above");
   if (s.reserved != 0) fail(Code::kUnsupported, "reserved is {}, must be 0", s.reserved);
   bool sparse = false, dense = false;
   for (int l = 0; l < s.num_layers; ++l) ((s.experts_of_layer != nullptr ? s.experts_of_layer[l] : s.num_experts) > 0 ? sparse : dense) = true;
@@ -119,6 +124,7 @@ void check_index(const char* name, int32_t index, int32_t limit) {
 }
 
 std::span<const PagePair> pairs_of(const moebius::Migration& m, Layout to, const moebius_page_pair* pairs, size_t num) {
+  check_length("num_pairs", num);
   if (num > 0) not_null(pairs, "pairs");
   const std::span<const PagePair> out(reinterpret_cast<const PagePair*>(pairs), num);
   m.check_pairs(to, out);
@@ -131,7 +137,7 @@ void fill_array(const std::vector<T>& values, T* out, const char* name, size_t c
   if (out_count != nullptr) *out_count = values.size();
   if (out == nullptr && capacity == 0) return;
   not_null(out, name);
-  if (stride < first_size) fail(Code::kInvalidArgument, "stride is {}, version 0.1 has {}", stride, first_size);
+  check_stride(stride, first_size);
   if (capacity < values.size()) fail(Code::kInvalidArgument, "capacity is {}, there are {}", capacity, values.size());
   for (size_t i = 0; i < values.size(); ++i) {
     auto* const element = reinterpret_cast<T*>(reinterpret_cast<char*>(out) + i * stride);

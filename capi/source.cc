@@ -111,6 +111,7 @@ std::unique_ptr<ModelFile> HostFiles::open(const std::string& file) const {
 
 using moebius::Code;
 using moebius::fail;
+using moebius::capi::check_length;
 using moebius::capi::guarded;
 using moebius::capi::not_null;
 
@@ -142,6 +143,7 @@ moebius_status moebius_source_add_tensor(moebius_source* source, const char* nam
     moebius_source& s = not_null(source, "source");
     not_null(name, "name");
     not_null(dtype, "dtype");
+    check_length("num_dims", num_dims);
     if (num_dims > 0) not_null(shape, "shape");
     const auto* bytes = static_cast<const std::byte*>(data);
     if (size > 0) not_null(bytes, "data");

@@ -126,7 +126,7 @@ MOEBIUS_API moebius_status moebius_config_set_handles(moebius_config *config, co
                                                       moebius_error **err);
 
 /* Progress of a load, and of each later update of the weights: bytes done and in all; a value other than 0 cancels it
- * (MOEBIUS_E_CANCELLED). Called on the loading threads, one at a time; it must not step or update the engine. */
+ * (MOEBIUS_E_CANCELLED). Called on the loading threads, one at a time; it must not call that engine. */
 typedef int32_t (*moebius_progress_fn)(void *user, int64_t bytes_done, int64_t bytes_total);
 MOEBIUS_API moebius_status moebius_config_set_progress(moebius_config *config, moebius_progress_fn fn, void *user, moebius_error **err);
 
@@ -138,12 +138,14 @@ typedef void (*moebius_log_fn)(void *user, int32_t level, const char *category, 
 MOEBIUS_API moebius_status moebius_config_set_log(moebius_config *config, moebius_log_fn fn, void *user, moebius_error **err);
 
 /* Each thread that the library starts calls it first (starting is 1) and last (0): to name it, bind it to cores, attach it to a runtime.
- * rank and thread are −1 for the engine's own thread. The thread that calls moebius_engine_step is the host's and does not call it. */
+ * rank and thread are −1 for the engine's own thread. The thread that calls moebius_engine_step is the host's and does not call it.
+ * After RANK_FAILED a thread that is late calls it when it comes back, which may be after the engine was destroyed. */
 typedef void (*moebius_thread_fn)(void *user, int32_t rank, int32_t thread, int32_t starting);
 MOEBIUS_API moebius_status moebius_config_set_thread_hook(moebius_config *config, moebius_thread_fn fn, void *user, moebius_error **err);
 
 /* Where ranks on the cpu keep weights, KV and activations: `size` bytes aligned to `alignment` (a power of two), zeroed or not; NULL: there
- * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called by several threads at once, while the engine is made and destroyed, never in a step.
+ * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called by several threads at once, while the engine is made and destroyed, never in a step;
+ * after RANK_FAILED memory is given back when the late thread is, which may be after moebius_engine_destroy.
  * With another device MOEBIUS_E_UNSUPPORTED. Both NULL: the library maps huge pages itself. */
 typedef void *(*moebius_alloc_fn)(void *user, size_t size, size_t alignment);
 typedef void (*moebius_free_fn)(void *user, void *memory, size_t size);
@@ -251,13 +253,15 @@ MOEBIUS_API moebius_status moebius_engine_check(const moebius_engine *engine, co
 /* Queues all of `requests`, or none; out_ids [num]. */
 MOEBIUS_API moebius_status moebius_engine_submit_many(moebius_engine *engine, const moebius_request *const *requests, size_t num,
                                                       uint64_t *out_ids, moebius_error **err);
-/* Ends a request wherever it is; its FINISHED event (abort) follows. NOT_FOUND: unknown or already finished. Any thread. */
+/* Ends a request wherever it is; its FINISHED event (abort) follows. Of one that has finished it gives back the logits and routes that were
+ * not taken. NOT_FOUND: unknown, or already finished and keeps nothing. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_cancel(moebius_engine *engine, uint64_t id, moebius_error **err);
 /* Ends one of its n samples; one that has ended already is left alone. INVALID_ARGUMENT: it has no such sample. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_cancel_sample(moebius_engine *engine, uint64_t id, int32_t sample, moebius_error **err);
 
-/* From now on submit is refused (INVALID_STATE). Waits at most timeout_ms until no request runs or waits, while the engine's own thread or
- * the host's steps on another one end them. TIMEOUT: some still do; to be called again, or they are cancelled. Any thread. */
+/* From now on submit is refused (INVALID_STATE). Waits at most timeout_ms until no request runs or waits and no switch is under way, while the
+ * engine's own thread or the host's steps on another one end them. TIMEOUT: some still do; to be called again, or they are cancelled.
+ * INVALID_STATE: the engine has failed, before or meanwhile. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_drain(moebius_engine *engine, double timeout_ms, moebius_error **err);
 /* Submit is taken again. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_resume(moebius_engine *engine, moebius_error **err);

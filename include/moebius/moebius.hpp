@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -60,6 +61,10 @@ class Config {
     check([&](moebius_error** e) { return moebius_config_set_f64(get(), key, value, e); });
     return *this;
   }
+  template <class Real, class = std::enable_if_t<std::is_floating_point_v<Real>>>
+  Config& set(const char* key, Real value) {
+    return set_real(key, value);
+  }
   Config& set(const char* key, const std::string& value) {
     check([&](moebius_error** e) { return moebius_config_set_str(get(), key, value.c_str(), e); });
     return *this;
@@ -112,6 +117,10 @@ class Request {
   Request& set_real(const char* key, double value) {
     check([&](moebius_error** e) { return moebius_request_set_f64(get(), key, value, e); });
     return *this;
+  }
+  template <class Real, class = std::enable_if_t<std::is_floating_point_v<Real>>>
+  Request& set(const char* key, Real value) {
+    return set_real(key, value);
   }
   Request& set(const char* key, const std::string& value) {
     check([&](moebius_error** e) { return moebius_request_set_str(get(), key, value.c_str(), e); });

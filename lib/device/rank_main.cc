@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <map>
 #include <string>
@@ -277,6 +278,8 @@ class RankProcess {
 }  // namespace moebius
 
 int main() {
+  // A terminal or a service manager signals the engine's whole group: that process decides what becomes of the ranks, and its end is seen.
+  for (int signal : {SIGHUP, SIGINT, SIGTERM}) std::signal(signal, SIG_IGN);
   void* memory = mmap(nullptr, moebius::wire::kSharedBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, moebius::wire::kDescriptor, 0);
   if (memory == MAP_FAILED) {
     std::fprintf(stderr, "moebius-rank is a part of the library, which starts it for a rank with a process of its own (config key rank_processes)\n");

@@ -22,7 +22,7 @@ class RegularFile final : public ModelFile {
       const ssize_t n = pread(descriptor_, static_cast<char*>(out) + done, bytes - done, static_cast<off_t>(offset + done));
       if (n < 0 && errno == EINTR) continue;
       if (n < 0) fail(Code::kIo, "{}: cannot be read: {}", name_, std::strerror(errno));
-      if (n == 0) fail(Code::kCorruptModel, "{}: ends at byte {}, {} were read from there on", name_, offset + done, bytes - done);
+      if (n == 0) fail(Code::kIo, "{}: ends at byte {}, {} were read from there on", name_, offset + done, bytes - done);
       done += static_cast<size_t>(n);
     }
   }

@@ -207,11 +207,11 @@ void SafetensorsFile::read(const std::string& tensor, const TensorInfo& info, ui
 Checkpoint::Checkpoint(const ModelFiles& files) : name_(files.name()) {
   const char* const index = "model.safetensors.index.json";
   const char* const single = "model.safetensors";
-  if (files.has(index)) {
+  if (!files.has(single)) {
+    if (!files.has(index)) fail(Code::kNotFound, "{}: holds neither {} nor {}", name_, single, index);
     read_index(files, index);
     return;
   }
-  if (!files.has(single)) fail(Code::kNotFound, "{}: holds neither {} nor {}", name_, single, index);
   files_.push_back(std::make_unique<SafetensorsFile>(files.open(single)));
   for (const auto& [name, info] : files_[0]->tensors()) tensors_[name] = {files_[0].get(), &name, &info};
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <system_error>
 
 #include "lib/base/error.h"
 #include "lib/comm/collective.h"
@@ -183,20 +184,26 @@ void Engine::Impl::start() {
   }
   if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread runs already");
   own_thread_stops_ = false;
-  own_thread_ = std::thread([this] {
+  const auto run = [this] {
     if (config_.thread_hook) config_.thread_hook(-1, -1, true);
     try {
-      while (!own_thread_stops_)
-        if (has_work() || (wait_for_call() && policy_->watches())) {
-          std::lock_guard step_lock(step_mutex_);
-          refuse_if_failed();
-          if (!mixed_) run_step();
-        }
+      while (!own_thread_stops_) {
+        const bool idle = !has_work();
+        if (idle && !wait_for_call()) continue;
+        std::lock_guard step_lock(step_mutex_);
+        refuse_if_failed();
+        if (!mixed_ && (!idle || policy_->watches())) run_step();
+      }
     } catch (...) {
       // every request has its final event, and submit says why
     }
     if (config_.thread_hook) config_.thread_hook(-1, -1, false);
-  });
+  };
+  try {
+    own_thread_ = std::thread(run);
+  } catch (const std::system_error& e) {
+    fail(Code::kOutOfMemory, "the engine's own thread cannot start: {}", e.what());
+  }
 }
 
 void Engine::Impl::stop() {

@@ -142,8 +142,10 @@ class Engine {
   // The same checks but for the queue's, without queueing.
   void check(const RequestSpec& spec) const;
   // One of its samples, or all (−1). False: the request is unknown or already finished. Throws kInvalidArgument: it has no such sample.
+  // All of one that has finished and keeps logits or routes: these are given back, untaken.
   bool cancel(uint64_t request, int32_t sample = -1);
-  // From now on submit is refused (kInvalidState). Waits at most timeout_ms until no request runs or waits; false: some still do.
+  // From now on submit is refused (kInvalidState). Waits at most timeout_ms until no request runs or waits and no switch is
+  // under way; false: some still do. Throws kInvalidState: the engine has failed.
   bool drain(double timeout_ms);
   void resume();                  // submit is taken again
 

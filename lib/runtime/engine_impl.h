@@ -228,13 +228,14 @@ class Engine::Impl {
   FairMutex step_mutex_;
   mutable std::mutex inbox_mutex_;
   std::condition_variable inbox_filled_;
-  std::condition_variable emptied_;      // nothing runs or waits
+  std::condition_variable emptied_;      // nothing runs or waits, or the engine has failed
   bool draining_ = false;
   std::unordered_map<uint64_t, std::unique_ptr<Request>> requests_;
   std::vector<Request*> inbox_;
   struct Cancel {
     uint64_t request;
     int32_t sample;  // −1: all
+    bool forgets;    // it had finished: what it keeps is given back
   };
   std::vector<Cancel> cancels_;
   std::vector<int32_t> wished_seams_;  // in the order asked for, at most kMaxWishes

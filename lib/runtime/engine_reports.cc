@@ -55,12 +55,16 @@ void Engine::Impl::fail_update(std::string_view why) {
     mixed_ = true;
     failure_ = why;
   }
-  take_inbox();
-  while (!scheduler_.waiting().empty()) {
-    Sequence& s = *scheduler_.waiting().back();
-    Request& request = *s.request;
-    finish(s, FinishReason::kError, Reason::of("an update of the weights failed: {}", why));
-    forget_if_done(request);
+  try {
+    take_inbox();
+    while (!scheduler_.waiting().empty()) {
+      Sequence& s = *scheduler_.waiting().back();
+      Request& request = *s.request;
+      finish(s, FinishReason::kError, Reason::of("an update of the weights failed: {}", why));
+      forget_if_done(request);
+    }
+  } catch (const std::bad_alloc&) {  // not even for their ends: an engine that knows half of its requests serves no more
+    return fail_everything(why);
   }
   publish_stats();
   events_.show();
@@ -84,7 +88,7 @@ void Engine::Impl::publish_stats() {
   metrics_.set_gauges(stats_);
   metrics_.set_policy(policy_->figures());
   published_ = stats_;
-  if (draining_ && stats_.running + stats_.waiting == 0) emptied_.notify_all();
+  if (stats_.running + stats_.waiting == 0) emptied_.notify_all();
 }
 
 EngineStats Engine::Impl::stats() const {

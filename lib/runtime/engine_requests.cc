@@ -125,7 +125,11 @@ bool Engine::Impl::drain(double timeout_ms) {
   std::unique_lock lock(inbox_mutex_);
   refuse_if_failed();
   draining_ = true;
-  return emptied_.wait_for(lock, clamped_ms(timeout_ms), [&] { return published_.running == 0 && waiting_hint_ == 0; });
+  const bool empty = emptied_.wait_for(lock, clamped_ms(timeout_ms), [&] {
+    return published_.running == 0 && waiting_hint_ == 0 && !published_.switching && wished_seams_.empty();
+  });
+  refuse_if_failed();
+  return empty;
 }
 
 void Engine::Impl::resume() {
@@ -159,10 +163,12 @@ bool Engine::Impl::cancel(uint64_t request, int32_t sample) {
   {
     std::lock_guard lock(inbox_mutex_);
     const auto it = requests_.find(request);
-    if (it == requests_.end() || it->second->unfinished == 0) return false;
+    if (it == requests_.end()) return false;
+    const bool forgets = it->second->unfinished == 0;
+    if (forgets && (sample >= 0 || !keeps_positions(it->second->spec))) return false;
     if (const int32_t n = it->second->spec.sampling.n; sample < -1 || sample >= n)
       fail(Code::kInvalidArgument, "sample {} of request {}: it has {}", sample, request, n);
-    cancels_.push_back({request, sample});
+    cancels_.push_back({request, sample, forgets});
   }
   inbox_filled_.notify_one();
   return true;
@@ -184,6 +190,7 @@ void Engine::Impl::aim(int32_t seam) {
 void Engine::Impl::set_stall_budget(double ms) {
   if (!(ms >= 0)) fail(Code::kInvalidArgument, "stall_budget_ms is {}, must be at least 0", ms);
   std::lock_guard lock(inbox_mutex_);
+  refuse_if_failed();
   wished_budget_ = ms;
 }
 
@@ -191,6 +198,7 @@ void Engine::Impl::set_policy(const PolicyConfig& policy) {
   std::unique_ptr<Policy> made = make_policy(policy, policy_limits(config_), &costs_);  // refuses a bad one here
   {
     std::lock_guard lock(inbox_mutex_);
+    refuse_if_failed();
     wished_policy_ = std::move(made);
   }
   inbox_filled_.notify_one();

@@ -28,7 +28,9 @@ void Engine::Impl::take_inbox() {
     Request* request = nullptr;
     {
       std::lock_guard lock(inbox_mutex_);
-      if (const auto it = requests_.find(cancel.request); it != requests_.end()) request = it->second.get();
+      if (const auto it = requests_.find(cancel.request); it == requests_.end()) continue;
+      else if (cancel.forgets) requests_.erase(it);
+      else request = it->second.get();
     }
     if (request != nullptr && request->unfinished > 0) take_cancel(*request, cancel.sample);
   }
@@ -38,7 +40,7 @@ void Engine::Impl::take_cancel(Request& request, int32_t sample) {
   bool told = false;
   for (Sequence& s : request.samples) {
     if (s.state == SequenceState::kFinished || (sample >= 0 && s.sample != sample)) continue;
-    if (!std::exchange(told, true)) emit_request(EventType::kCancelled, sample >= 0 ? s : request.samples[0]);
+    if (!std::exchange(told, true)) emit_request(EventType::kCancelled, s);
     finish(s, FinishReason::kAbort, "cancelled");
   }
   forget_if_done(request);
@@ -482,22 +484,26 @@ void Engine::Impl::fail_everything(std::string_view why) {
   std::lock_guard lock(inbox_mutex_);
   failed_ = true;
   failure_ = why;
+  const auto tell = [](const auto& emits) {
+    try {
+      emits();
+    } catch (const std::bad_alloc&) {  // the next may still find room
+    }
+  };
   for (auto& [number, request] : requests_)
     for (Sequence& s : request->samples) {
       if (s.state == SequenceState::kFinished) continue;
       s.state = SequenceState::kFinished;
       --request->unfinished;
       record_end(s, FinishReason::kError);
-      try {
-        emit(end_event(s, FinishReason::kError, why));
-      } catch (const std::bad_alloc&) {  // the others' may still find room
-      }
+      tell([&] { emit(end_event(s, FinishReason::kError, why)); });
     }
   inbox_.clear();
   // Switches have their outcome too: the one under way, those taken up and not begun, those not taken up.
-  if (switcher_.moving()) refuse_seam(switcher_.target(), why);
-  for (; seams_begun_ < seams_.size(); ++seams_begun_) refuse_seam(seams_[seams_begun_], why);
-  for (int32_t seam : wished_seams_) refuse_seam(seam, why);
+  const auto refuse = [&](int32_t seam) { tell([&] { refuse_seam(seam, why); }); };
+  if (switcher_.moving()) refuse(switcher_.target());
+  for (; seams_begun_ < seams_.size(); ++seams_begun_) refuse(seams_[seams_begun_]);
+  for (int32_t seam : wished_seams_) refuse(seam);
   wished_seams_.clear();
   waiting_hint_ = 0;
   stats_.running = stats_.waiting = 0;

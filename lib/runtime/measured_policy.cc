@@ -9,8 +9,8 @@
 namespace moebius {
 namespace {
 
-// An estimate with a larger error is no base for comparing; below the lesser a visit would teach nothing.
-constexpr double kKnown = 0.25, kSure = 0.1;
+// With a smaller error a visit would teach nothing.
+constexpr double kSure = 0.1;
 // A visit: as many steps settle a curve to a few percent. One whose costs were never seen may be this many times as slow.
 constexpr int kVisitSteps = 16;
 constexpr double kWorstFactor = 4;
@@ -54,7 +54,7 @@ class MeasuredPolicy final : public Policy {
   Costs believed(const Estimate& tp, const Estimate& ep) const {
     Costs c{tp.seconds, ep.seconds};
     const size_t at = static_cast<size_t>(path_.rule().at()), elsewhere = 1 - at;
-    if ((elsewhere == 0 ? tp : ep).relative > kKnown) c[elsewhere] = std::max(c[elsewhere], c[at]);
+    if (!(elsewhere == 0 ? tp : ep).known()) c[elsewhere] = std::max(c[elsewhere], c[at]);
     return c;
   }
 
@@ -145,7 +145,7 @@ class MeasuredPolicy final : public Policy {
   // Costs here are known and those there might be lower; requests stay long enough for a visit to pay, and the budget holds its worst.
   bool worth_a_visit(const LoadSample& load) const {
     const Estimate &here = estimate(path_.here()), &there = estimate(other(path_.here()));
-    if (explore_ == 0 || shadow_ || !here.seen() || here.relative > kKnown || load.last.tp.rows == load.last.tp.prompt_rows) return false;
+    if (explore_ == 0 || shadow_ || !here.known() || load.last.tp.rows == load.last.tp.prompt_rows) return false;
     if (load.longest_remaining < 2 * kVisitSteps) return false;
     if (!might_beat(there, here)) return false;
     const double worst = there.seen() ? std::min(there.seconds * (1 + there.relative), kWorstFactor * std::max(here.seconds, there.seconds))

@@ -23,7 +23,7 @@ void check(const SamplingParams& p, int32_t vocab) {
   in_range("min_tokens", p.min_tokens, 0, p.max_tokens, "[0, max_tokens]");
   in_range("temperature", p.temperature, 0, kAny, "[0, ∞)");
   if (!(p.top_p > 0 && p.top_p <= 1)) fail(Code::kInvalidArgument, "top_p is {}, must be in (0, 1]", p.top_p);
-  in_range("top_k", p.top_k, -1, 1 << 30, "{−1, 0, 1, …}");
+  in_range("top_k", p.top_k, -1, 1 << 30, "[−1, 2^30]");
   in_range("min_p", p.min_p, 0, 1, "[0, 1]");
   in_range("presence_penalty", p.presence_penalty, -2, 2, "[−2, 2]");
   in_range("frequency_penalty", p.frequency_penalty, -2, 2, "[−2, 2]");

@@ -8,14 +8,16 @@
 namespace moebius {
 namespace {
 
-void insert_in_order(std::vector<Sequence*>& list, Sequence& sequence) {
-  const auto before = [](const Sequence* a, const Sequence* b) { return runs_before(*a, *b); };
-  list.insert(std::upper_bound(list.begin(), list.end(), &sequence, before), &sequence);
+// No two are equal in this order.
+std::vector<Sequence*>::iterator place_in(std::vector<Sequence*>& list, const Sequence& sequence) {
+  return std::lower_bound(list.begin(), list.end(), &sequence, [](const Sequence* a, const Sequence* b) { return runs_before(*a, *b); });
 }
 
+void insert_in_order(std::vector<Sequence*>& list, Sequence& sequence) { list.insert(place_in(list, sequence), &sequence); }
+
 void erase_from(std::vector<Sequence*>& list, const Sequence& sequence) {
-  const auto it = std::find(list.begin(), list.end(), &sequence);
-  MOEBIUS_ASSERT(it != list.end());
+  const auto it = place_in(list, sequence);
+  MOEBIUS_ASSERT(it != list.end() && *it == &sequence);
   list.erase(it);
 }
 

@@ -192,7 +192,7 @@ bool StepCurve::restore(const std::array<double, kState>& state, double now_s) {
 
 void CostModel::on_step_under_way(Layout to, const StepLoads& loads, double seconds, double now_s) {
   const Estimate there = step(to, loads, now_s);
-  if (there.seen()) delay_s_ += seconds - there.seconds;
+  if (there.known()) delay_s_ += seconds - there.seconds;
 }
 
 // The mean of what was believed and what was seen, in logarithms: half of it is forgotten with every switch.

@@ -35,6 +35,7 @@ struct Estimate {
   double seconds = 0;
   double relative = std::numeric_limits<double>::infinity();  // standard error over seconds; infinite: never seen
   bool seen() const { return relative < std::numeric_limits<double>::infinity(); }
+  bool known() const { return relative <= 0.25; }  // else it is no base for comparing
 };
 
 // Seconds of a step: piecewise linear in rows with knots at powers of two (some ten rows reach most experts, whoever they belong to), and

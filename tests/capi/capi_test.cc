@@ -828,6 +828,68 @@ TEST_CASE("one sample of a request can be cancelled, and the others go on") {
   CHECK(moebius_engine_cancel_sample(engine.get(), next, -1, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
 }
 
+TEST_CASE("a cancel names a sample that goes on, and each sample ends once") {
+  moebius_cpp::Engine engine = small_engine();
+  moebius_cpp::Request r({1, 2, 3});
+  r.set("n", int64_t{2}).set("max_tokens", int64_t{50}).set("ignore_eos", int64_t{1});
+  const uint64_t id = engine.submit(r);
+  std::vector<std::pair<int32_t, int32_t>> seen;  // event, sample
+  std::vector<moebius_event> events;
+  for (int step = 0; step < 4; ++step) {
+    if (step == 1) engine.cancel(id, 0);
+    if (step == 2) engine.cancel(id);
+    engine.step();
+    for (engine.poll(events); const auto& e : events)
+      if (e.type == MOEBIUS_EVENT_CANCELLED || e.type == MOEBIUS_EVENT_FINISHED) seen.emplace_back(e.type, e.sample);
+  }
+  CHECK(seen == std::vector<std::pair<int32_t, int32_t>>{
+                    {MOEBIUS_EVENT_CANCELLED, 0}, {MOEBIUS_EVENT_FINISHED, 0}, {MOEBIUS_EVENT_CANCELLED, 1}, {MOEBIUS_EVENT_FINISHED, 1}});
+}
+
+TEST_CASE("what a cancelled request keeps can be taken, or is given back by cancelling it once more") {
+  moebius_cpp::Engine engine = small_engine();
+  moebius_cpp::Request r({1, 2, 3});
+  r.set("max_tokens", int64_t{50}).set("ignore_eos", int64_t{1}).set("keep_logits", int64_t{1});
+  const uint64_t taken = engine.submit(r), forgotten = engine.submit(r);
+  engine.step();
+  for (uint64_t id : {taken, forgotten}) engine.cancel(id);
+  engine.step();
+  CHECK(moebius_engine_cancel_sample(engine.get(), forgotten, 0, nullptr) == MOEBIUS_E_NOT_FOUND);
+  CHECK(moebius_engine_cancel(engine.get(), forgotten, nullptr) == MOEBIUS_OK);
+  engine.step();
+  CHECK(engine.take_logits(taken).size() > 0);
+  CHECK_THROWS_AS(engine.take_logits(forgotten), moebius_cpp::Error);
+  for (uint64_t id : {taken, forgotten}) CHECK(moebius_engine_cancel(engine.get(), id, nullptr) == MOEBIUS_E_NOT_FOUND);
+}
+
+TEST_CASE("a drain ends when nothing runs, although the engine was resumed meanwhile") {
+  moebius_cpp::Engine engine = small_engine();
+  moebius_cpp::Request r({1, 2, 3});
+  r.set("max_tokens", int64_t{200}).set("ignore_eos", int64_t{1});
+  engine.submit(r);
+  engine.start();
+  std::thread other([&] { moebius_engine_resume(engine.get(), nullptr); });
+  CHECK(moebius_engine_drain(engine.get(), INFINITY, nullptr) == MOEBIUS_OK);
+  other.join();
+  engine.stop();
+}
+
+TEST_CASE("a drain waits for the switch under way too: an update may follow") {
+  moebius_cpp::Config c;
+  c.set("ranks", int64_t{2}).set("threads", int64_t{1}).set("kv_tokens", int64_t{4096}).set("stall_budget_ms", 1e-6).set("policy", "manual");
+  moebius_cpp::Engine engine(kModel, c);
+  engine.request_switch(MOEBIUS_LAYOUT_EP);
+  Message m;
+  CHECK(moebius_engine_drain(engine.get(), 0, nullptr) == MOEBIUS_E_TIMEOUT);
+  engine.step();
+  CHECK(moebius_engine_drain(engine.get(), 0, &m.error) == MOEBIUS_E_TIMEOUT);
+  CHECK_THAT(m.text(), Catch::Contains("a switch is under way"));
+  engine.start();
+  CHECK(moebius_engine_drain(engine.get(), 60000, nullptr) == MOEBIUS_OK);
+  CHECK(moebius_engine_update_weights(engine.get(), kModel.c_str(), nullptr) == MOEBIUS_OK);
+  engine.stop();
+}
+
 TEST_CASE("an engine that drains takes nothing new, ends what it has, and can be resumed") {
   moebius_cpp::Engine engine = small_engine();
   moebius_cpp::Request r({1, 2, 3});
@@ -904,6 +966,18 @@ TEST_CASE("what can never be, and lengths that are mistakes, are refused at once
     CHECK(moebius_request_set_ids(r.get(), "stop_token_ids", &id, length, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
     CHECK(moebius_engine_submit_many(engine.get(), list, length, ids, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
   }
+  engine.submit(r);
+  engine.step();
+  moebius_event event;
+  size_t count = 7;
+  for (size_t stride : {size_t{8}, size_t{1} << 17, size_t{1} << 32, SIZE_MAX})
+    CHECK(moebius_engine_poll(engine.get(), &event, 1, stride, 0, &count, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
+  CHECK(moebius_engine_poll(engine.get(), &event, 1, sizeof event, 0, &count, nullptr) == MOEBIUS_OK);
+  CHECK((count == 1 && event.type == MOEBIUS_EVENT_ARRIVED));  // none was taken by the calls that were refused
+  moebius_cpp::Source tensors("tensors");
+  const int64_t shape = 1;
+  for (size_t dims : {size_t{1} << 61, SIZE_MAX})
+    CHECK(moebius_source_add_tensor(tensors.get(), "a", "F32", &shape, dims, &id, 4, nullptr) == MOEBIUS_E_INVALID_ARGUMENT);
   engine.start();
   CHECK(moebius_engine_step(engine.get(), nullptr, nullptr) == MOEBIUS_E_INVALID_STATE);
   std::thread other([&] { moebius_engine_stop(engine.get(), nullptr); });
