@@ -22,6 +22,10 @@ class OutputFile {
     if (path.empty()) return;
     file_ = std::fopen(path.c_str(), "ab");
     if (file_ == nullptr) throw BadInput(fmt::format("{}: cannot write {}: {}", flag, path, std::strerror(errno)));
+    if (is_same_file(fileno(file_), STDOUT_FILENO)) {
+      std::fclose(file_);
+      throw BadInput(fmt::format("{}: {} is the file that stdout goes to", flag, path));
+    }
   }
   ~OutputFile() {
     if (file_ != nullptr) std::fclose(file_);
@@ -29,11 +33,8 @@ class OutputFile {
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
   explicit operator bool() const { return file_ != nullptr; }
-  // Devices and pipes take what several write.
   bool is_same_file(const OutputFile& other) const {
-    struct stat a, b;
-    return file_ != nullptr && other.file_ != nullptr && fstat(fileno(file_), &a) == 0 && fstat(fileno(other.file_), &b) == 0 &&
-           S_ISREG(a.st_mode) && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+    return file_ != nullptr && other.file_ != nullptr && is_same_file(fileno(file_), fileno(other.file_));
   }
   void start() {
     if (file_ != nullptr && ftruncate(fileno(file_), 0) != 0 && errno != EINVAL)
@@ -53,6 +54,12 @@ class OutputFile {
   }
 
  private:
+  // Devices and pipes take what several write.
+  static bool is_same_file(int one, int other) {
+    struct stat a, b;
+    return fstat(one, &a) == 0 && fstat(other, &b) == 0 && S_ISREG(a.st_mode) && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+  }
+
   std::string path_;
   std::FILE* file_ = nullptr;
 };

@@ -56,7 +56,8 @@ Exchanges::Exchanges(const Cluster& c, int ranks) : ranks_(ranks) {
   copying_ = c.efficiency.copy / c.efficiency.link;
   inside_rate_ = c.inside.bandwidth * c.efficiency.link;
   between_rate_ = c.between.bandwidth * c.efficiency.link;
-  leaving_ = ranks > 1 ? static_cast<double>(ranks - here) / (ranks - 1) : 0;
+  const int fewest = ranks % here == 0 ? here : ranks % here;  // on one node: its ranks have the fewest neighbours, and are waited for
+  leaving_ = ranks > 1 ? static_cast<double>(ranks - fewest) / (ranks - 1) : 0;
 }
 
 // Both links work at once.

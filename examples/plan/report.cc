@@ -61,11 +61,14 @@ Rows switch_rows(const json& s) {
 
 Rows step_rows(const json& s) {
   Rows rows = {{"requests", "TP step", "EP step", "TP tokens/s", "EP tokens/s", "EP ÷ TP"}};
-  for (const json& r : s["steps"])
-    rows.push_back({fmt::format("{:.0f}{}", number(r["requests"]), !r["tp_holds"].get<bool>() ? " (KV: not in TP)" : ""),
+  for (const json& r : s["steps"]) {
+    const bool tp = r["tp_holds"], ep = r["ep_holds"];
+    const char* const short_of_kv = tp && ep ? "" : tp ? " (KV: not in EP)" : ep ? " (KV: not in TP)" : " (KV: in neither)";
+    rows.push_back({fmt::format("{:.0f}{}", number(r["requests"]), short_of_kv),
                     fmt::format("{:.3f} ms", 1e3 * number(r["tp_seconds"])), fmt::format("{:.3f} ms", 1e3 * number(r["ep_seconds"])),
                     fmt::format("{:.0f}", number(r["tp_tokens_per_second"])), fmt::format("{:.0f}", number(r["ep_tokens_per_second"])),
                     fmt::format("{:.2f}", number(r["ep_over_tp"]))});
+  }
   return rows;
 }
 

@@ -168,8 +168,8 @@ Crossover crossover_of(const StepModel& steps, double context, double most) {
   double last = 0;  // the largest power of two at which the first one wins
   for (double n = 1; n <= most; n *= 2)
     if (tp_wins(n) == first) last = n;
-  if (2 * last > most) return c;
-  double low = last, high = 2 * last;
+  double low = last, high = std::min(2 * last, most);
+  if (tp_wins(high) == first) return c;
   while (high - low > std::max(1.0, low / 64)) {
     const double middle = std::floor((low + high) / 2);
     (tp_wins(middle) == first ? low : high) = middle;

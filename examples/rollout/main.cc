@@ -222,6 +222,8 @@ void add_flags(CLI::App& app, Options& o) {
 // What flags leave open.
 void complete(CLI::App& app, Options& o) {
   if (o.engine.model.empty() == o.shape.empty()) throw BadInput("one of --model and --shape is needed");
+  for (const std::string& choice : o.choices)
+    if (std::count(o.choices.begin(), o.choices.end(), choice) > 1) throw BadInput("--choices: " + choice + " is given twice");
   if (o.kind == "rollout" || o.kind == "points") o.load.arrivals = Arrivals::kOnce;
   if (o.kind == "poisson" || o.kind == "bursty") o.load.arrivals = Arrivals::kRandom;
   if (o.kind == "steps") o.load.arrivals = Arrivals::kSteps;

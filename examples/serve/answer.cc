@@ -17,10 +17,6 @@ double finite(float logprob) { return std::max(static_cast<double>(logprob), -99
 
 json reason_or_null(const char* reason) { return reason == nullptr ? json() : json(reason); }
 
-int64_t characters(const std::string& text) {
-  return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
-}
-
 }  // namespace
 
 Answer::Answer(const GenerateRequest& r, const moebius_cpp::Tokenizer& tokenizer, std::string id, std::string model,
@@ -81,7 +77,7 @@ std::string Answer::name_of(int32_t token) const {
   return text.empty() || text.find(kReplacement) != std::string::npos ? fmt::format("token_id:{}", token) : text;
 }
 
-void Answer::add_logprobs(json& out, Choice& choice, const TokenRecord& t) const {
+void Answer::add_logprobs(json& out, const TokenRecord& t) const {
   if (chat_) {
     json entry = chat_logprob(t.token, t.logprob);
     entry["top_logprobs"] = json::array();
@@ -96,8 +92,7 @@ void Answer::add_logprobs(json& out, Choice& choice, const TokenRecord& t) const
   out["tokens"].push_back(name);
   out["token_logprobs"].push_back(finite(t.logprob));
   out["top_logprobs"].push_back(std::move(top));
-  out["text_offset"].push_back(choice.offset);
-  choice.offset += characters(text_of(t.token));
+  out["text_offset"].push_back(t.offset);
 }
 
 json Answer::chunk(const Piece& p) {
@@ -105,7 +100,7 @@ json Answer::chunk(const Piece& p) {
   const bool says_logprobs = logprobs_ && p.token;
   if (p.text.empty() && p.finish_reason == nullptr && !says_logprobs) return nullptr;
   json logprobs = says_logprobs ? empty_logprobs() : json();
-  if (says_logprobs) add_logprobs(logprobs, c, *p.token);
+  if (says_logprobs) add_logprobs(logprobs, *p.token);
   json choice = {{"index", p.choice}, {"logprobs", std::move(logprobs)}, {"finish_reason", reason_or_null(p.finish_reason)}};
   if (chat_)
     choice["delta"] = p.text.empty() ? json::object() : json{{"content", p.text}};
@@ -133,7 +128,7 @@ json Answer::usage_chunk(int64_t completion_tokens) const {
 void Answer::add(const Piece& p) {
   Choice& c = choices_[static_cast<size_t>(p.choice)];
   c.text += p.text;
-  if (logprobs_ && p.token) add_logprobs(c.logprobs, c, *p.token);
+  if (logprobs_ && p.token) add_logprobs(c.logprobs, *p.token);
   if (p.finish_reason != nullptr) c.finish_reason = p.finish_reason;
 }
 

@@ -29,14 +29,13 @@ class Answer {
     std::string text;
     nlohmann::json logprobs;
     const char* finish_reason = nullptr;
-    int64_t offset = 0;  // characters of the tokens so far
   };
   nlohmann::json envelope(const char* object) const;
   nlohmann::json usage(int64_t completion_tokens) const;
   nlohmann::json chat_logprob(int32_t token, float logprob) const;
   std::string name_of(int32_t token) const;
   nlohmann::json empty_logprobs() const;
-  void add_logprobs(nlohmann::json& logprobs, Choice& choice, const TokenRecord& token) const;
+  void add_logprobs(nlohmann::json& logprobs, const TokenRecord& token) const;
   std::string text_of(int32_t token) const;
 
   const bool chat_, stream_, include_usage_, logprobs_;

@@ -1,6 +1,7 @@
 #include "examples/serve/broker.h"
 
 #include <algorithm>
+#include <cstdio>
 
 namespace moebius_examples {
 namespace {
@@ -71,12 +72,17 @@ std::unique_ptr<Generation> Broker::submit(const std::vector<moebius_cpp::Reques
 
 std::optional<SwitchOutcome> Broker::switch_to(moebius_layout to, const std::function<bool()>& wanted) {
   std::unique_lock lock(mutex_);
-  engine_.request_switch(to);
-  const auto waiter = waiters_.insert(waiters_.end(), Waiter{to, {}});
-  while (!waiter->outcome && wanted()) settled_.wait_for(lock, kLookAtWaiters);
-  const std::optional<SwitchOutcome> outcome = waiter->outcome;
-  waiters_.erase(waiter);
-  return outcome;
+  if (switches_.empty() || switches_.back()->to != to) {
+    const auto added = std::make_shared<Switch>(Switch{to});
+    if (switches_.empty() || switches_.back()->begun) {
+      engine_.request_switch(to);
+      added->asked = true;
+    }
+    switches_.push_back(added);
+  }
+  const std::shared_ptr<Switch> mine = switches_.back();
+  while (!mine->outcome && wanted()) settled_.wait_for(lock, kLookAtWaiters);
+  return mine->outcome;
 }
 
 void Broker::dispatch() {
@@ -100,7 +106,7 @@ void Broker::dispatch() {
 void Broker::hand_out(const moebius_event& e) {
   if (e.type != MOEBIUS_EVENT_TOKEN && e.type != MOEBIUS_EVENT_FINISHED) {
     history_.record(e);
-    settle(e);
+    follow(e);
     return;
   }
   const auto it = routes_.find(e.request);
@@ -122,25 +128,52 @@ void Broker::hand_out(const moebius_event& e) {
   }
 }
 
-// Under mutex_. An outcome is of whoever asked for its layout; who asked earlier for the other one has been turned round by them.
-void Broker::settle(const moebius_event& e) {
-  SwitchOutcome outcome{SwitchOutcome::kFinished, e};
-  moebius_layout to = e.to;
-  if (e.type == MOEBIUS_EVENT_SWITCH_REFUSED) {
-    outcome.kind = SwitchOutcome::kRefused;
-  } else if (e.type == MOEBIUS_EVENT_ROLLED_BACK) {
-    outcome.kind = SwitchOutcome::kRolledBack;
-    to = e.from;  // its from and to are those of the way back
-  } else if (e.type != MOEBIUS_EVENT_SWITCH_FINISHED) {
-    return;
+// Under mutex_. A policy's switches have events, too: one that goes where the first of these goes counts as it.
+void Broker::follow(const moebius_event& e) {
+  const bool rolled_back = e.type == MOEBIUS_EVENT_ROLLED_BACK;
+  const moebius_layout to = rolled_back ? e.from : e.to;  // from and to are those of the way back
+  const auto is_first = [&] { return !switches_.empty() && (switches_.front()->to == to || (rolled_back && switches_.front()->begun)); };
+  switch (e.type) {
+    case MOEBIUS_EVENT_SWITCH_STARTED:
+      if (!switches_.empty() && switches_.front()->begun && switches_.front()->to != to) settle(SwitchOutcome::kTurned, e);
+      if (is_first()) switches_.front()->begun = true;
+      break;
+    case MOEBIUS_EVENT_SWITCH_FINISHED:
+      if (is_first()) settle(SwitchOutcome::kFinished, e);
+      break;
+    case MOEBIUS_EVENT_SWITCH_REFUSED:
+      if (is_first()) settle(SwitchOutcome::kRefused, e);
+      break;
+    case MOEBIUS_EVENT_ROLLED_BACK:
+      if (is_first()) settle(SwitchOutcome::kRolledBack, e);
+      break;
+    default: break;
   }
-  const auto due = [&](const Waiter& w) { return !w.outcome && w.to == to; };
-  const auto first = std::find_if(waiters_.begin(), waiters_.end(), due);
-  if (first == waiters_.end()) return;
-  for (auto w = waiters_.begin(); w != first; ++w)
-    if (!w->outcome) w->outcome = SwitchOutcome{SwitchOutcome::kTurned, e};
-  for (auto w = first; w != waiters_.end() && due(*w); ++w) w->outcome = outcome;
+  ask_for_next();
+}
+
+void Broker::settle(SwitchOutcome::Kind kind, const moebius_event& e) {
+  switches_.front()->outcome = SwitchOutcome{kind, e};
+  switches_.pop_front();
   settled_.notify_all();
+}
+
+void Broker::ask_for_next() {
+  for (;;) {
+    const auto next = std::find_if(switches_.begin(), switches_.end(), [](const auto& s) { return !s->begun; });
+    if (next == switches_.end() || (*next)->asked) return;
+    try {
+      engine_.request_switch((*next)->to);
+      (*next)->asked = true;
+      return;
+    } catch (const moebius_cpp::Error& error) {
+      moebius_event e{};
+      std::snprintf(e.reason, sizeof e.reason, "%s", error.what());
+      (*next)->outcome = SwitchOutcome{SwitchOutcome::kRefused, e};
+      switches_.erase(next);
+      settled_.notify_all();
+    }
+  }
 }
 
 // Under mutex_.

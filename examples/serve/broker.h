@@ -3,13 +3,15 @@
 //   1. An engine's request is registered under the lock that events are handed out under: none of its events comes before it is known.
 //   2. A Generation that is destroyed cancels what still runs of it; events that come later are dropped.
 //   3. Whoever does not take its events is bounded: beyond kMostUnread its requests are cancelled.
+//   4. Events of switches do not say who asked. So the engine is asked for one only when that before has begun (and is turned round by
+//      it) or ended; who asks for the layout that was asked for last shares its outcome.
 #pragma once
 
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <functional>
-#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -76,7 +78,7 @@ class Broker {
 
   // All or none. Throws moebius_cpp::Error.
   std::unique_ptr<Generation> submit(const std::vector<moebius_cpp::Request>& requests, int n);
-  // Asks for a layout and waits for what becomes of it while `wanted` says so; empty: it no longer did.
+  // Asks for a layout and waits for what becomes of it while `wanted` says so; empty: it no longer did. Throws moebius_cpp::Error.
   std::optional<SwitchOutcome> switch_to(moebius_layout to, const std::function<bool()>& wanted);
   const History& history() const { return history_; }
 
@@ -87,22 +89,25 @@ class Broker {
     size_t prompt;
     int32_t n, unfinished;
   };
-  struct Waiter {
+  struct Switch {
     moebius_layout to;
+    bool asked = false, begun = false;
     std::optional<SwitchOutcome> outcome;
   };
 
   void dispatch();
   void hand_out(const moebius_event& event);
-  void settle(const moebius_event& event);
+  void follow(const moebius_event& event);
+  void settle(SwitchOutcome::Kind kind, const moebius_event& event);
+  void ask_for_next();
   void cancel(uint64_t id, std::optional<int32_t> sample = {});
   void release(Generation& generation);
 
   moebius_cpp::Engine& engine_;
   History history_;
-  std::mutex mutex_;  // routes and waiters; before a Generation's
+  std::mutex mutex_;  // routes and switches; before a Generation's
   std::map<uint64_t, Route> routes_;
-  std::list<Waiter> waiters_;  // in the order asked
+  std::deque<std::shared_ptr<Switch>> switches_;  // in the order wished, that have no outcome: at most one has begun, one more is asked for
   std::condition_variable settled_;
   bool ends_ = false;
   std::thread thread_;

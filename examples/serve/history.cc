@@ -54,9 +54,8 @@ void History::record(const moebius_event& e) {
 }
 
 nlohmann::json History::json_of(const SwitchEvent& e) {
-  return {{"ms", rounded(e.ms, 10)},    {"what", e.what},   {"from", name_of_layout(e.from)},
-          {"to", name_of_layout(e.to)}, {"bytes", e.bytes}, {"seconds", e.seconds},
-          {"reason", e.reason}};
+  return {{"ms", e.ms},           {"what", e.what},    {"from", name_of_layout(e.from)}, {"to", name_of_layout(e.to)}, {"bytes", e.bytes},
+          {"seconds", e.seconds}, {"reason", e.reason}};
 }
 
 nlohmann::json History::since(double since_ms) const {
@@ -64,10 +63,10 @@ nlohmann::json History::since(double since_ms) const {
   nlohmann::json samples = nlohmann::json::array(), moves = samples, switches = samples;
   for (const Sample& s : samples_)
     if (s.ms > since_ms)
-      samples.push_back({rounded(s.ms, 10), s.running, s.waiting, rounded(s.generated_per_second, 10), rounded(s.prompt_per_second, 10),
-                         s.seam, rounded(s.kv_usage, 1e4)});
+      samples.push_back({s.ms, s.running, s.waiting, rounded(s.generated_per_second, 10), rounded(s.prompt_per_second, 10), s.seam,
+                         rounded(s.kv_usage, 1e4)});
   for (const Move& m : moves_)
-    if (m.ms > since_ms) moves.push_back({rounded(m.ms, 10), m.seam});
+    if (m.ms > since_ms) moves.push_back({m.ms, m.seam});
   for (const SwitchEvent& e : switches_)
     if (e.ms > since_ms) switches.push_back(json_of(e));
   return {{"now", now_ms()},

@@ -21,7 +21,8 @@ class History {
   void sample(const moebius_stats& stats);
   // Takes what belongs to switches; the rest is left alone.
   void record(const moebius_event& event);
-  // What happened after `since_ms` (milliseconds since the start, as in the answer's "now").
+  // What happened after `since_ms` (milliseconds since the start, as in the answer's "now"; as they are: who gives one back gets what
+  // came after it).
   nlohmann::json since(double since_ms) const;
   // Or refusal, rollback or decision of a policy; null before the first.
   nlohmann::json last_switch() const;

@@ -179,8 +179,9 @@ void Service::attach(HttpServer& server) {
   server_ = &server;
   server.set_pre_routing_handler([this](const Request& req, Response& res) { return admit(req, res); });
   const auto post = [&](const char* path, auto handler) {
-    server.Post(path,
-                [this, handler](const Request&, Response& res, const httplib::ContentReader& reader) { handler(read_body(reader), res); });
+    server.Post(path, [this, handler](const Request& req, Response& res, const httplib::ContentReader& reader) {
+      handler(expects_body(req) ? read_body(reader) : std::string(), res);
+    });
   };
   post(kCompletions, [this](const std::string& body, Response& res) { generate(false, body, res); });
   post(kChat, [this](const std::string& body, Response& res) { generate(true, body, res); });
@@ -371,7 +372,7 @@ void Service::switch_layout(const std::string& text, Response& res) {
   if (!budget.is_null()) engine_.set_stall_budget(budget.get<double>());
   const moebius_layout to = name == "tp" ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
   if (!wait.get<bool>()) {
-    engine_.request_switch(to);
+    broker_.switch_to(to, [] { return false; });
     return set_json(res, 202, {{"outcome", "asked"}, {"layout", name}});
   }
   const auto deadline = Clock::now() + options_.request_timeout;

@@ -3,6 +3,13 @@
 #include <algorithm>
 
 namespace moebius_examples {
+namespace {
+
+int64_t characters(std::string_view text) {
+  return std::count_if(text.begin(), text.end(), [](char c) { return (static_cast<unsigned char>(c) & 0xC0) != 0x80; });
+}
+
+}  // namespace
 
 std::string StopMatcher::push(std::string_view piece) {
   if (stopped_) return {};
@@ -71,9 +78,13 @@ std::optional<Piece> Transcript::take(const Item& item) {
   }
   ++c.tokens;
   ++completion_tokens_;
-  piece.token = TokenRecord{item.token, item.logprob, item.top};
+  piece.token = TokenRecord{item.token, item.logprob, item.top, c.characters};
   const bool stops = std::count(rules_.stop_token_ids.begin(), rules_.stop_token_ids.end(), item.token) > 0 && c.tokens > rules_.min_tokens;
-  if (!is_special(item.token) && (!stops || rules_.include_stop)) piece.text = push(c, c.decoder.push(item.token));
+  if (!is_special(item.token) && (!stops || rules_.include_stop)) {
+    const std::string_view text = c.decoder.push(item.token);
+    c.characters += characters(text);
+    piece.text = push(c, text);
+  }
   if (c.matcher.stopped()) end(c, piece, "stop");
   return piece;
 }

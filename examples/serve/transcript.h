@@ -34,6 +34,7 @@ struct TokenRecord {
   int32_t token = -1;
   float logprob = 0;
   std::vector<std::pair<int32_t, float>> top;
+  int64_t offset = 0;  // characters of the text that lie before it
 };
 
 // What one item adds to a choice.
@@ -64,7 +65,7 @@ class Transcript {
   struct Choice {
     moebius_cpp::Decoder decoder;
     StopMatcher matcher;
-    int64_t tokens = 0;
+    int64_t tokens = 0, characters = 0;
     bool ended = false;
   };
   std::string push(Choice& choice, std::string_view text) const;

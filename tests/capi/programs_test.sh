@@ -47,6 +47,9 @@ expect 2 "2^60" $generate --prompt-ids 1 --memory-bytes 9223372036854775807
 expect 2 "nan" $generate --prompt-ids 1 --policy-explore nan
 for switches in 3:xy 3:tp, 9223372036854775808:tp; do expect 2 "--switch-at" $generate --prompt-ids 1 --switch-at "$switches"; done
 expect 2 "same file" $generate --prompt-ids 1 --events "$work/both" --logits-out "$work/./both"
+echo before >"$work/out"
+(exec >>"$work/out"; $generate --prompt-ids 1 --events /dev/stdout 2>"$work/err") && fail "--events may go to the file of stdout"
+grep -q "the file that stdout goes to" "$work/err" && [ "$(cat "$work/out")" = before ] || fail "--events /dev/stdout: $(cat "$work/err" "$work/out")"
 expect 2 "--seam" $generate --prompt-ids 1 --seam 7
 expect 2 "cannot write" $generate --prompt-ids 1 --events "$work/none/e"
 expect 2 "cannot write" $generate --prompt-ids 1 --logits-out "$work/none/l"

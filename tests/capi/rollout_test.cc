@@ -93,6 +93,12 @@ TEST_CASE("steps have many arrivals in one period and few in the next") {
   CHECK(high > 5 * low);
   CHECK(low > 20);
   CHECK(load.asked.back().at_s == Approx(2000 / 55.0).epsilon(0.2));
+  // A gap that begins in a slow period ends with it: slow ones do not swallow what follows them.
+  o.low_rate = 0.01;
+  const double end_s = make_load(o, 100).asked.back().at_s;
+  CHECK(end_s == Approx(2 * 2000 / 100.0).epsilon(0.15));
+  o.low_rate = 1e-6, o.rate = 1e-6, o.period_s = 1e-3;  // many periods lie between two arrivals
+  CHECK(make_load(o, 100).asked.back().at_s == Approx(2000e6).epsilon(0.15));
 }
 
 TEST_CASE("the median's interval holds the true median of 95 of 100 samples, and of few values is all of them") {
@@ -180,6 +186,7 @@ TEST_CASE("bad usage is said before anything runs") {
   said("--model /nowhere", "/nowhere");
   said("--shape s --load storm", "storm");
   said("--shape s --choices tp,both", "both");
+  said("--shape s --choices tp,ep,tp", "tp is given twice");
   said("--shape s --rounds 0", "rounds");
   said("--shape s --threads x", "threads");
   said("--shape s --rate nan", "--rate");

@@ -17,6 +17,7 @@ from harness import JSON, Server
 PROGRAM, MODEL = sys.argv[1:3]
 TEXT, CHAT, LAYOUT = '/v1/completions', '/v1/chat/completions', '/v1/moebius/layout'
 GREEDY = {'prompt': 'ROMEO:\n', 'temperature': 0, 'max_tokens': 24, 'ignore_eos': True}
+E_ACUTE_AND_A = [128, 103, 65]  # the bundled model's tokens
 LONG = {'prompt': 'ROMEO:\n', 'max_tokens': 1900, 'n': 8, 'ignore_eos': True, 'stream': True}
 
 
@@ -129,6 +130,12 @@ class Endpoints(unittest.TestCase):
         shape = answer['logprobs']
         self.assertEqual(''.join(shape['tokens']), answer['text'])
         self.assertEqual(shape['text_offset'], [len(''.join(shape['tokens'][:i])) for i in range(5)])
+        # The two tokens of é are one character, or one that stands for a half.
+        e_acute = {**GREEDY, 'max_tokens': 9, 'temperature': 9, 'seed': 3, 'n': 8, 'logprobs': 0, 'allowed_token_ids': E_ACUTE_AND_A}
+        for choice in self.server.post(TEXT, e_acute)['choices']:
+            text, shape_of = choice['text'], choice['logprobs']
+            for token, offset in zip(shape_of['tokens'], shape_of['text_offset']):
+                self.assertTrue(text[offset] in 'a\ufffd' if token == 'a' else offset <= len(text), (text, shape_of))
         for token, logprob, top in zip(shape['tokens'], shape['token_logprobs'], shape['top_logprobs']):
             self.assertTrue(logprob <= 0 and top[token] == logprob == max(top.values()) and len(top) == 3)
         chunks = list(self.server.stream(TEXT, {**GREEDY, 'max_tokens': 5, 'logprobs': 3}))
@@ -296,6 +303,46 @@ class Endpoints(unittest.TestCase):
         self.assertEqual(times, sorted(times))
         self.assertGreater(len(times), 0)
         self.assertLess(len(self.server.get(f'/v1/moebius/history?since={history["now"]}')['samples']), len(times))
+        for sample in history['samples'][-20:]:  # what came after it, not itself
+            self.assertNotIn(sample, self.server.get(f'/v1/moebius/history?since={sample[0]}')['samples'])
+
+    def test_every_switch_that_is_asked_for_has_its_own_outcome(self):
+        load = self.server.begin({**LONG, 'n': 60, 'stream': False})
+        self.server.until('all run', lambda: self.server.metric('num_requests_running') == 60)
+        for budget in (0.01, 0):
+            self.server.post(LAYOUT, {'layout': 'tp', 'stall_budget_ms': 0})
+            begun, got = self.server.get('/v1/moebius/history')['now'], {}
+
+            def ask(name, to, wait=True):
+                got[name] = self.server.ask(LAYOUT, {'layout': to, 'wait': wait, 'stall_budget_ms': budget})
+
+            threads = [threading.Thread(target=ask, args=('a', 'ep'))]
+            threads[0].start()
+            self.server.until('it is under way', lambda: self.server.get(f'/v1/moebius/history?since={begun}')['seam'])
+            ask('b', 'tp', wait=False)
+            for name, to in (('c', 'ep'), ('d', 'tp'), ('e', 'tp')):
+                threads.append(threading.Thread(target=ask, args=(name, to)))
+                threads[-1].start()
+                time.sleep(0.01)
+            for t in threads:
+                t.join(20)
+                self.assertFalse(t.is_alive(), got)
+            self.assertEqual(got['b'][0], 202)
+            for name in 'acde':
+                status, _, answer = got[name]
+                outcome = answer['outcome'] if status == 200 else answer['error']['code']
+                allowed = ['finished'] if name in 'de' else ['finished', 'turned']
+                self.assertIn(outcome, allowed, got)
+            self.assertEqual(self.server.get(LAYOUT)['layout'], 'tp')
+        load.close()
+        self.server.post(LAYOUT, {'layout': 'tp', 'stall_budget_ms': 0})
+        self.server.until('nothing runs', lambda: self.server.metric('num_requests_running') == 0)
+
+    def test_a_post_without_a_length_has_an_empty_body(self):
+        with self.server.socket() as s:
+            s.settimeout(10)
+            s.sendall(f'POST {LAYOUT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n\r\n'.encode())
+            self.assertIn(b'400', s.recv(4096).split(b'\r\n')[0])
 
     def test_a_switch_is_turned_round(self):
         load = self.server.begin({**LONG, 'n': 60, 'stream': False})

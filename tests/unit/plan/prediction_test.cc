@@ -40,6 +40,9 @@ TEST_CASE("exchanges are rounds and bytes over the slower of the links they use"
   CHECK(here.all_reduce(80e6) == Approx(3e-6 + 2 * 70e6 / 50e9));        // by shares
   CHECK(across.collect(150e6) == Approx(10e-6 + 150e6 * 8 / 15 / 5e9));  // 8 of a rank's 15 peers are elsewhere
   CHECK((alone.all_reduce(1e9) == 0 && alone.collect(1e9) == 0));
+  const Exchanges lonely(c, 9), half(c, 12);
+  CHECK(lonely.collect(80e6) == Approx(10e-6 + 80e6 / 5e9));          // the ninth has no peer on its node
+  CHECK(half.collect(110e6) == Approx(10e-6 + 110e6 * 8 / 11 / 5e9));  // the last four have three each
 }
 
 TEST_CASE("what rows reach: one row its experts, many rows all, the busiest rank at least its share and with skew more") {
@@ -100,6 +103,8 @@ TEST_CASE("TP is faster for few requests, EP for many, and the crossover lies wh
     CHECK(ratio(1) < 1);
     CHECK(ratio(2048) > 1);
     CHECK(ratio(*c.at) == Approx(1).margin(0.05));
+    for (double most : {*c.at, *c.at + 1, 1.3 * *c.at}) CHECK(crossover_of(p.steps(), 1024, most).at.value_or(0) == Approx(*c.at).epsilon(0.05));
+    CHECK_FALSE(crossover_of(p.steps(), 1024, std::floor(0.9 * *c.at)).at);
   }
 }
 
