@@ -92,6 +92,7 @@ PromptEntry entry_of(const json& line, size_t index, const std::string& where, c
   for (const auto& [key, v] : line.items()) {
     if (key == "id") {
       if (!v.is_string() && !v.is_number_integer()) bad(where, fmt::format("id is {}, must be a string or an integer", v.dump()));
+      if (v.is_string() && (v == "" || v.get<std::string>().find('\0') != std::string::npos)) bad(where, "id is empty, or has a NUL character");
       p.id = v;
     } else if (key == "prompt") {
       if (!v.is_string()) bad(where, fmt::format("prompt is {}, must be a string", v.dump()));

@@ -32,11 +32,11 @@ json row_of(const Variant& v) {
 }
 
 // 2, 4, 8 … that the model can be divided over.
-std::vector<int> ranks_of(const Model& model, const Cluster& cluster) {
+std::vector<int> ranks_of(const Model& model, const Cluster& cluster, int slices_per_expert) {
   std::vector<int> out;
   for (int p = 2; p <= std::min(64, cluster.devices); p *= 2) {
     try {
-      check_ranks(model.shape(), slice_counts(model.shape(), slices_for(model, p, 0)), p);
+      check_ranks(model.shape(), slice_counts(model.shape(), slices_for(model, p, slices_per_expert)), p);
       out.push_back(p);
     } catch (const Error& e) {
       if (e.code() != Code::kInvalidArgument) throw;
@@ -66,7 +66,7 @@ json sweep(const Model& model, const Cluster& cluster, const Settings& settings,
   json rows = json::array(), crossings = json::array();
   std::optional<Variant> lowest, highest;
   double low = 0, high = 0;
-  for (int ranks : ranks_of(model, cluster))
+  for (int ranks : ranks_of(model, cluster, settings.slices_per_expert))
     for (double skew : kSkew) {
       int experts = 0;
       for (const MlpShape& mlp : model.shape().mlps) experts = std::max(experts, mlp.num_experts);

@@ -95,10 +95,10 @@ std::string timelines(const Run& run) {
 std::string moments_of(const Run& run) {
   if (run.moments.empty()) return "";
   std::string out = "<div class=\"scroll\"><table><tr><th>at</th><th>what</th><th>said</th></tr>\n";
-  size_t shown = 0;
-  for (const Moment& m : run.moments) {
-    if (++shown > 200) break;
-    const std::string what = m.failed ? "refused" : m.moved ? fmt::format("switched in {:.2f} ms", 1e3 * m.seconds) : "decided";
+  const size_t shown = std::min<size_t>(run.moments.size(), 200);
+  for (size_t i = 0; i < shown; ++i) {
+    const Moment& m = run.moments[i];
+    const std::string what = m.refused ? "refused" : m.rolled_back ? "rolled back" : m.moved ? fmt::format("switched in {:.2f} ms", 1e3 * m.seconds) : "decided";
     out += fmt::format("<tr><td>{:.3f} s</td><td>{}</td><td>{}</td></tr>\n", m.at_s, what, escaped(m.text));
   }
   return out + "</table></div>\n" + (run.moments.size() > shown ? fmt::format("<p>and {} more</p>\n", run.moments.size() - shown) : "");

@@ -95,10 +95,10 @@ class Server {
     if (e.type == MOEBIUS_EVENT_TOKEN) return take_token(e, longest);
     if (e.type == MOEBIUS_EVENT_FINISHED && e.finish_reason == MOEBIUS_FINISH_ERROR)
       throw std::runtime_error(std::string("a request failed: ") + e.reason);
-    const bool failed = e.type == MOEBIUS_EVENT_SWITCH_REFUSED || e.type == MOEBIUS_EVENT_ROLLED_BACK;
+    const bool refused = e.type == MOEBIUS_EVENT_SWITCH_REFUSED, rolled_back = e.type == MOEBIUS_EVENT_ROLLED_BACK;
     const bool moved = e.type == MOEBIUS_EVENT_SWITCH_FINISHED;
-    if (moved || failed || e.type == MOEBIUS_EVENT_DECISION)
-      run_.moments.push_back({seconds_of(e.time_ns), static_cast<moebius_layout>(e.to), moved, failed, e.seconds, e.reason});
+    if (moved || refused || rolled_back || e.type == MOEBIUS_EVENT_DECISION)
+      run_.moments.push_back({seconds_of(e.time_ns), static_cast<moebius_layout>(e.to), moved, refused, rolled_back, e.seconds, e.reason});
   }
 
   void take_token(const moebius_event& e, double& longest) {

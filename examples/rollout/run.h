@@ -34,7 +34,7 @@ struct Answer {
 struct Moment {  // a switch's end, or what a policy said
   double at_s = 0;
   moebius_layout to = MOEBIUS_LAYOUT_TP;
-  bool moved = false, failed = false;
+  bool moved = false, refused = false, rolled_back = false;
   double seconds = 0;
   std::string text;
 };

@@ -190,7 +190,9 @@ class Reader {
     if (prompt.empty()) bad(prompt_key, ": the prompt is empty");
     out_.prompt_tokens += static_cast<int64_t>(prompt.size());
     moebius_cpp::Request r(prompt);
-    r.set("n", int64_t{out_.n}).set("max_tokens", max_tokens(static_cast<int64_t>(prompt.size())));
+    r.set("n", int64_t{out_.n});
+    const char* const most_key = out_.chat && !value("max_completion_tokens").is_null() ? "max_completion_tokens" : "max_tokens";
+    set(most_key, [&] { r.set("max_tokens", max_tokens(most_key, static_cast<int64_t>(prompt.size()))); });
     if (out_.logprobs) set(out_.chat ? "top_logprobs" : "logprobs", [&] { r.set("logprobs", top_logprobs_); });
     for (const auto& [key, v] : body_.items())
       if (!v.is_null()) set_key(r, key, v);
@@ -208,10 +210,8 @@ class Reader {
     }
   }
 
-  int64_t max_tokens(int64_t prompt_tokens) const {
-    const json& most = value("max_completion_tokens");
-    if (out_.chat && !most.is_null()) return integer("max_completion_tokens", most);
-    if (!value("max_tokens").is_null()) return integer("max_tokens", value("max_tokens"));
+  int64_t max_tokens(const char* key, int64_t prompt_tokens) const {
+    if (!value(key).is_null()) return integer(key, value(key));
     return out_.chat ? std::max<int64_t>(1, serving_.max_context - prompt_tokens) : 16;
   }
 

@@ -252,7 +252,7 @@ void HttpServer::refuse(Connection& connection) {
   connection.write(
       "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: " +
       std::to_string(body.size()) + "\r\n\r\n" + body);
-  connection.end_after_answer(kRefusalLinger);
+  connection.end_after_answer(svr_sock_ == INVALID_SOCKET ? 0ms : kRefusalLinger);  // once it ends nobody is waited for
 }
 
 }  // namespace moebius_examples

@@ -208,6 +208,7 @@ void KvManager::release(int32_t b) {
   Block& block = blocks_[b];
   MOEBIUS_ASSERT(block.users > 0);
   if (--block.users > 0) return;
+  block.last_use = ++uses_;
   if (block.registered) cache_push(b);
   else free_block(b);
 }
@@ -388,6 +389,15 @@ void KvManager::open_ep(std::span<const SequenceBlocks> sequences) {
   count_reclaimable();
 }
 
+// The home whose block in `at` [homes] comes first; −1 where no home has any more.
+template <class First>
+int KvManager::pick_home(const int32_t* at, const First& first) const {
+  int picked = -1;
+  for (int h = 0; h < num_homes(); ++h)
+    if (at[h] >= 0 && (picked < 0 || first(blocks_[at[h]], blocks_[at[picked]]))) picked = h;
+  return picked;
+}
+
 void KvManager::open_tp() {
   MOEBIUS_ASSERT(phase_ == Phase::kEp);
   // Blocks with equal keys share one TP page: the index, emptied, serves to find the first of each.
@@ -416,21 +426,18 @@ void KvManager::open_tp() {
   };
   for (int32_t b : live_)
     if (blocks_[b].users > 0) MOEBIUS_ASSERT(take(b));
-  // Of each home those that were used last, in turns.
+  // Of all homes those that were used last.
   int32_t at[kMaxRanks];
   for (int h = 0; h < num_homes(); ++h) at[h] = cached_list(h).tail;
-  for (bool any = true; any;) {
-    any = false;
-    for (int h = 0; h < num_homes(); ++h) {
-      const int32_t b = at[h];
-      if (b < 0) continue;
-      any = true;
-      at[h] = blocks_[b].prev;
-      if (take(b)) continue;
-      cache_remove(b);
-      blocks_[b].registered = false;
-      free_block(b);
-    }
+  for (;;) {
+    const int h = pick_home(at, [](const Block& a, const Block& b) { return a.last_use > b.last_use; });
+    if (h < 0) break;
+    const int32_t b = at[h];
+    at[h] = blocks_[b].prev;
+    if (take(b)) continue;
+    cache_remove(b);
+    blocks_[b].registered = false;
+    free_block(b);
   }
   phase_ = Phase::kBoth;
   rebuild_index();
@@ -444,20 +451,21 @@ void KvManager::close(Layout arrived) {
     if (arrived == Layout::kEp) drop_tp_page(b);
   }
   if (arrived == Layout::kTp) {
-    List all;  // the homes' cached lists become one
-    int64_t count = 0;
-    for (int h = 0; h < num_homes(); ++h) {
-      List& list = cached_list(h);
-      if (list.head >= 0) {
-        blocks_[list.head].prev = all.tail;
-        (all.tail >= 0 ? blocks_[all.tail].next : all.head) = list.head;
-        all.tail = list.tail;
-      }
-      count += std::exchange(cached_count_[h + 1], 0);
-      list = {};
+    List all;  // the homes' cached lists become one, oldest first
+    int32_t at[kMaxRanks];
+    for (int h = 0; h < num_homes(); ++h) at[h] = std::exchange(cached_list(h), {}).head;
+    for (;;) {
+      const int h = pick_home(at, [](const Block& a, const Block& b) { return a.last_use < b.last_use; });
+      if (h < 0) break;
+      Block& block = blocks_[at[h]];
+      block.prev = all.tail;
+      (all.tail >= 0 ? blocks_[all.tail].next : all.head) = at[h];
+      all.tail = std::exchange(at[h], block.next);
+      block.next = -1;
     }
     cached_[0] = all;
-    cached_count_[0] = count;
+    cached_count_[0] = std::accumulate(cached_count_.begin(), cached_count_.end(), int64_t{0});
+    std::fill(cached_count_.begin() + 1, cached_count_.end(), 0);
     for (int32_t b : live_) drop_ep_page(b);
   }
   phase_ = arrived == Layout::kTp ? Phase::kTp : Phase::kEp;

@@ -43,6 +43,7 @@ struct Block {
   uint64_t root = 0;              // root_of the chain's first block: chains stay together on one home
   int32_t split = -1;             // open_ep: the next block made from the same TP page for another home
   int32_t copied_item = -1;       // the item whose KV of this block has been copied ahead (switcher's)
+  uint64_t last_use = 0;          // when its last user released it: orders the lists of several homes
   int32_t prev = -1, next = -1;   // cached list of its home
 };
 
@@ -123,6 +124,8 @@ class KvManager {
   List& cached_list(int32_t home) { return cached_[home + 1]; }
   void cache_push(int32_t block);
   void cache_remove(int32_t block);
+  template <class First>
+  int pick_home(const int32_t* at, const First& first) const;
   bool evict_one(bool need_tp, bool need_ep, int home);
   void free_block(int32_t block);
   bool take_tp_page(int32_t block);
@@ -149,6 +152,7 @@ class KvManager {
   std::vector<int32_t> live_, live_slot_;          // blocks that exist, and each one's place there
   std::vector<List> cached_;                       // [home + 1], oldest first
   std::vector<int64_t> cached_count_;              // [home + 1]
+  uint64_t uses_ = 0;
   std::vector<int32_t> index_;                     // open addressing: block or −1
   size_t index_mask_ = 0;
 };

@@ -221,6 +221,7 @@ class Engine::Impl {
   int32_t label_seam_;           // with one rank a switch only changes this
   uint64_t step_ = 0;
   uint64_t arrivals_ = 0;
+  Clock::time_point next_deadline_ = kNoDeadline;  // none of those that run or wait is earlier
   bool failed_ = false;          // it serves no more; written under step_mutex_ and inbox_mutex_
   bool mixed_ = false;           // an update of the weights has failed half-way and none has succeeded since; written likewise
   Reason failure_;               // why

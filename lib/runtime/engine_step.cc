@@ -18,6 +18,7 @@ void Engine::Impl::take_inbox() {
   }
   for (Request* request : arriving_) {
     request->arrived = true;
+    next_deadline_ = std::min(next_deadline_, request->deadline);
     for (Sequence& s : request->samples) {
       s.arrival = arrivals_++;
       scheduler_.add(s);
@@ -148,14 +149,19 @@ void Engine::Impl::learn_cost(const StepLoads& load, double seconds) {
 }
 
 void Engine::Impl::expire(Clock::time_point now) {
-  const auto due = [&](const Sequence* s) { return s->request->deadline != Clock::time_point{} && now >= s->request->deadline; };
+  if (now < next_deadline_) return;
+  next_deadline_ = kNoDeadline;
   for (const std::vector<Sequence*>* list : {&scheduler_.running(), &scheduler_.waiting()})
-    for (size_t i = list->size(); i-- > 0;)
-      if (Sequence& s = *(*list)[i]; due(&s)) {
-        Request& request = *s.request;
-        finish(s, FinishReason::kAbort, "deadline passed");
-        forget_if_done(request);
+    for (size_t i = list->size(); i-- > 0;) {
+      Sequence& s = *(*list)[i];
+      Request& request = *s.request;
+      if (now < request.deadline) {
+        next_deadline_ = std::min(next_deadline_, request.deadline);
+        continue;
       }
+      finish(s, FinishReason::kAbort, "deadline passed");
+      forget_if_done(request);
+    }
 }
 
 StepResult Engine::Impl::step() {
@@ -484,6 +490,7 @@ void Engine::Impl::fail_everything(std::string_view why) {
   std::lock_guard lock(inbox_mutex_);
   failed_ = true;
   failure_ = why;
+  metrics_.on_failed();
   const auto tell = [](const auto& emits) {
     try {
       emits();

@@ -146,6 +146,7 @@ std::string Metrics::text(const MetricsInfo& info) const {
   const std::string cache = fmt::format("{},block_size=\"{}\",num_tp_blocks=\"{}\",num_ep_blocks=\"{}\",enable_prefix_caching=\"{}\"", labels,
                                         info.page_tokens, info.tp_pages, info.ep_pages, info.prefix_caching);
   single(out, "gauge", "cache_config_info", "The KV cache, in labels; block_size is in tokens.", cache, 1);
+  single(out, "gauge", "engine_failed", "1: the engine has failed and serves no more.", labels, failed_ ? 1 : 0);
   single(out, "gauge", "load_seconds", "Time that loading the model took.", labels, info.load_seconds);
   if (imbalance_layer_ >= 0)
     single(out, "gauge", "expert_load_imbalance", "Rows of the busiest expert over the mean, in the last step's last MoE layer.",

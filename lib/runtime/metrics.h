@@ -58,6 +58,7 @@ class Metrics {
   void on_samples_finished(int64_t n, int64_t most_generated);
   void on_corrupted() { ++corrupted_; }    // logits that are no numbers
   void on_rejection() { ++rejections_; }   // the queue was full
+  void on_failed() { failed_ = true; }
   void on_exchange(int64_t all_reduce_bytes, int64_t all_to_all_bytes);
   void on_expert_load(int layer, double imbalance);  // max ÷ mean of a step's rows per expert
   void on_switch(Layout from, Layout to, double seconds);  // arrived at a layout
@@ -81,7 +82,7 @@ class Metrics {
   Counter bytes_moved_{0}, rollbacks_{0}, refusals_{0}, preemptions_{0}, corrupted_{0}, rejections_{0}, all_reduce_bytes_{0}, all_to_all_bytes_{0};
   Counter prompt_tokens_{0}, generation_tokens_{0}, prefix_queries_{0}, prefix_hits_{0};
   std::atomic<double> running_{0}, waiting_{0}, kv_usage_{0}, seam_{0}, layers_{0}, imbalance_{0};
-  std::atomic<bool> measured_{false};
+  std::atomic<bool> measured_{false}, failed_{false};
   std::atomic<double> step_seconds_[2] = {}, step_error_[2] = {};  // [Layout]
   std::atomic<double> regret_{0}, price_{0}, budget_{0};
   std::atomic<int> imbalance_layer_{-1};  // −1: no experts

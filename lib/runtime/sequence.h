@@ -15,6 +15,7 @@
 namespace moebius {
 
 using Clock = std::chrono::steady_clock;
+constexpr Clock::time_point kNoDeadline = Clock::time_point::max();
 
 enum class SequenceState : uint8_t { kWaiting, kRunning, kFinished };
 
@@ -65,7 +66,7 @@ struct Sequence {
 struct Request {
   uint64_t number = 0;
   RequestSpec spec;
-  Clock::time_point submitted{}, deadline{};  // deadline: epoch when none
+  Clock::time_point submitted{}, deadline = kNoDeadline;
   std::vector<Sequence> samples;              // never resized
   int32_t unfinished = 0;
   bool arrived = false;                       // taken over from the inbox by a step

@@ -181,6 +181,7 @@ class Endpoints(unittest.TestCase):
         self.assertEqual(self.server.post(TEXT, {**GREEDY, **neutral})['choices'][0]['text'], self.text)
         self.assertEqual(self.refused(404, TEXT, {**GREEDY, 'model': 'gpt-4'}, 'model')['code'], 'model_not_found')
         self.assertEqual(self.refused(400, TEXT, {**GREEDY, 'max_tokens': 5000})['code'], 'context_length_exceeded')
+        self.refused(400, TEXT, {**GREEDY, 'max_tokens': 2 ** 31}, 'max_tokens')
         self.refused(400, TEXT, {**GREEDY, 'prompt': ['x'] * 20, 'n': 20}, 'n')
 
     def test_malformed_requests(self):

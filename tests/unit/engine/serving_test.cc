@@ -439,12 +439,16 @@ TEST_CASE("a request that can never run is refused with the layout that is short
 
 TEST_CASE("a deadline ends a request with abort and its tokens so far") {
   Script script;
-  script.requests.push_back({greedy_request("late", prompt_of(1, 5), 900)});
-  script.requests.back().spec.deadline_ms = 30;
+  script.requests.push_back({greedy_request("far", prompt_of(3, 5), 900)});
+  script.requests.back().spec.deadline_ms = 1e9;
+  for (const auto& [id, ms] : {std::pair{"later", 60.0}, {"late", 30.0}}) {
+    script.requests.push_back({greedy_request(id, prompt_of(1, 5), 900)});
+    script.requests.back().spec.deadline_ms = ms;
+  }
   script.requests.push_back({greedy_request("calm", prompt_of(2, 5), 5)});
   const Outcome got = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
-  CHECK(got.outputs.at("late").reason == FinishReason::kAbort);
-  CHECK(got.outputs.at("calm").reason == FinishReason::kLength);
+  for (const char* id : {"late", "later"}) CHECK(got.outputs.at(id).reason == FinishReason::kAbort);
+  for (const char* id : {"calm", "far"}) CHECK(got.outputs.at(id).reason == FinishReason::kLength);
 }
 
 TEST_CASE("bad requests are refused at submit with the numbers") {

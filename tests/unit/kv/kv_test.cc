@@ -246,12 +246,33 @@ TEST_CASE("where cached blocks do not all fit behind a switch, those that were u
       if (b >= 0) kv.release(b);
       return b >= 0;
     };
-    // Home 0 has chains 0 and 2, home 1 chains 1 and 3; there is room for three and two blocks, in TP for five of both in turns.
+    // Home 0 has chains 0 and 2, home 1 chains 1 and 3; there is room for three and two blocks, in TP for five of both.
     for (int i = 0; i < 3; ++i) {
       CHECK_FALSE(kept(0, i));
       CHECK_FALSE(kept(1, i));
-      CHECK(kept(2, i));
-      CHECK(kept(3, i) == (i < 2));
+      CHECK(kept(2, i) == (from_tp || i < 2));
+      CHECK(kept(3, i) == (!from_tp || i < 2));
+    }
+  }
+}
+
+TEST_CASE("behind a switch to TP the homes' cached blocks are one list by their last use") {
+  for (int first : {0, 1}) {
+    KvManager kv(6, {4, 4}, 16, true, Phase::kEp);
+    std::vector<int32_t> blocks;
+    for (int i = 0; i < 6; ++i) {  // homes in turns
+      blocks.push_back(kv.allocate((i + first) % 2));
+      kv.set_full(blocks.back());
+      kv.register_block(blocks.back(), key_of(i), 0);
+    }
+    const int order[] = {4, 1, 0, 3, 5, 2};
+    for (int i : order) kv.release(blocks[i]);
+    kv.open_tp();
+    kv.close(Layout::kTp);
+    check_pages(kv);
+    for (int n = 0; n < 6; ++n) {
+      for (int k = 0; k < 6; ++k) CHECK(kv.contains(key_of(order[k]), -1) == (k >= n));
+      REQUIRE(kv.allocate(-1) >= 0);  // takes the oldest one's page
     }
   }
 }

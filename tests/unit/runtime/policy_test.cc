@@ -154,7 +154,7 @@ TEST_CASE("every metric has its name and type, and every histogram its buckets")
   const std::string text = m.text(info);
   const std::map<std::string, std::string> expected = {
       {"num_requests_running", "gauge"}, {"num_requests_waiting", "gauge"}, {"kv_cache_usage_perc", "gauge"}, {"cache_config_info", "gauge"},
-      {"load_seconds", "gauge"}, {"expert_load_imbalance", "gauge"}, {"seam_position", "gauge"}, {"parallel_mode", "gauge"},
+      {"load_seconds", "gauge"}, {"engine_failed", "gauge"}, {"expert_load_imbalance", "gauge"}, {"seam_position", "gauge"}, {"parallel_mode", "gauge"},
       {"num_preemptions_total", "counter"}, {"prompt_tokens_total", "counter"}, {"generation_tokens_total", "counter"},
       {"prefix_cache_queries_total", "counter"}, {"prefix_cache_hits_total", "counter"}, {"request_success_total", "counter"},
       {"corrupted_requests_total", "counter"}, {"admission_rejections_total", "counter"}, {"all_reduce_bytes_total", "counter"},
