@@ -126,7 +126,7 @@ bool Engine::Impl::drain(double timeout_ms) {
   refuse_if_failed();
   draining_ = true;
   const bool empty = emptied_.wait_for(lock, clamped_ms(timeout_ms), [&] {
-    return published_.running == 0 && waiting_hint_ == 0 && !published_.switching && wished_seams_.empty();
+    return published_.running == 0 && waiting_hint_ == 0 && !published_.switching && (wished_seams_.empty() || mixed_);
   });
   refuse_if_failed();
   return empty;
