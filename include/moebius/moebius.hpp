@@ -61,6 +61,7 @@ class Config {
     check([&](moebius_error** e) { return moebius_config_set_f64(get(), key, value, e); });
     return *this;
   }
+  // As set_real: not the integer that a real number would become.
   template <class Real, class = std::enable_if_t<std::is_floating_point_v<Real>>>
   Config& set(const char* key, Real value) {
     return set_real(key, value);
@@ -118,6 +119,7 @@ class Request {
     check([&](moebius_error** e) { return moebius_request_set_f64(get(), key, value, e); });
     return *this;
   }
+  // As set_real: not the integer that a real number would become.
   template <class Real, class = std::enable_if_t<std::is_floating_point_v<Real>>>
   Request& set(const char* key, Real value) {
     return set_real(key, value);
