@@ -130,31 +130,24 @@ void Broker::hand_out(const moebius_event& e) {
 
 // Under mutex_. A policy's switches have events, too: one that goes where the first of these goes counts as it.
 void Broker::follow(const moebius_event& e) {
+  using Kind = SwitchOutcome::Kind;
+  static const std::map<int32_t, Kind> kEnds = {{MOEBIUS_EVENT_SWITCH_FINISHED, Kind::kFinished},
+                                                {MOEBIUS_EVENT_SWITCH_REFUSED, Kind::kRefused},
+                                                {MOEBIUS_EVENT_ROLLED_BACK, Kind::kRolledBack}};
   const bool rolled_back = e.type == MOEBIUS_EVENT_ROLLED_BACK;
   const moebius_layout to = rolled_back ? e.from : e.to;  // from and to are those of the way back
-  const auto is_first = [&] { return !switches_.empty() && (switches_.front()->to == to || (rolled_back && switches_.front()->begun)); };
-  switch (e.type) {
-    case MOEBIUS_EVENT_SWITCH_STARTED:
-      if (!switches_.empty() && switches_.front()->begun && switches_.front()->to != to) settle(SwitchOutcome::kTurned, e);
-      if (is_first()) switches_.front()->begun = true;
-      break;
-    case MOEBIUS_EVENT_SWITCH_FINISHED:
-      if (is_first()) settle(SwitchOutcome::kFinished, e);
-      break;
-    case MOEBIUS_EVENT_SWITCH_REFUSED:
-      if (is_first()) settle(SwitchOutcome::kRefused, e);
-      break;
-    case MOEBIUS_EVENT_ROLLED_BACK:
-      if (is_first()) settle(SwitchOutcome::kRolledBack, e);
-      break;
-    default: break;
+  const bool starts = e.type == MOEBIUS_EVENT_SWITCH_STARTED;
+  if (starts && !switches_.empty() && switches_.front()->begun && switches_.front()->to != to) settle(switches_.begin(), Kind::kTurned, e);
+  if (!switches_.empty() && (switches_.front()->to == to || (rolled_back && switches_.front()->begun))) {
+    if (starts) switches_.front()->begun = true;
+    else if (const auto end = kEnds.find(e.type); end != kEnds.end()) settle(switches_.begin(), end->second, e);
   }
   ask_for_next();
 }
 
-void Broker::settle(SwitchOutcome::Kind kind, const moebius_event& e) {
-  switches_.front()->outcome = SwitchOutcome{kind, e};
-  switches_.pop_front();
+void Broker::settle(Switches::iterator which, SwitchOutcome::Kind kind, const moebius_event& e) {
+  (*which)->outcome = SwitchOutcome{kind, e};
+  switches_.erase(which);
   settled_.notify_all();
 }
 
@@ -169,9 +162,7 @@ void Broker::ask_for_next() {
     } catch (const moebius_cpp::Error& error) {
       moebius_event e{};
       std::snprintf(e.reason, sizeof e.reason, "%s", error.what());
-      (*next)->outcome = SwitchOutcome{SwitchOutcome::kRefused, e};
-      switches_.erase(next);
-      settled_.notify_all();
+      settle(next, SwitchOutcome::kRefused, e);
     }
   }
 }

@@ -94,11 +94,12 @@ class Broker {
     bool asked = false, begun = false;
     std::optional<SwitchOutcome> outcome;
   };
+  using Switches = std::deque<std::shared_ptr<Switch>>;
 
   void dispatch();
   void hand_out(const moebius_event& event);
   void follow(const moebius_event& event);
-  void settle(SwitchOutcome::Kind kind, const moebius_event& event);
+  void settle(Switches::iterator which, SwitchOutcome::Kind kind, const moebius_event& event);
   void ask_for_next();
   void cancel(uint64_t id, std::optional<int32_t> sample = {});
   void release(Generation& generation);
@@ -107,7 +108,7 @@ class Broker {
   History history_;
   std::mutex mutex_;  // routes and switches; before a Generation's
   std::map<uint64_t, Route> routes_;
-  std::deque<std::shared_ptr<Switch>> switches_;  // in the order wished, that have no outcome: at most one has begun, one more is asked for
+  Switches switches_;  // in the order wished, that have no outcome: at most one has begun, one more is asked for
   std::condition_variable settled_;
   bool ends_ = false;
   std::thread thread_;

@@ -29,11 +29,15 @@ void Engine::Impl::take_inbox() {
     Request* request = nullptr;
     {
       std::lock_guard lock(inbox_mutex_);
-      if (const auto it = requests_.find(cancel.request); it == requests_.end()) continue;
-      else if (cancel.forgets) requests_.erase(it);
-      else request = it->second.get();
+      const auto it = requests_.find(cancel.request);
+      if (it == requests_.end()) continue;
+      if (cancel.forgets) {
+        requests_.erase(it);
+        continue;
+      }
+      request = it->second.get();
     }
-    if (request != nullptr && request->unfinished > 0) take_cancel(*request, cancel.sample);
+    if (request->unfinished > 0) take_cancel(*request, cancel.sample);
   }
 }
 

@@ -287,22 +287,17 @@ int64_t Switcher::num_pieces() const {
   return div_up(most, parts_.piece_bytes);
 }
 
-// Blocks whose KV of the next item has not been copied ahead, or the full ones among them.
-void Switcher::list_blocks(bool only_full) {
-  const int item = next_item();
-  const bool to_ep = direction() == Layout::kEp;
-  list_.clear();
-  for (int32_t b : parts_.kv.live_blocks()) {
-    const Block& block = parts_.kv.block(b);
-    if (block.copied_item != item && (block.full || !only_full) && (to_ep || parts_.kv.leads_tp_page(b))) list_.push_back(b);
-  }
-  list_is_all_ = false;
+// Whether the next item has to copy this living block, whose KV was not copied ahead.
+bool Switcher::is_left(int32_t b) const {
+  return parts_.kv.block(b).copied_item != next_item() && (direction() == Layout::kEp || parts_.kv.leads_tp_page(b));
 }
 
-// Whether a block of the round is still one to copy: it may have been given up meanwhile, and be another one.
-bool Switcher::wants_ahead(int32_t b) {
-  const Block& block = parts_.kv.block(b);
-  return block.full && block.ep_page >= 0 && block.copied_item != next_item() && (direction() == Layout::kEp || parts_.kv.leads_tp_page(b));
+// Blocks that the next item has to copy, or the full ones among them.
+void Switcher::list_blocks(bool only_full) {
+  list_.clear();
+  for (int32_t b : parts_.kv.live_blocks())
+    if ((parts_.kv.block(b).full || !only_full) && is_left(b)) list_.push_back(b);
+  list_is_all_ = false;
 }
 
 // Copies one piece of the next item while its layer still runs in the old layout. False: nothing is left to copy ahead.
@@ -317,19 +312,21 @@ bool Switcher::copy_ahead() {
   }
   const int64_t per_block = std::max<int64_t>(1, parts_.arena.kv_page_bytes(0, Layout::kEp));
   const auto most = static_cast<size_t>(std::max<int64_t>(1, parts_.piece_bytes * parts_.world.ranks() / per_block));
-  if (round_done_ == round_.size()) {
-    list_blocks(true);
-    // What filled meanwhile: another round if it is more than a piece and a quarter less than the last one.
-    if (list_.empty() || (rounds_begun_ && (list_.size() <= most || 4 * list_.size() > 3 * round_.size()))) return false;
-    round_ = list_;
-    round_done_ = 0;
-    rounds_begun_ = true;
-  }
-  list_.clear();
-  for (; round_done_ < round_.size() && list_.size() < most; ++round_done_)
-    if (const int32_t b = round_[round_done_]; wants_ahead(b)) list_.push_back(b);
+  do {
+    if (round_done_ == round_.size()) {
+      list_blocks(true);
+      // What filled meanwhile: another round if it is more than a piece and a quarter less than the last one.
+      if (list_.empty() || (!round_.empty() && (list_.size() <= most || 4 * list_.size() > 3 * round_.size()))) return false;
+      round_ = list_;
+      round_done_ = 0;
+    }
+    list_.clear();
+    for (; round_done_ < round_.size() && list_.size() < most; ++round_done_) {
+      const int32_t b = round_[round_done_];  // may have been given up meanwhile, and be another one
+      if (const Block& block = parts_.kv.block(b); block.full && block.ep_page >= 0 && is_left(b)) list_.push_back(b);
+    }
+  } while (list_.empty());
   list_is_all_ = false;
-  if (list_.empty()) return copy_ahead();
   const int item = next_item();
   run_copies({}, pieces);
   for (int32_t b : list_) parts_.kv.set_copied_item(b, item);
@@ -340,7 +337,7 @@ bool Switcher::copy_ahead() {
 void Switcher::finish_item() {
   const Layout to = direction();
   const int64_t pieces = num_pieces();
-  const bool none_ahead = pieces_done_ == 0 && !rounds_begun_;
+  const bool none_ahead = pieces_done_ == 0 && round_.empty();
   if (!list_is_all_ || !none_ahead) list_blocks(false);
   run_copies({pieces_done_, pieces}, pieces);
   list_is_all_ = none_ahead;  // until anything but items is run
@@ -359,7 +356,6 @@ void Switcher::begin_item() {
   pieces_done_ = 0;
   round_.clear();
   round_done_ = 0;
-  rounds_begun_ = false;
 }
 
 void Switcher::forget_ahead() {

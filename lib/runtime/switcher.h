@@ -125,7 +125,7 @@ class Switcher {
   bool attempt(F&& f);
   void roll_back(std::string_view why);
   bool copy_ahead();
-  bool wants_ahead(int32_t block);
+  bool is_left(int32_t block) const;
   void finish_item();
   void begin_item();
   void forget_ahead();
@@ -148,9 +148,8 @@ class Switcher {
   bool undoing_ = false;
   Reason fault_;
   int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
-  std::vector<int32_t> round_;                          // full blocks, those that are copied ahead now
+  std::vector<int32_t> round_;                          // full blocks, those of the next item's last round; empty: none has begun
   size_t round_done_ = 0;                               // of these
-  bool rounds_begun_ = false;                           // of the next item
   std::vector<int32_t> list_;                           // blocks that the next region copies
   bool list_is_all_ = false;                            // as the last one did: those of all items alike, and they are with the device
   std::optional<ResidentCopies> resident_;      // where the device has its own tables of copies

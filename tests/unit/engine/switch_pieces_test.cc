@@ -19,6 +19,25 @@ int64_t weight_pieces(Engine& engine, Layout to, int64_t piece_bytes) {
   return most;
 }
 
+constexpr int64_t kPiece = 8 * kSmallPieces;
+constexpr int kDecoding = 6;
+
+EngineConfig two_ranks(int threads, Layout start, int64_t kv_tokens) {
+  EngineConfig config = small_config(2, threads, start);
+  config.chunk_tokens = 4096;
+  config.kv_tokens = kv_tokens;
+  config.stall_budget_ms = kTinyBudget;
+  return config;
+}
+
+// Six requests of some 400 tokens each, which decode.
+void begin_decoding(Engine& engine) {
+  engine.impl().switcher().set_piece_bytes(kPiece);
+  for (int i = 0; i < kDecoding; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 390 + 3 * i), 500));
+  for (int i = 0; i < 3; ++i) engine.step();
+  REQUIRE(engine.stats().running == kDecoding);
+}
+
 }  // namespace
 
 TEST_CASE("64 decoding requests do not starve a switch of the smallest budget") {
@@ -59,7 +78,6 @@ TEST_CASE("with a tiny budget a switch spreads over steps, and every step copies
         EngineConfig config = small_config(ranks, threads, start);
         config.stall_budget_ms = kTinyBudget;
         Engine engine(kQwen, config);
-        constexpr int64_t kPiece = 8 * kSmallPieces;
         engine.impl().switcher().set_piece_bytes(kPiece);
         std::atomic<int> regions{0};
         engine.impl().switcher().hook = [&](const CopyPoint& p) { regions += p.starts_rank() && p.rank == 0; };
@@ -89,18 +107,12 @@ TEST_CASE("with a tiny budget a switch spreads over steps, and every step copies
 
 TEST_CASE("blocks that fill while others are copied ahead are copied ahead too, down to a piece") {
   for (Layout start : {Layout::kTp, Layout::kEp}) {
-    constexpr int64_t kRanks = 2, kPiece = 8 * kSmallPieces;
-    EngineConfig config = small_config(kRanks, 1, start);
-    config.chunk_tokens = 4096;
-    config.kv_tokens = 32768;
-    config.stall_budget_ms = kTinyBudget;
+    const EngineConfig config = two_ranks(1, start, 32768);
     Engine engine(kQwen, config);
-    Switcher& switcher = engine.impl().switcher();
-    switcher.set_piece_bytes(kPiece);
-    for (int i = 0; i < 6; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 390 + 3 * i), 500));
-    for (int i = 0; i < 3; ++i) engine.step();
+    const Switcher& switcher = engine.impl().switcher();
+    begin_decoding(engine);
     const int64_t block_bytes = engine.impl().store().arena().kv_page_bytes(0, Layout::kEp);
-    const int64_t blocks_a_piece = kRanks * kPiece / block_bytes;
+    const int64_t blocks_a_piece = config.ranks * kPiece / block_bytes;
     // A prompt a step, which ends at once: a third of what a piece takes.
     const int64_t blocks_a_step = blocks_a_piece / 3;
     REQUIRE(blocks_a_step >= 1);
@@ -116,7 +128,7 @@ TEST_CASE("blocks that fill while others are copied ahead are copied ahead too, 
       ++fences;
       INFO("from " << name_of(start) << " fence " << fences << ": " << new_kv / block_bytes << " blocks, a piece has " << blocks_a_piece);
       // What was no more than a piece when the last list was made, what filled since, and the last block of each request.
-      CHECK(new_kv <= (blocks_a_piece + 2 * blocks_a_step + 2 * 7) * block_bytes);
+      CHECK(new_kv <= (blocks_a_piece + 2 * blocks_a_step + 2 * (kDecoding + 1)) * block_bytes);
     }
     CHECK(fences == 4);
     CHECK_FALSE(engine.stats().switching);
@@ -126,23 +138,17 @@ TEST_CASE("blocks that fill while others are copied ahead are copied ahead too, 
 TEST_CASE("a step of the smallest budget copies no more bytes than a piece a rank, or what is left to a fence") {
   for (auto [model, threads] : {std::pair{kQwen, 1}, {kMixtral, 2}}) {
     for (Layout start : {Layout::kTp, Layout::kEp}) {
-      constexpr int kRequests = 6;
-      constexpr int64_t kRanks = 2, kPiece = 8 * kSmallPieces;
-      EngineConfig config = small_config(kRanks, threads, start);
-      config.chunk_tokens = 4096;
-      config.kv_tokens = 16384;
-      config.stall_budget_ms = kTinyBudget;
+      const EngineConfig config = two_ranks(threads, start, 16384);
       Engine engine(model, config);
-      Switcher& switcher = engine.impl().switcher();
-      switcher.set_piece_bytes(kPiece);
-      for (int i = 0; i < kRequests; ++i) engine.submit(greedy_request("r" + std::to_string(i), prompt_of(i, 390 + 3 * i), 500));
-      for (int i = 0; i < 3; ++i) engine.step();
-      REQUIRE(engine.stats().running == kRequests);
+      const Switcher& switcher = engine.impl().switcher();
+      begin_decoding(engine);
       // A block of a layer: no head is on both ranks, so a block is written once, whichever way.
       const int64_t block_bytes = engine.impl().store().arena().kv_page_bytes(0, Layout::kEp);
       const int64_t full_blocks = engine.impl().kv().blocks_in_use();
-      // The fence has the block that each request writes, one that it filled since the last list was made, and what is no more than a piece.
-      const int64_t at_fence = kRequests * 2 * block_bytes + kRanks * kPiece;
+      // The fence has the block that each request writes, and those filled since the full ones were counted: one for each
+      // request and page_tokens steps.
+      const int64_t backlog_steps = div_up(full_blocks * 2 * block_bytes, kPiece * config.ranks) + 1;
+      const int64_t at_fence = kDecoding * (2 + backlog_steps / config.page_tokens) * block_bytes;
       REQUIRE(at_fence * 3 < full_blocks * block_bytes);
       engine.request_switch(other(start));
       INFO(model << " from " << name_of(start) << " threads " << threads << ", a block has " << block_bytes << " bytes");
@@ -154,7 +160,7 @@ TEST_CASE("a step of the smallest budget copies no more bytes than a piece a ran
         weights += new_weights;
         kv += new_kv;
         if (switcher.seam() == seam) {
-          CHECK(new_weights + new_kv <= kRanks * kPiece);
+          CHECK(new_weights + new_kv <= config.ranks * kPiece);
           CHECK(new_weights + new_kv > 0);
           ++(new_kv > 0 ? pieces_of_kv : pieces_of_weights);
         } else {
@@ -166,7 +172,7 @@ TEST_CASE("a step of the smallest budget copies no more bytes than a piece a ran
           ++fences;
         }
       } while (engine.stats().switching);
-      CHECK(engine.stats().running == kRequests);
+      CHECK(engine.stats().running == kDecoding);
       CHECK(fences == 4);
       CHECK(pieces_of_weights > 2 * fences);
       CHECK(pieces_of_kv > 2 * fences);
