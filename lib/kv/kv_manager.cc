@@ -102,6 +102,17 @@ bool KvManager::release_helps(int32_t b, int home) const {
 
 // ---- pages and blocks
 
+static bool used_before(const Block& a, const Block& b) { return a.last_use < b.last_use; }
+
+// The home whose block in `at` [homes] comes first; −1 where no home has any more.
+template <class First>
+int KvManager::pick_home(const int32_t* at, const First& first) const {
+  int picked = -1;
+  for (int h = 0; h < num_homes(); ++h)
+    if (at[h] >= 0 && (picked < 0 || first(blocks_[at[h]], blocks_[at[picked]]))) picked = h;
+  return picked;
+}
+
 int32_t KvManager::new_block() {
   MOEBIUS_ASSERT(!free_blocks_.empty());
   const int32_t b = free_blocks_.back();
@@ -177,8 +188,10 @@ void KvManager::free_block(int32_t b) {
 int32_t KvManager::allocate(int home) {
   if (available(home) == 0) return -1;  // giving up cached blocks would not help
   while (free_blocks_.empty() || (wants_tp() && tp_free_.empty()) || (wants_ep() && ep_free_[home].empty())) {
-    const bool need_ep = wants_ep() && ep_free_[home].empty();
-    if (!evict_one(!need_ep, need_ep, home)) return -1;
+    const int32_t oldest = oldest_cached(home);
+    if (oldest < 0) return -1;
+    cache_remove(oldest);
+    free_block(oldest);
   }
   const int32_t b = new_block();
   blocks_[b].users = 1;
@@ -187,21 +200,19 @@ int32_t KvManager::allocate(int home) {
   return b;
 }
 
-bool KvManager::evict_one(bool need_tp, bool need_ep, int home) {
-  int32_t list = -1;
-  if (need_ep || (phase_ == Phase::kEp)) {
-    if (cached_list(home).head >= 0) list = home;
-  } else if (need_tp) {
-    int64_t most = 0;
-    for (int h = -1; h < num_homes(); ++h)
-      if (cached_count_[h + 1] > most) most = cached_count_[h + 1], list = h;
-    if (most == 0) return false;
+// Of the cached blocks whose going helps to get a page for this home. A TP page helps that no sequence uses: on whichever home its blocks
+// are, they go one after the other. −1: there is none.
+int32_t KvManager::oldest_cached(int home) const {
+  if (phase_ == Phase::kTp) return cached_[0].head;
+  if (phase_ == Phase::kEp || ep_free_[home].empty()) return cached_[home + 1].head;
+  int32_t at[kMaxRanks];
+  for (int h = 0; h < num_homes(); ++h) {
+    const auto helps = [&](int32_t b) { return tp_cached_[blocks_[b].tp_page] == tp_blocks_[blocks_[b].tp_page]; };
+    at[h] = cached_[h + 1].head;
+    while (at[h] >= 0 && !helps(at[h])) at[h] = blocks_[at[h]].next;
   }
-  if (list < 0 && !(phase_ == Phase::kTp && cached_count_[0] > 0)) return false;
-  const int32_t b = cached_list(list).head;
-  cache_remove(b);
-  free_block(b);
-  return true;
+  const int oldest = pick_home(at, used_before);
+  return oldest < 0 ? -1 : at[oldest];
 }
 
 void KvManager::release(int32_t b) {
@@ -245,26 +256,22 @@ void KvManager::drop_cached() {
     }
 }
 
-// ---- the index: open addressing, linear probing, keyed by (key, home)
-
-size_t KvManager::slot_of(const BlockKey& key, int32_t home) const {
-  return (key.low ^ (static_cast<uint64_t>(home + 1) * 0x9e3779b97f4a7c15ull)) & index_mask_;
-}
+// ---- the index: open addressing, linear probing, by key alone, so that it stays as it is when blocks get homes or lose them
 
 int32_t KvManager::lookup(const BlockKey& key, int32_t home) const {
-  for (size_t s = slot_of(key, home); index_[s] >= 0; s = (s + 1) & index_mask_)
+  for (size_t s = slot_of(key); index_[s] >= 0; s = (s + 1) & index_mask_)
     if (const Block& b = blocks_[index_[s]]; b.key == key && home_key(b.home) == home) return index_[s];
   return -1;
 }
 
 void KvManager::index_insert(int32_t block) {
-  size_t s = slot_of(blocks_[block].key, home_key(blocks_[block].home));
+  size_t s = slot_of(blocks_[block].key);
   while (index_[s] >= 0) s = (s + 1) & index_mask_;
   index_[s] = block;
 }
 
 void KvManager::index_erase(int32_t block) {
-  size_t s = slot_of(blocks_[block].key, home_key(blocks_[block].home));
+  size_t s = slot_of(blocks_[block].key);
   while (index_[s] != block) s = (s + 1) & index_mask_;
   for (size_t hole = s;;) {  // close the hole: move up whoever may lie there
     index_[hole] = -1;
@@ -272,8 +279,7 @@ void KvManager::index_erase(int32_t block) {
     for (;;) {
       next = (next + 1) & index_mask_;
       if (index_[next] < 0) return;
-      const Block& b = blocks_[index_[next]];
-      const size_t wanted = slot_of(b.key, home_key(b.home));
+      const size_t wanted = slot_of(blocks_[index_[next]].key);
       if (((next - wanted) & index_mask_) >= ((next - hole) & index_mask_)) break;
     }
     index_[hole] = index_[next];
@@ -281,21 +287,17 @@ void KvManager::index_erase(int32_t block) {
   }
 }
 
-void KvManager::rebuild_index() {
-  std::fill(index_.begin(), index_.end(), -1);
+// Equal prefixes that have met again.
+void KvManager::index_erase_duplicates() {
   for (size_t i = 0; i < live_.size();) {
-    const int32_t b = live_[i];
-    Block& block = blocks_[b];
-    if (block.registered && lookup(block.key, home_key(block.home)) >= 0) {  // equal prefixes that have met again
-      block.registered = false;
-      if (block.users == 0) {
-        cache_remove(b);
-        free_block(b);
-        continue;  // another block has taken this place
-      }
-    }
-    if (block.registered) index_insert(b);
-    ++i;
+    const int32_t b = live_[i++];
+    if (!blocks_[b].registered || lookup(blocks_[b].key, home_key(blocks_[b].home)) == b) continue;
+    index_erase(b);
+    blocks_[b].registered = false;
+    if (blocks_[b].users > 0) continue;
+    cache_remove(b);
+    free_block(b);
+    --i;  // another block has taken this place
   }
 }
 
@@ -327,7 +329,8 @@ std::span<const int32_t> KvManager::live_blocks() const { return live_; }
 int32_t KvManager::block_for_home(int32_t block, int home) {
   const auto place = [&](int32_t b) {
     MOEBIUS_ASSERT(take_ep_page(b, home));
-    if (blocks_[block].registered) root_homes_.emplace_back(blocks_[block].root, home);
+    if (const std::pair<uint64_t, int32_t> chain(blocks_[block].root, home); blocks_[block].registered && (root_homes_.empty() || root_homes_.back() != chain))
+      root_homes_.push_back(chain);
   };
   if (blocks_[block].ep_page < 0) {
     place(block);
@@ -347,6 +350,7 @@ int32_t KvManager::block_for_home(int32_t block, int home) {
   blocks_[made].root = blocks_[block].root;
   blocks_[made].registered = blocks_[block].registered;
   blocks_[made].full = blocks_[block].full;
+  if (blocks_[made].registered) index_insert(made);
   return made;
 }
 
@@ -378,51 +382,23 @@ void KvManager::open_ep(std::span<const SequenceBlocks> sequences) {
   for (int32_t b = cached.head, next; b >= 0; b = next) {
     next = blocks_[b].next;
     blocks_[b].prev = blocks_[b].next = -1;
-    if (blocks_[b].ep_page >= 0) {
-      cache_push(b);
-    } else {
-      blocks_[b].registered = false;  // it is in no index that survives
-      free_block(b);
-    }
+    if (blocks_[b].ep_page >= 0) cache_push(b);
+    else free_block(b);
   }
-  rebuild_index();
   count_reclaimable();
-}
-
-// The home whose block in `at` [homes] comes first; −1 where no home has any more.
-template <class First>
-int KvManager::pick_home(const int32_t* at, const First& first) const {
-  int picked = -1;
-  for (int h = 0; h < num_homes(); ++h)
-    if (at[h] >= 0 && (picked < 0 || first(blocks_[at[h]], blocks_[at[picked]]))) picked = h;
-  return picked;
 }
 
 void KvManager::open_tp() {
   MOEBIUS_ASSERT(phase_ == Phase::kEp);
-  // Blocks with equal keys share one TP page: the index, emptied, serves to find the first of each.
-  std::fill(index_.begin(), index_.end(), -1);
-  const auto first_with = [&](const BlockKey& key) -> int32_t {
-    size_t s = slot_of(key, -1);
-    for (; index_[s] >= 0; s = (s + 1) & index_mask_)
-      if (blocks_[index_[s]].key == key) return index_[s];
-    return -1;
-  };
-  const auto take = [&](int32_t b) {
+  const auto take = [&](int32_t b) {  // blocks with equal keys share one TP page
     Block& block = blocks_[b];
-    const int32_t first = block.registered ? first_with(block.key) : -1;
-    if (first >= 0) {
-      block.tp_page = blocks_[first].tp_page;
-      ++tp_blocks_[block.tp_page];
-      return true;
-    }
-    if (!take_tp_page(b)) return false;
-    if (block.registered) {
-      size_t s = slot_of(block.key, -1);
-      while (index_[s] >= 0) s = (s + 1) & index_mask_;
-      index_[s] = b;
-    }
-    return true;
+    for (size_t s = slot_of(block.key); block.registered && index_[s] >= 0; s = (s + 1) & index_mask_)
+      if (const Block& other = blocks_[index_[s]]; other.tp_page >= 0 && other.key == block.key) {
+        block.tp_page = other.tp_page;
+        ++tp_blocks_[block.tp_page];
+        return true;
+      }
+    return take_tp_page(b);
   };
   for (int32_t b : live_)
     if (blocks_[b].users > 0) MOEBIUS_ASSERT(take(b));
@@ -430,17 +406,15 @@ void KvManager::open_tp() {
   int32_t at[kMaxRanks];
   for (int h = 0; h < num_homes(); ++h) at[h] = cached_list(h).tail;
   for (;;) {
-    const int h = pick_home(at, [](const Block& a, const Block& b) { return a.last_use > b.last_use; });
+    const int h = pick_home(at, [](const Block& a, const Block& b) { return used_before(b, a); });
     if (h < 0) break;
     const int32_t b = at[h];
     at[h] = blocks_[b].prev;
     if (take(b)) continue;
     cache_remove(b);
-    blocks_[b].registered = false;
     free_block(b);
   }
   phase_ = Phase::kBoth;
-  rebuild_index();
   count_reclaimable();
 }
 
@@ -455,7 +429,7 @@ void KvManager::close(Layout arrived) {
     int32_t at[kMaxRanks];
     for (int h = 0; h < num_homes(); ++h) at[h] = std::exchange(cached_list(h), {}).head;
     for (;;) {
-      const int h = pick_home(at, [](const Block& a, const Block& b) { return a.last_use < b.last_use; });
+      const int h = pick_home(at, used_before);
       if (h < 0) break;
       Block& block = blocks_[at[h]];
       block.prev = all.tail;
@@ -469,7 +443,7 @@ void KvManager::close(Layout arrived) {
     for (int32_t b : live_) drop_ep_page(b);
   }
   phase_ = arrived == Layout::kTp ? Phase::kTp : Phase::kEp;
-  rebuild_index();
+  if (arrived == Layout::kTp) index_erase_duplicates();
   count_reclaimable();
 }
 

@@ -7,7 +7,8 @@
 //   1. A block in use has a page in every pool that the phase asks for (Phase), and so has every cached one.
 //   2. An EP page belongs to one block; a TP page to one or more (equal prefixes whose requests have different homes).
 //   3. Registered blocks are full and hold committed KV; their tokens never change. A block nobody uses is cached if it is
-//      registered, otherwise its pages are free at once. Cached blocks are given up oldest first when a page is wanted.
+//      registered, otherwise its pages are free at once. When a page is wanted, that of the cached blocks is given up which was used
+//      longest ago of those that help.
 //   4. While the seam is inside, a prefix hit is a block of the request's own home: valid in both page tables.
 // Nothing here allocates after construction. One thread.
 #pragma once
@@ -119,14 +120,14 @@ class KvManager {
   int32_t lookup(const BlockKey& key, int32_t home) const;
   void index_insert(int32_t block);
   void index_erase(int32_t block);
-  void rebuild_index();
-  size_t slot_of(const BlockKey& key, int32_t home) const;
+  void index_erase_duplicates();
+  size_t slot_of(const BlockKey& key) const { return key.low & index_mask_; }
   List& cached_list(int32_t home) { return cached_[home + 1]; }
   void cache_push(int32_t block);
   void cache_remove(int32_t block);
   template <class First>
   int pick_home(const int32_t* at, const First& first) const;
-  bool evict_one(bool need_tp, bool need_ep, int home);
+  int32_t oldest_cached(int home) const;
   void free_block(int32_t block);
   bool take_tp_page(int32_t block);
   bool take_ep_page(int32_t block, int home);
@@ -153,7 +154,7 @@ class KvManager {
   std::vector<List> cached_;                       // [home + 1], oldest first
   std::vector<int64_t> cached_count_;              // [home + 1]
   uint64_t uses_ = 0;
-  std::vector<int32_t> index_;                     // open addressing: block or −1
+  std::vector<int32_t> index_;                     // registered blocks by their keys, whatever their homes; open addressing: block or −1
   size_t index_mask_ = 0;
 };
 

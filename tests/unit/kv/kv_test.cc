@@ -191,6 +191,33 @@ TEST_CASE("a cached block is not given up where that frees no page") {
   check_pages(kv);
 }
 
+TEST_CASE("while the seam is inside the cached block goes that was used longest ago, of those that free a page") {
+  KvManager kv(3, {4, 3}, 16, true, Phase::kEp);
+  const auto full = [&](int home, uint64_t key) {
+    const int32_t b = kv.allocate(home);
+    kv.set_full(b);
+    kv.register_block(b, key_of(key), key);
+    return b;
+  };
+  const int32_t shared = full(0, 1), used = full(1, 1), newer = full(0, 2), newest = full(1, 3);
+  kv.open_tp();  // three pages, one of them for the equal blocks
+  kv.release(shared);
+  kv.release(newer);
+  kv.release(newest);
+  REQUIRE(kv.allocate(1) >= 0);
+  CHECK(kv.contains(key_of(1), 0));
+  CHECK_FALSE(kv.contains(key_of(2), 0));
+  CHECK(kv.contains(key_of(3), 1));
+  REQUIRE(kv.allocate(0) >= 0);
+  CHECK(kv.contains(key_of(1), 0));
+  CHECK_FALSE(kv.contains(key_of(3), 1));
+  CHECK(kv.allocate(0) == -1);
+  kv.release(used);
+  CHECK(kv.allocate(0) >= 0);
+  CHECK_FALSE(kv.contains(key_of(1), 0));
+  check_pages(kv);
+}
+
 TEST_CASE("a prefix page of one home is no hit for another while the seam is inside") {
   KvManager kv(8, {4, 4}, 16, true, Phase::kTp);
   const int32_t b = kv.allocate(-1);
