@@ -52,7 +52,7 @@ StepModel::StepModel(const Model& model, const Cluster& cluster, int ranks, int 
   const auto first = tp.slices[0].begin();
   heads_share_ = most({first, first + counts.head_groups}, ranks);
   keys_share_ = most(tp.kv_heads, ranks);
-  const auto cuts = first + table.expert_cut(0, 0, 0);
+  const auto cuts = first + table.expert_cut(0, 0);
   cuts_share_ = most({cuts, cuts + counts.cuts}, ranks);
   for (int l = 0; l < model.num_layers(); ++l) {
     const int window = model.windows[static_cast<size_t>(l)];

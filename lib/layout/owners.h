@@ -8,9 +8,6 @@
 
 namespace moebius {
 
-using RankSet = uint64_t;  // bit r: rank r
-inline constexpr int kMaxRanks = 64;
-
 struct Owners {
   int ranks = 1;
   Layout layout = Layout::kTp;

@@ -26,7 +26,6 @@ int default_cuts(const ModelShape& model) {
   return 1;
 }
 
-constexpr int kMaxRanks = 64;  // bits of a RankSet
 constexpr int kUnlimited = std::numeric_limits<int>::max();
 
 // Of the sparse layers; a model without experts is not limited by them.

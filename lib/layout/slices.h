@@ -9,6 +9,9 @@
 
 namespace moebius {
 
+using RankSet = uint64_t;  // bit r: rank r
+inline constexpr int kMaxRanks = 64;
+
 enum class SliceKind : uint8_t { kExpertCut, kDenseCut, kAttentionGroup, kKvProjection };
 
 struct Slice {
@@ -49,13 +52,13 @@ class SliceTable {
   int num_layers() const { return model_.num_layers(); }
   std::span<const Slice> layer(int l) const { return layers_[static_cast<size_t>(l)]; }
 
-  // Places inside a layer's span: head groups, then K/V projections, then MLP cuts (expert by expert).
-  int attention(int /*layer*/, int group) const { return group; }
-  int kv_projection(int /*layer*/, int head) const { return counts_.head_groups + head; }
-  int expert_cut(int /*layer*/, int expert, int cut) const {
+  // Places inside any layer's span: head groups, then K/V projections, then MLP cuts (expert by expert).
+  int attention(int group) const { return group; }
+  int kv_projection(int head) const { return counts_.head_groups + head; }
+  int expert_cut(int expert, int cut) const {
     return counts_.head_groups + model_.num_kv_heads + expert * counts_.cuts + cut;
   }
-  int dense_cut(int layer, int cut) const { return expert_cut(layer, 0, cut); }
+  int dense_cut(int cut) const { return expert_cut(0, cut); }
   int kv_head_of_group(int group) const { return group * model_.num_kv_heads / counts_.head_groups; }
 
  private:

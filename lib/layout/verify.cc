@@ -50,9 +50,9 @@ void verify_owners(const SliceTable& table, const Owners& owners) {
     for (size_t i = 0; i < sets.size(); ++i) require(sets[i] != 0 && (sets[i] & ~ranks_of(owners)) == 0, l, static_cast<int>(i), sets[i]);
     for (int a = 0; a < table.counts().head_groups; ++a) {
       const int head = table.kv_head_of_group(a);
-      const RankSet readers = sets[static_cast<size_t>(table.attention(l, a))];
-      require((readers & ~owners.kv_heads[static_cast<size_t>(head)]) == 0, l, table.attention(l, a), readers);
-      require((readers & ~sets[static_cast<size_t>(table.kv_projection(l, head))]) == 0, l, table.attention(l, a), readers);
+      const RankSet readers = sets[static_cast<size_t>(table.attention(a))];
+      require((readers & ~owners.kv_heads[static_cast<size_t>(head)]) == 0, l, table.attention(a), readers);
+      require((readers & ~sets[static_cast<size_t>(table.kv_projection(head))]) == 0, l, table.attention(a), readers);
     }
   }
 }

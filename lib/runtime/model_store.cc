@@ -431,8 +431,8 @@ void ModelStore::fill_table(int page_tokens, int rank, Layout layout, int l, Lay
   };
   w.heads_of_kv.assign(kv_heads.size(), Range{});
   for (int a = 0; a < counts_.head_groups; ++a) {
-    if (!owns(slices_.attention(l, a))) continue;
-    const bf16* q = at(slices_.attention(l, a));
+    if (!owns(slices_.attention(a))) continue;
+    const bf16* q = at(slices_.attention(a));
     w.q.push_back(q);
     w.o.push_back({q + group.q().elements(), w.num_heads * int64_t{model.shape.head_dim}});
     const auto kv = std::find(kv_heads.begin(), kv_heads.end(), slices_.kv_head_of_group(a));
@@ -443,7 +443,7 @@ void ModelStore::fill_table(int page_tokens, int rank, Layout layout, int l, Lay
     heads.end = w.num_heads;
   }
   for (int h : kv_heads) {
-    const bf16* k = at(slices_.kv_projection(l, h));
+    const bf16* k = at(slices_.kv_projection(h));
     w.k.push_back(k);
     w.v.push_back(k + projection.k().elements());
   }
@@ -452,7 +452,7 @@ void ModelStore::fill_table(int page_tokens, int rank, Layout layout, int l, Lay
 
   const MlpShape& mlp = model.shape.mlps[static_cast<size_t>(l)];
   w.neurons_per_cut = mlp.intermediate / counts_.cuts;
-  const auto slice_of = [&](int e, int s) { return mlp.num_experts > 0 ? slices_.expert_cut(l, e, s) : slices_.dense_cut(l, s); };
+  const auto slice_of = [&](int e, int s) { return mlp.num_experts > 0 ? slices_.expert_cut(e, s) : slices_.dense_cut(s); };
   local_of_expert.assign(static_cast<size_t>(mlp.num_experts), -1);
   for (int e = 0; e < std::max(1, mlp.num_experts); ++e) {
     int32_t num_cuts = 0;

@@ -13,7 +13,7 @@ namespace {
 // first[ranks + 1]: the run of head groups of each rank; fails where owners are no runs.
 std::vector<int> runs(const SliceTable& table, const Owners& tp) {
   std::vector<int> first{0};
-  const auto owner = [&](int a) { return tp.slices[0][static_cast<size_t>(table.attention(0, a))]; };
+  const auto owner = [&](int a) { return tp.slices[0][static_cast<size_t>(table.attention(a))]; };
   for (int a = 0; a < table.counts().head_groups; ++a) {
     REQUIRE(std::popcount(owner(a)) == 1);
     const int rank = std::countr_zero(owner(a));
@@ -129,12 +129,12 @@ TEST_CASE("the helpers of a slice table lead to the slice they name, of the byte
       const Slice& s = table.layer(l)[static_cast<size_t>(place)];
       CHECK((s.kind == kind && s.layer == l && s.index == index && s.cut == cut && s.bytes == bytes && s.bytes % 64 == 0));
     };
-    for (int a = 0; a < 4; ++a) require(table.attention(l, a), SliceKind::kAttentionGroup, a, 0, AttentionGroup{2, 32, 128}.bytes());
-    for (int h = 0; h < 2; ++h) require(table.kv_projection(l, h), SliceKind::kKvProjection, h, 0, KvProjection{32, 128}.bytes());
+    for (int a = 0; a < 4; ++a) require(table.attention(a), SliceKind::kAttentionGroup, a, 0, AttentionGroup{2, 32, 128}.bytes());
+    for (int h = 0; h < 2; ++h) require(table.kv_projection(h), SliceKind::kKvProjection, h, 0, KvProjection{32, 128}.bytes());
     const int64_t cut = MlpCut{mlp.intermediate / 4, 128}.bytes();
     for (int s = 0; s < 4; ++s) {
-      if (mlp.num_experts == 0) require(table.dense_cut(l, s), SliceKind::kDenseCut, 0, s, cut);
-      for (int e = 0; e < mlp.num_experts; ++e) require(table.expert_cut(l, e, s), SliceKind::kExpertCut, e, s, cut);
+      if (mlp.num_experts == 0) require(table.dense_cut(s), SliceKind::kDenseCut, 0, s, cut);
+      for (int e = 0; e < mlp.num_experts; ++e) require(table.expert_cut(e, s), SliceKind::kExpertCut, e, s, cut);
     }
     CHECK(table.layer(l).size() == static_cast<size_t>(4 + 2 + std::max(1, mlp.num_experts) * 4));
   }
@@ -146,19 +146,19 @@ TEST_CASE("owners are taken by floor, K/V by every rank whose groups read it") {
     const Owners tp = tp_owners(table, ranks), ep = ep_owners(table, ranks);
     const RankSet all = (RankSet{1} << ranks) - 1;
     for (int s = 0; s < 8; ++s) {
-      CHECK(tp.slices[0][static_cast<size_t>(table.expert_cut(0, 5, s))] == RankSet{1} << (s * ranks / 8));
-      CHECK(tp.slices[1][static_cast<size_t>(table.dense_cut(1, s))] == RankSet{1} << (s * ranks / 8));
-      CHECK(ep.slices[1][static_cast<size_t>(table.dense_cut(1, s))] == all);
-      CHECK(ep.slices[0][static_cast<size_t>(table.attention(0, s))] == all);
+      CHECK(tp.slices[0][static_cast<size_t>(table.expert_cut(5, s))] == RankSet{1} << (s * ranks / 8));
+      CHECK(tp.slices[1][static_cast<size_t>(table.dense_cut(s))] == RankSet{1} << (s * ranks / 8));
+      CHECK(ep.slices[1][static_cast<size_t>(table.dense_cut(s))] == all);
+      CHECK(ep.slices[0][static_cast<size_t>(table.attention(s))] == all);
     }
-    for (int e = 0; e < 16; ++e) CHECK(ep.slices[0][static_cast<size_t>(table.expert_cut(0, e, 2))] == RankSet{1} << (e * ranks / 16));
+    for (int e = 0; e < 16; ++e) CHECK(ep.slices[0][static_cast<size_t>(table.expert_cut(e, 2))] == RankSet{1} << (e * ranks / 16));
     for (int h = 0; h < 2; ++h) {
       RankSet readers = 0;
-      for (int a = 4 * h; a < 4 * h + 4; ++a) readers |= tp.slices[0][static_cast<size_t>(table.attention(0, a))];
+      for (int a = 4 * h; a < 4 * h + 4; ++a) readers |= tp.slices[0][static_cast<size_t>(table.attention(a))];
       CHECK(tp.kv_heads[static_cast<size_t>(h)] == readers);
-      CHECK(tp.slices[1][static_cast<size_t>(table.kv_projection(1, h))] == readers);
+      CHECK(tp.slices[1][static_cast<size_t>(table.kv_projection(h))] == readers);
       CHECK(ep.kv_heads[static_cast<size_t>(h)] == all);
-      CHECK(ep.slices[1][static_cast<size_t>(table.kv_projection(1, h))] == all);
+      CHECK(ep.slices[1][static_cast<size_t>(table.kv_projection(h))] == all);
     }
   }
   CHECK(tp_owners(table, 8).kv_heads == std::vector<RankSet>{0x0f, 0xf0});  // more ranks than KV heads: replicas
@@ -178,10 +178,10 @@ TEST_CASE("a placement is followed, and one that is not of the model is refused"
   const SliceTable table(model_of(128, 8, 2, 32, {{3, 128}, {0, 256}, {2, 128}}), {4, 4});
   const Owners ep = ep_owners(table, 2, {{1, 0, 1}, {}, {0, 0}});  // one rank may have no expert of a layer
   for (int s = 0; s < 4; ++s) {
-    CHECK(ep.slices[0][static_cast<size_t>(table.expert_cut(0, 0, s))] == 2);
-    CHECK(ep.slices[0][static_cast<size_t>(table.expert_cut(0, 1, s))] == 1);
-    CHECK(ep.slices[2][static_cast<size_t>(table.expert_cut(2, 1, s))] == 1);
-    CHECK(ep.slices[1][static_cast<size_t>(table.dense_cut(1, s))] == 3);
+    CHECK(ep.slices[0][static_cast<size_t>(table.expert_cut(0, s))] == 2);
+    CHECK(ep.slices[0][static_cast<size_t>(table.expert_cut(1, s))] == 1);
+    CHECK(ep.slices[2][static_cast<size_t>(table.expert_cut(1, s))] == 1);
+    CHECK(ep.slices[1][static_cast<size_t>(table.dense_cut(s))] == 3);
   }
   CHECK_THROWS_WITH(ep_owners(table, 2, {{1, 0, 1}, {}}), Catch::Contains("2 layers"));
   CHECK_THROWS_WITH(ep_owners(table, 2, {{1, 0}, {}, {0, 0}}), Catch::Contains("layer 0") && Catch::Contains("2 experts"));

@@ -112,7 +112,7 @@ TEST_CASE("a slice with several old owners is read from them evenly") {
     for (const auto& list : item.to)
       for (const BlockCopy& copy : list) read[static_cast<size_t>(copy.src_rank)] += copy.bytes;
     const auto [least, most] = std::minmax_element(read.begin(), read.end());
-    CHECK(*most - *least <= arena.table().layer(0)[static_cast<size_t>(arena.table().kv_projection(0, 0))].bytes);
+    CHECK(*most - *least <= arena.table().layer(0)[static_cast<size_t>(arena.table().kv_projection(0))].bytes);
   }
 }
 

@@ -85,7 +85,7 @@ TEST_CASE("the verifier catches parts of an item that overlap, lie outside it or
   const SliceTable table = c.table();
   ArenaPlan arena = arena_of(c);
   ArenaSabotage s{arena};
-  const int cut2 = table.expert_cut(1, 0, 2), cut3 = table.expert_cut(1, 0, 3);  // moving: rank 1's in TP, rank 0's in EP
+  const int cut2 = table.expert_cut(0, 2), cut3 = table.expert_cut(0, 3);  // moving: rank 1's in TP, rank 0's in EP
   SECTION("two slices at one place") {
     s.offset(0, Layout::kEp, 1, cut3) = arena.slice_offset(0, Layout::kEp, 1, cut2);
     CHECK_THROWS_WITH(verify_arena(arena), Catch::Contains("overlaps") && Catch::Contains("item 1"));
@@ -119,12 +119,12 @@ TEST_CASE("the verifier catches parts of an item that overlap, lie outside it or
     CHECK_THROWS_WITH(verify_arena(arena), Catch::Contains("outside"));
   }
   SECTION("a kept slice with two places") {
-    s.offset(0, Layout::kEp, 0, table.attention(0, 0)) = arena.kept_bytes(0) - 64;
+    s.offset(0, Layout::kEp, 0, table.attention(0)) = arena.kept_bytes(0) - 64;
     CHECK_THROWS_AS(verify_arena(arena), Error);
   }
   SECTION("a kept slice moved onto another") {
     for (Layout layout : {Layout::kTp, Layout::kEp})
-      s.offset(0, layout, 0, table.attention(0, 0)) = arena.slice_offset(0, layout, 0, table.attention(0, 1));
+      s.offset(0, layout, 0, table.attention(0)) = arena.slice_offset(0, layout, 0, table.attention(1));
     CHECK_THROWS_WITH(verify_arena(arena), Catch::Contains("kept zone") && Catch::Contains("overlaps"));
   }
   SECTION("a slice that is owned and has no place") {
@@ -144,13 +144,13 @@ TEST_CASE("owners under which a slice would be lost are refused") {
   const Owners tp = tp_owners(table, 2), ep = ep_owners(table, 2);
   plan(tp, ep);
   Owners spoilt = ep;
-  spoilt.slices[1][static_cast<size_t>(table.expert_cut(1, 2, 0))] = 0;
+  spoilt.slices[1][static_cast<size_t>(table.expert_cut(2, 0))] = 0;
   CHECK_THROWS_WITH(plan(tp, spoilt), Catch::Contains("layer 1") && Catch::Contains("0x0"));
   spoilt = ep;
-  spoilt.slices[1][static_cast<size_t>(table.expert_cut(1, 2, 0))] = 4;  // a third rank
+  spoilt.slices[1][static_cast<size_t>(table.expert_cut(2, 0))] = 4;  // a third rank
   CHECK_THROWS_AS(plan(tp, spoilt), Error);
   spoilt = tp;
-  spoilt.slices[0][static_cast<size_t>(table.attention(0, 0))] = 2;  // its KV head lies with rank 0
+  spoilt.slices[0][static_cast<size_t>(table.attention(0))] = 2;  // its KV head lies with rank 0
   CHECK_THROWS_AS(plan(spoilt, ep), Error);
 }
 
@@ -172,7 +172,7 @@ TEST_CASE("the verifier catches a transfer that does not bring each gained slice
   }
   SECTION("one slice twice and another not at all") {
     REQUIRE(list.size() == 1);
-    const int64_t bytes = table.layer(0)[static_cast<size_t>(table.expert_cut(0, 2, 0))].bytes;
+    const int64_t bytes = table.layer(0)[static_cast<size_t>(table.expert_cut(2, 0))].bytes;
     BlockCopy first = list[0];
     first.bytes = bytes;
     list[0].bytes -= bytes;
@@ -204,7 +204,7 @@ TEST_CASE("the verifier catches a transfer that does not bring each gained slice
     CHECK_THROWS_WITH(verify_transfer(arena, plan), Catch::Contains("rank 2 of 2"));
   }
   SECTION("a kept slice instead of a gained one") {
-    const int group = table.attention(0, 0);  // rank 0 has it in both layouts, rank 1 in EP
+    const int group = table.attention(0);  // rank 0 has it in both layouts, rank 1 in EP
     list.back() = {1, arena.slice_offset(1, Layout::kEp, 0, group), arena.slice_offset(0, Layout::kTp, 0, group),
                    table.layer(0)[static_cast<size_t>(group)].bytes};
     CHECK_THROWS_WITH(verify_transfer(arena, plan), Catch::Contains("had before"));
@@ -220,7 +220,7 @@ TEST_CASE("the verifier catches a transfer that does not bring each gained slice
   SECTION("an arena changed since: two offsets swapped, disjoint as before") {
     plan = plan_transfer(arena, Layout::kTp);
     ArenaSabotage s{arena};
-    std::swap(s.offset(0, Layout::kEp, 1, table.expert_cut(1, 0, 2)), s.offset(0, Layout::kEp, 1, table.expert_cut(1, 0, 3)));
+    std::swap(s.offset(0, Layout::kEp, 1, table.expert_cut(0, 2)), s.offset(0, Layout::kEp, 1, table.expert_cut(0, 3)));
     verify_arena(arena);
     CHECK_THROWS_WITH(verify_transfer(arena, plan), Catch::Contains("its place is"));
   }

@@ -53,7 +53,7 @@ void check_slices(const WeightSource& source, const ModelConfig& model, int cuts
     const auto o = whole(*source.matrix(prefix + "o_proj.weight", s.hidden, q_rows), s.hidden, q_rows);
     for (int a = 0; a < table.counts().head_groups; ++a) {
       const AttentionGroup g{s.num_heads / table.counts().head_groups, s.head_dim, s.hidden};
-      const auto out = packed(source, model, table, table.layer(l)[static_cast<size_t>(table.attention(l, a))]);
+      const auto out = packed(source, model, table, table.layer(l)[static_cast<size_t>(table.attention(a))]);
       std::vector<bool> seen(out.size());
       for (int64_t n = 0; n < width; ++n)
         for (int64_t k = 0; k < s.hidden; ++k) {
@@ -72,7 +72,7 @@ void check_slices(const WeightSource& source, const ModelConfig& model, int cuts
     const auto down = whole(*source.expert(l, expert, Part::kDown), s.hidden, mlp.intermediate);
     for (int c = 0; c < cuts; ++c) {
       const MlpCut cut{mlp.intermediate / cuts, s.hidden};
-      const auto out = packed(source, model, table, table.layer(l)[static_cast<size_t>(table.expert_cut(l, std::max(0, expert), c))]);
+      const auto out = packed(source, model, table, table.layer(l)[static_cast<size_t>(table.expert_cut(std::max(0, expert), c))]);
       std::vector<bool> seen(out.size());
       for (int64_t n = 0; n < cut.neurons; ++n)
         for (int64_t k = 0; k < s.hidden; ++k) {
