@@ -34,7 +34,7 @@ struct StringMaker<std::vector<T>> {
 
 // Sanitizers make a test 10 to 50 times slower: long sweeps are shorter there.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-inline constexpr bool kSanitized = true;
+constexpr bool kSanitized = true;
 #else
-inline constexpr bool kSanitized = false;
+constexpr bool kSanitized = false;
 #endif
