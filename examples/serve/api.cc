@@ -122,7 +122,6 @@ class Reader {
     if (const json& v = value("min_tokens"); !v.is_null()) out_.text.min_tokens = integer("min_tokens", v);
     if (const json& v = value("include_stop_str_in_output"); !v.is_null())
       out_.text.include_stop = boolean("include_stop_str_in_output", v);
-    if (const json& v = value("stop_token_ids"); !v.is_null()) out_.text.stop_token_ids = ids("stop_token_ids", v);
     read_stops();
     read_stream_options();
     read_logprobs();

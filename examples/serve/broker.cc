@@ -20,6 +20,7 @@ Item item_of(const moebius_event& e, size_t prompt, int32_t n) {
     return item;
   }
   item.token = e.token;
+  item.is_stop = e.finish_reason == MOEBIUS_FINISH_STOP;
   item.logprob = e.logprob;
   for (int32_t i = 0; i < e.num_top; ++i) item.top.emplace_back(e.top_tokens[i], e.top_logprobs[i]);
   return item;

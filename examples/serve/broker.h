@@ -29,6 +29,7 @@ namespace moebius_examples {
 struct Item {
   int32_t choice = 0;
   int32_t token = -1;
+  bool is_stop = false;                         // the token is the end-of-text or a stop token, and the choice ends
   float logprob = 0;
   std::vector<std::pair<int32_t, float>> top;   // token, logprob
   int32_t finish_reason = MOEBIUS_FINISH_NONE;  // not none: the end, and `token` is no token

@@ -79,8 +79,7 @@ std::optional<Piece> Transcript::take(const Item& item) {
   ++c.tokens;
   ++completion_tokens_;
   piece.token = TokenRecord{item.token, item.logprob, item.top, c.characters};
-  const bool stops = std::count(rules_.stop_token_ids.begin(), rules_.stop_token_ids.end(), item.token) > 0 && c.tokens > rules_.min_tokens;
-  if (!is_special(item.token) && (!stops || rules_.include_stop)) {
+  if (!is_special(item.token) && (!item.is_stop || rules_.include_stop)) {
     const std::string_view text = c.decoder.push(item.token);
     c.characters += characters(text);
     piece.text = push(c, text);

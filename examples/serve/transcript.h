@@ -49,7 +49,6 @@ struct TextRules {
   std::vector<std::string> stop;
   bool include_stop = false;
   int64_t min_tokens = 0;
-  std::vector<int32_t> stop_token_ids;
 };
 
 class Transcript {

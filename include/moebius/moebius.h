@@ -283,8 +283,8 @@ typedef struct moebius_step_result {
  * thread runs it is INVALID_STATE too, and harms nothing. */
 MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
 /* The engine's own thread steps whenever there is work, and every 50 ms while there is none but a policy watches the load, until
- * stop (which waits for a step under way) or a failure. One thread at a time calls these two. INVALID_STATE: it runs already, or
- * the engine has failed. */
+ * stop (which waits for a step under way) or a failure. After stop nobody waits in moebius_engine_poll, until start or step. One
+ * thread at a time calls these two. INVALID_STATE: it runs already, or the engine has failed. */
 MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
 
@@ -302,7 +302,7 @@ typedef struct moebius_event {
   int32_t num_top;     /* entries of top_tokens and top_logprobs */
   int32_t top_tokens[20]; /* the likeliest tokens first */
   float top_logprobs[20]; /* theirs */
-  int32_t finish_reason;  /* FINISHED: MOEBIUS_FINISH_… */
+  int32_t finish_reason;  /* FINISHED: MOEBIUS_FINISH_…; of the last TOKEN too: STOP is an end or stop token, which is no text */
   int32_t from;        /* layout before a switch */
   int32_t to;          /* layout that it is for */
   int32_t seam;        /* layers [0, seam) run in TP */
@@ -320,7 +320,7 @@ typedef struct moebius_event {
 } moebius_event;
 /* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
  * element's struct_size is set by the library). Waits at most timeout_ms for the first (0 or less: not at all; INFINITY: as long as it
- * takes). Events come from steps only, ARRIVED too, and from an update of the weights that fails. Any thread. */
+ * takes, or until stop). Events come from steps only, ARRIVED too, and from an update of the weights that fails. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
                                                double timeout_ms, size_t *out_count, moebius_error **err);
 

@@ -2,7 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
+
+#include "lib/base/time.h"
 
 namespace moebius {
 
@@ -13,14 +14,14 @@ class Waited {
   static constexpr std::chrono::milliseconds kLongestLook{100};
 
   bool exceeds(std::chrono::nanoseconds limit) {
-    const auto now = std::chrono::steady_clock::now();
+    const auto now = Clock::now();
     total_ += std::min<std::chrono::nanoseconds>(now - last_look_, kLongestLook);
     last_look_ = now;
     return total_ > limit;
   }
 
  private:
-  std::chrono::steady_clock::time_point last_look_ = std::chrono::steady_clock::now();
+  Clock::time_point last_look_ = Clock::now();
   std::chrono::nanoseconds total_{};
 };
 

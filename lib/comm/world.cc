@@ -18,8 +18,6 @@
 namespace moebius {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr uint32_t kDefaultMxcsr = 0x1f80;  // all exceptions masked, round to nearest, denormals kept
 
 }  // namespace

@@ -104,13 +104,13 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
   policy_ = make_policy(config_.policy, policy_limits(config_), &costs_);
   if (!config_.policy_file.empty()) {
     costs_key_ = costs_key(files, model_, config_, threads_, device_->ops());
-    const double now = seconds_between(Clock::time_point{}, Clock::now());
+    const double now = clock_seconds();
     const std::string warning = read_costs(config_.policy_file, costs_key_, now, costs_);
     keeps_costs_ = warning.empty();  // a file that is not this engine's is not written over
     if (!keeps_costs_) log(LogLevel::kWarning, "policy", warning);
   }
   expert_rows_.resize(static_cast<size_t>(shape_.num_experts));
-  metrics_info_ = {files.label(), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_between(created_, Clock::now()),
+  metrics_info_ = {files.label(), config_.page_tokens, kv_.tp_capacity(), 0, config_.prefix_cache, seconds_since(created_),
                    config_.engine_id};
   for (int h = 0; h < kv_.num_homes(); ++h) metrics_info_.ep_pages += kv_.ep_capacity(h);
   wished_seams_.reserve(kMaxWishes);
@@ -172,6 +172,7 @@ StepResult Engine::Impl::step_by_host() {
   {
     std::lock_guard lock(own_thread_mutex_);
     if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread steps; stop it first");
+    events_.set_waits(true);
   }
   return step();
 }
@@ -184,6 +185,7 @@ void Engine::Impl::start() {
   }
   if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread runs already");
   own_thread_stops_ = false;
+  events_.set_waits(true);
   const auto run = [this] {
     if (config_.thread_hook) config_.thread_hook(-1, -1, true);
     try {
@@ -208,10 +210,12 @@ void Engine::Impl::start() {
 
 void Engine::Impl::stop() {
   std::lock_guard own_lock(own_thread_mutex_);
-  if (!own_thread_.joinable()) return;
-  own_thread_stops_ = true;
-  inbox_filled_.notify_all();
-  own_thread_.join();
+  if (own_thread_.joinable()) {
+    own_thread_stops_ = true;
+    inbox_filled_.notify_all();
+    own_thread_.join();
+  }
+  events_.set_waits(false);
 }
 
 // ---- the public face

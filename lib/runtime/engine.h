@@ -151,7 +151,7 @@ class Engine {
 
   StepResult step();
   void start();  // the engine's own thread steps whenever there is work, and now and then while a policy watches
-  void stop();
+  void stop();   // and poll waits no more, until start or step
 
   // Up to `out.size()` events, waiting at most timeout_ms for the first.
   size_t poll(std::span<Event> out, double timeout_ms);

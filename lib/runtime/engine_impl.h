@@ -36,7 +36,6 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
 StepLimits step_limits(const WorkspaceShape& shape, const EngineConfig& config);
 int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config);
 
-inline double seconds_between(Clock::time_point a, Clock::time_point b) { return std::chrono::duration<double>(b - a).count(); }
 inline int64_t ns_of(Clock::time_point t) { return std::chrono::duration_cast<std::chrono::nanoseconds>(t.time_since_epoch()).count(); }
 
 struct DummyRound;
@@ -162,6 +161,7 @@ class Engine::Impl {
   void log(LogLevel level, const char* category, const std::string& message) const;
   Event request_event(EventType type, const Sequence& sequence) const;
   void emit_request(EventType type, const Sequence& sequence);
+  int32_t seam() const { return config_.ranks > 1 ? switcher_.seam() : label_seam_; }
   void report_seam(int32_t target);
   void refuse_seam(int32_t target, std::string_view why);
   void publish_stats();

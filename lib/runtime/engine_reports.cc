@@ -44,7 +44,7 @@ void Engine::Impl::update_weights(const ModelFiles& files, bool partial) {
   }
   inbox_filled_.notify_one();
   publish_stats();
-  log(LogLevel::kInfo, "load", fmt::format("{}: weights updated in {:.1f} s", files.name(), seconds_between(begin, Clock::now())));
+  log(LogLevel::kInfo, "load", fmt::format("{}: weights updated in {:.1f} s", files.name(), seconds_since(begin)));
 }
 
 // Requests that came meanwhile end: no step with whole weights is in sight.
@@ -80,7 +80,7 @@ void Engine::Impl::publish_stats() {
   waiting_hint_ = static_cast<int64_t>(scheduler_.waiting().size());
   for (const Request* r : inbox_) waiting_hint_ += static_cast<int64_t>(r->samples.size());
   stats_.waiting = static_cast<int32_t>(waiting_hint_);
-  stats_.seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
+  stats_.seam = seam();
   stats_.switching = switcher_.moving();
   stats_.prefix_queries = scheduler_.prefix_queries;
   stats_.prefix_hits = scheduler_.prefix_hits;

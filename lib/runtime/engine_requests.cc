@@ -96,11 +96,11 @@ void Engine::Impl::submit(std::span<const RequestSpec* const> specs, uint64_t* o
     refuse();
     const size_t inbox_size = inbox_.size() + made.size();
     if (inbox_.capacity() < inbox_size) inbox_.reserve(2 * inbox_size);
-    size_t kept = 0;
     try {
-      for (; kept < made.size(); ++kept) requests_[first + kept] = std::move(made[kept]);
+      for (size_t i = 0; i < made.size(); ++i) requests_[first + i] = std::move(made[i]);
+      events_.promise(static_cast<size_t>(samples));  // the end of each
     } catch (...) {
-      for (size_t i = 0; i <= kept; ++i) requests_.erase(first + i);
+      for (size_t i = 0; i < made.size(); ++i) requests_.erase(first + i);
       throw;
     }
     for (size_t i = 0; i < made.size(); ++i) inbox_.push_back(requests_[first + i].get());
@@ -224,7 +224,8 @@ void Engine::Impl::emit(Event&& event) {
   event.step = step_;
   event.time_ns = ns_of(Clock::now());
   learn_price(event);
-  if (calibrating_) return;
+  const bool promised = event.type == EventType::kFinished;
+  if (calibrating_) return promised ? events_.forgo_promised() : void();
   if (config_.log) log_event(event);
   switch (event.type) {
     case EventType::kSwitchFinished:
@@ -233,7 +234,7 @@ void Engine::Impl::emit(Event&& event) {
       if (event.from == event.to && event.bytes == 0) break;  // asked for the layout that serves already
       metrics_.on_switch(event.from, event.to, event.seconds);
       ++stats_.switches;
-      policy_->on_switched(seconds_between(Clock::time_point{}, Clock::now()));
+      policy_->on_switched(clock_seconds());
       break;
     case EventType::kSwitchRefused:
       metrics_.on_refusal();
@@ -253,7 +254,8 @@ void Engine::Impl::emit(Event&& event) {
     default:
       break;
   }
-  events_.push(std::move(event));
+  if (promised) events_.push_promised(std::move(event));
+  else events_.push(std::move(event));
 }
 
 void Engine::Impl::log(LogLevel level, const char* category, const std::string& message) const {

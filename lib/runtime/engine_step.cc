@@ -79,7 +79,7 @@ void Engine::Impl::take_wishes() {
 void Engine::Impl::refuse_seam(int32_t target, std::string_view why) {
   Event event;
   event.type = EventType::kSwitchRefused;
-  event.seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
+  event.seam = seam();
   event.to = layout_towards(event.seam, target, model_.shape.num_layers());
   event.from = other(event.to);
   event.reason = Reason::of("the engine has failed: {}", why);
@@ -108,8 +108,8 @@ void Engine::Impl::foresee(LoadSample& load) const {
 void Engine::Impl::observe_load() {
   LoadSample load = sample_of(scheduler_);
   load.step = step_;
-  load.time_s = seconds_between(Clock::time_point{}, Clock::now());
-  const int32_t seam = config_.ranks > 1 ? switcher_.seam() : label_seam_;
+  load.time_s = clock_seconds();
+  const int32_t seam = this->seam();
   load.layout = seam == 0 ? Layout::kEp : Layout::kTp;
   load.switching = switcher_.moving();
   load.inside = seam > 0 && seam < model_.shape.num_layers();
@@ -143,7 +143,7 @@ StepLoads Engine::Impl::load_of_step() {
 }
 
 void Engine::Impl::learn_cost(const StepLoads& load, double seconds) {
-  const double now = seconds_between(Clock::time_point{}, Clock::now());
+  const double now = clock_seconds();
   const int32_t seam = plan_.shape.seam;
   if (switcher_.moving()) return costs_.on_step_under_way(layout_towards(seam, switcher_.target(), model_.shape.num_layers()), load, seconds, now);
   if (seam > 0 && seam < model_.shape.num_layers()) return;
@@ -189,8 +189,8 @@ StepResult Engine::Impl::run_step() {
     observe_load();
     const bool switches = !seams_.empty() || switcher_.moving();
     switcher_.advance(stall_budget_ms_);
-    result.switch_seconds = seconds_between(before_switch, Clock::now());
-    scheduler_.plan(plan_, [&](Sequence& s) { emit_request(EventType::kPreempted, s); });
+    result.switch_seconds = seconds_since(before_switch);
+    for (const Sequence* s : scheduler_.plan(plan_)) emit_request(EventType::kPreempted, *s);
     if (plan_.num_rows() > 0) run_plan(result);
     result.worked = plan_.num_rows() > 0 || switches || !scheduler_.waiting().empty();
   } catch (...) {
@@ -199,7 +199,7 @@ StepResult Engine::Impl::run_step() {
   }
   result.decode_rows = plan_.decode_rows;
   result.prefill_rows = plan_.prefill_rows;
-  result.seconds = seconds_between(begin, Clock::now());
+  result.seconds = seconds_since(begin);
   ++step_;
   publish_stats();
   events_.show();
@@ -222,7 +222,7 @@ void Engine::Impl::run_plan(StepResult& result) {
   world_.run([this](int rank, int thread) { compute(rank, thread); });
   result.captured = captured_now_ != nullptr;
   for (int r = 0; r < config_.ranks; ++r) result.experts_reached += readings_.experts_reached[r];
-  result.compute_seconds = seconds_between(begin, Clock::now());
+  result.compute_seconds = seconds_since(begin);
   learn_cost(load_of_step(), result.compute_seconds);
   scheduler_.commit(plan_);
   count_prompt_tokens();
@@ -431,13 +431,6 @@ void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
   s.last_token = now;
   s.tokens.push_back(result.token);
   ++stats_.generation_tokens;
-  Event event = request_event(EventType::kToken, s);
-  event.token = result.token;
-  event.logprob = result.logprob;
-  event.num_top = result.num_top;
-  std::copy_n(result.top.begin(), result.num_top, event.top.begin());
-  emit(std::move(event));
-
   const SamplingParams& p = request.spec.sampling;
   const auto holds = [&](const std::vector<int32_t>& ids) { return std::find(ids.begin(), ids.end(), result.token) != ids.end(); };
   FinishReason reason = FinishReason::kNone;
@@ -445,12 +438,19 @@ void Engine::Impl::accept(Sequence& s, const SampleResult& result) {
     reason = FinishReason::kStop;
   else if (s.generated() >= p.max_tokens)
     reason = FinishReason::kLength;
+  Event event = request_event(EventType::kToken, s);
+  event.finish_reason = reason;
+  event.token = result.token;
+  event.logprob = result.logprob;
+  event.num_top = result.num_top;
+  std::copy_n(result.top.begin(), result.num_top, event.top.begin());
+  emit(std::move(event));
   if (reason == FinishReason::kNone) return;
   finish(s, reason);
   forget_if_done(request);
 }
 
-// The event comes first: where there is no memory for it, nothing has been done yet. No host sees it before the step has ended.
+// No host sees the event before the step has ended.
 void Engine::Impl::finish(Sequence& s, FinishReason reason, std::string_view why) {
   emit(end_event(s, reason, why));
   scheduler_.remove(s);
@@ -495,23 +495,22 @@ void Engine::Impl::fail_everything(std::string_view why) {
   failed_ = true;
   failure_ = why;
   metrics_.on_failed();
-  const auto tell = [](const auto& emits) {
-    try {
-      emits();
-    } catch (const std::bad_alloc&) {  // the next may still find room
-    }
-  };
   for (auto& [number, request] : requests_)
     for (Sequence& s : request->samples) {
       if (s.state == SequenceState::kFinished) continue;
       s.state = SequenceState::kFinished;
       --request->unfinished;
       record_end(s, FinishReason::kError);
-      tell([&] { emit(end_event(s, FinishReason::kError, why)); });
+      emit(end_event(s, FinishReason::kError, why));
     }
   inbox_.clear();
   // Switches have their outcome too: the one under way, those taken up and not begun, those not taken up.
-  const auto refuse = [&](int32_t seam) { tell([&] { refuse_seam(seam, why); }); };
+  const auto refuse = [&](int32_t seam) {
+    try {
+      refuse_seam(seam, why);
+    } catch (const std::bad_alloc&) {  // the next may still find room
+    }
+  };
   if (switcher_.moving()) refuse(switcher_.target());
   for (; seams_begun_ < seams_.size(); ++seams_begun_) refuse(seams_[seams_begun_]);
   for (int32_t seam : wished_seams_) refuse(seam);

@@ -53,7 +53,7 @@ struct Event {
   float logprob = 0;            // kToken with logprobs
   int32_t num_top = 0;          // entries of `top`
   std::array<TokenLogprob, kMaxTopLogprobs> top{};
-  FinishReason finish_reason = FinishReason::kNone;
+  FinishReason finish_reason = FinishReason::kNone;  // kFinished; of a kToken that is the last one, kStop or kLength
   Layout from = Layout::kTp, to = Layout::kTp;
   int32_t seam = 0;             // layers [0, seam) in TP
   int64_t bytes = 0;            // written by the switch (weights and KV, all ranks)

@@ -1,10 +1,12 @@
-// The engine's outgoing events: pushed by the stepping thread, polled by any. A ring that grows only while nobody polls. A step shows its
-// events when it has published what they count for, so that a host which has seen one finds it in the statistics.
+// The engine's outgoing events: pushed by the stepping thread, polled by any. A ring that grows only while nobody polls, and for events
+// that are promised room. A step shows its events when it has published what they count for, so that a host which has seen one finds it in
+// the statistics.
 #pragma once
 
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <span>
@@ -38,10 +40,24 @@ class EventQueue {
 
   void push(Event&& event) {
     std::lock_guard lock(mutex_);
-    const size_t all = count_ + hidden_;
-    if (all == ring_.size()) grow();
-    ring_[(first_ + all) % ring_.size()] = std::move(event);
-    ++hidden_;
+    make_room(1);
+    append(std::move(event));
+  }
+
+  // Room for so many events, kept whatever else is pushed: their push_promised cannot fail.
+  void promise(size_t num) {
+    std::lock_guard lock(mutex_);
+    make_room(num);
+    promised_ += num;
+  }
+  void push_promised(Event&& event) {
+    std::lock_guard lock(mutex_);
+    --promised_;
+    append(std::move(event));
+  }
+  void forgo_promised() {
+    std::lock_guard lock(mutex_);
+    --promised_;
   }
 
   void show() {
@@ -54,10 +70,19 @@ class EventQueue {
     shown_.notify_all();
   }
 
+  // Whether poll waits. Who waits when it no longer does returns.
+  void set_waits(bool waits) {
+    {
+      std::lock_guard lock(mutex_);
+      waits_ = waits;
+    }
+    shown_.notify_all();
+  }
+
   // Up to out.size() events in order, waiting at most timeout_ms for the first (NaN: not at all; infinity: as long as it takes).
   size_t poll(std::span<Event> out, double timeout_ms) {
     std::unique_lock lock(mutex_);
-    if (count_ == 0 && timeout_ms > 0) shown_.wait_for(lock, clamped_ms(timeout_ms), [&] { return count_ > 0; });
+    if (timeout_ms > 0) shown_.wait_for(lock, clamped_ms(timeout_ms), [&] { return count_ > 0 || !waits_; });
     size_t n = 0;
     for (; n < out.size() && count_ > 0; ++n, --count_) {
       out[n] = std::move(ring_[first_]);
@@ -75,17 +100,24 @@ class EventQueue {
     eventfd_t value = 0;
     if (fd_ >= 0) (void)eventfd_read(fd_, &value);
   }
-  void grow() {
-    std::vector<Event> larger(ring_.size() * 2);
-    for (size_t i = 0; i < count_ + hidden_; ++i) larger[i] = std::move(ring_[(first_ + i) % ring_.size()]);
+  void make_room(size_t num) {
+    const size_t all = count_ + hidden_, needed = all + promised_ + num;
+    if (needed <= ring_.size()) return;
+    std::vector<Event> larger(std::max(ring_.size() * 2, needed));
+    for (size_t i = 0; i < all; ++i) larger[i] = std::move(ring_[(first_ + i) % ring_.size()]);
     ring_.swap(larger);
     first_ = 0;
+  }
+  void append(Event&& event) {
+    ring_[(first_ + count_ + hidden_) % ring_.size()] = std::move(event);
+    ++hidden_;
   }
 
   std::mutex mutex_;
   std::condition_variable shown_;
   std::vector<Event> ring_;
-  size_t first_ = 0, count_ = 0, hidden_ = 0;
+  size_t first_ = 0, count_ = 0, hidden_ = 0, promised_ = 0;
+  bool waits_ = true;
   int fd_ = -1;
 };
 

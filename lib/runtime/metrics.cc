@@ -25,10 +25,6 @@ std::string escaped(const std::string& text) {
   return out;
 }
 
-double seconds(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
-  return std::chrono::duration<double>(b - a).count();
-}
-
 template <class V>
 void single(std::string& out, const char* type, const char* name, const char* help, const std::string& labels, V value) {
   out += fmt::format("# HELP moebius_{0} {1}\n# TYPE moebius_{0} {2}\nmoebius_{0}{{{3}}} {4}\n", name, help, type, labels, value);
@@ -63,15 +59,15 @@ Metrics::Metrics()
 
 void Metrics::on_request_finished(const RequestTimes& t, int64_t prompt_tokens, int64_t generated, int64_t max_tokens, FinishReason reason) {
   ++finished_[static_cast<size_t>(reason)];
-  const std::chrono::steady_clock::time_point never{};
-  e2e_.record(seconds(t.submitted, t.finished));
+  const Clock::time_point never{};
+  e2e_.record(seconds_between(t.submitted, t.finished));
   if (t.first_scheduled != never) {
-    queue_.record(seconds(t.submitted, t.first_scheduled));
-    inference_.record(seconds(t.first_scheduled, t.finished));
+    queue_.record(seconds_between(t.submitted, t.first_scheduled));
+    inference_.record(seconds_between(t.first_scheduled, t.finished));
   }
   if (t.first_token != never) {
-    prefill_.record(seconds(t.first_scheduled, t.first_token));
-    decode_.record(seconds(t.first_token, t.finished));
+    prefill_.record(seconds_between(t.first_scheduled, t.first_token));
+    decode_.record(seconds_between(t.first_token, t.finished));
   }
   request_prompt_.record(static_cast<double>(prompt_tokens));
   request_generation_.record(static_cast<double>(generated));

@@ -7,11 +7,11 @@
 
 #include <array>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <span>
 #include <string>
 
+#include "lib/base/time.h"
 #include "lib/runtime/event.h"
 
 namespace moebius {
@@ -30,7 +30,7 @@ struct MetricsInfo {
 };
 
 struct RequestTimes {
-  std::chrono::steady_clock::time_point submitted{}, first_scheduled{}, first_token{}, finished{};  // epoch: never
+  Clock::time_point submitted{}, first_scheduled{}, first_token{}, finished{};  // epoch: never
 };
 
 // Buckets with fixed upper bounds; the last, +Inf, is implied.

@@ -141,10 +141,13 @@ int Scheduler::place_for(const Sequence& sequence) {
   return choose_home(places);
 }
 
+bool Scheduler::may_share(const Sequence& sequence) const {
+  return limits_.prefix_cache && !keeps_positions(sequence.request->spec);
+}
+
 // Full blocks that a sequence may take from others; at least one token is left to compute.
 int64_t Scheduler::shareable_blocks(const Sequence& sequence) const {
-  if (!limits_.prefix_cache || keeps_positions(sequence.request->spec)) return 0;
-  return (static_cast<int64_t>(sequence.tokens.size()) - 1) / kv_.page_tokens();
+  return may_share(sequence) ? (static_cast<int64_t>(sequence.tokens.size()) - 1) / kv_.page_tokens() : 0;
 }
 
 // Blocks that are there take no new page if somebody uses them; cached ones count as room, and are taken from it.
@@ -203,13 +206,14 @@ void Scheduler::admit(Sequence& sequence, int place) {
   const int64_t hits = take_prefix(sequence);
   if (sequence.preemptions == 0) sequence.cached_tokens = static_cast<int32_t>(hits);
   prefix_hits += static_cast<uint64_t>(hits);
-  prefix_queries += static_cast<uint64_t>(sequence.tokens.size());
+  if (may_share(sequence)) prefix_queries += static_cast<uint64_t>(sequence.tokens.size());
   leave_waiting(sequence);
   sequence.state = SequenceState::kRunning;
   insert_in_order(running_, sequence);
 }
 
-void Scheduler::fill(StepPlan& out) {
+std::span<Sequence* const> Scheduler::plan(StepPlan& out) {
+  preempted_.clear();
   picked_.clear();
   int64_t budget = limits_.chunk_tokens;
   const auto rows_for = [&](const Sequence& s) {
@@ -247,6 +251,7 @@ void Scheduler::fill(StepPlan& out) {
     else break;
   }
   order_by_home(out);
+  return preempted_;
 }
 
 void Scheduler::order_by_home(StepPlan& out) {

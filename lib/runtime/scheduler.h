@@ -43,13 +43,8 @@ class Scheduler {
   void remove(Sequence& sequence);      // finished or cancelled: its pages are given back
   void preempt(Sequence& sequence);     // running → waiting, its pages are given back
 
-  // Fills the plan for a step. `on_preempt(sequence)` is told of each preemption.
-  template <class F>
-  void plan(StepPlan& out, F&& on_preempt) {
-    preempted_.clear();
-    fill(out);
-    for (Sequence* s : preempted_) on_preempt(*s);
-  }
+  // Fills the plan for a step; returns the sequences that it preempted, until the next call.
+  std::span<Sequence* const> plan(StepPlan& out);
   // The step has been computed: KV of its rows counts, full blocks become findable.
   void commit(const StepPlan& plan);
 
@@ -66,11 +61,11 @@ class Scheduler {
  private:
   void join_waiting(Sequence& sequence);
   void leave_waiting(Sequence& sequence);
-  void fill(StepPlan& out);
   bool grow(Sequence& sequence, int64_t num_tokens);
   Sequence& victim_for(Sequence& sequence) const;
   int place_for(const Sequence& sequence);
   void find_shared(const Sequence& sequence, std::span<HomeCandidate> places) const;
+  bool may_share(const Sequence& sequence) const;
   int64_t shareable_blocks(const Sequence& sequence) const;
   bool waits_for_sibling(const Sequence& sequence, int place) const;
   void admit(Sequence& sequence, int place);

@@ -2,19 +2,18 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "lib/base/time.h"
 #include "lib/kv/kv_manager.h"
 #include "lib/runtime/engine.h"
 #include "lib/runtime/sampler.h"
 
 namespace moebius {
 
-using Clock = std::chrono::steady_clock;
 constexpr Clock::time_point kNoDeadline = Clock::time_point::max();
 
 enum class SequenceState : uint8_t { kWaiting, kRunning, kFinished };

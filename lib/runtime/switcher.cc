@@ -4,12 +4,12 @@
 #include <numeric>
 
 #include "lib/base/error.h"
+#include "lib/base/time.h"
 #include "lib/comm/waits.h"
 
 namespace moebius {
 namespace {
 
-double seconds_since(Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); }
 double mib(int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); }
 
 }  // namespace
@@ -77,6 +77,7 @@ bool Switcher::choose_homes(Reason* reason) {
                            s.tokens.size(), candidates_[nearest].pages, nearest, candidates_[nearest].room, kv.ep_capacity(nearest),
                            short_of(nearest) * kv.page_tokens());
       homeless_ = i;
+      shortage_ = 1;
       all = false;
       break;
     }
@@ -100,14 +101,26 @@ bool Switcher::fits(int target, Reason* reason) {
     grow += static_cast<int64_t>(s->tokens.size()) + 1 > static_cast<int64_t>(s->blocks.size()) * parts_.kv.page_tokens();
   if (parts_.kv.blocks_in_use() + grow <= parts_.kv.tp_capacity()) return true;
   const int64_t needed = parts_.kv.tp_pages_needed() + grow;
-  if (needed <= parts_.kv.tp_capacity()) return true;
+  shortage_ = needed - parts_.kv.tp_capacity();
+  if (shortage_ <= 0) return true;
   *reason = Reason::of("the running requests need {} KV pages, TP holds {} ({} tokens short)", needed, parts_.kv.tp_capacity(),
-                        (needed - parts_.kv.tp_capacity()) * parts_.kv.page_tokens());
+                        shortage_ * parts_.kv.page_tokens());
   return false;
 }
 
-// After fits() has said no: the last running sequence whose going would help. To EP these are the ones that were given a home, and
-// the one that found none; to TP those that alone hold a page.
+// After fits() has said no, and before it is asked again: preempts one sequence, or as many as shortage_ takes at least.
+void Switcher::make_room() {
+  for (int64_t freed = 0; freed < shortage_ && !parts_.scheduler.running().empty();) {
+    Sequence& victim = victim_for();
+    const auto is_own = [&](int32_t b) { return parts_.kv.block(b).users == 1; };
+    freed += std::count_if(victim.blocks.begin(), victim.blocks.end(), is_own) + 1;  // and the page that it would open
+    parts_.scheduler.preempt(victim);
+    parts_.on_preempt(victim);
+  }
+}
+
+// Of the running sequences the last whose going would help. To EP these are the ones that were given a home, and the one that found
+// none; to TP those that alone hold a page.
 Sequence& Switcher::victim_for() const {
   const std::vector<Sequence*>& running = parts_.scheduler.running();
   for (size_t i = running.size(); i-- > 0;) {
@@ -148,9 +161,7 @@ bool Switcher::begin(int target, bool preempt_to_fit) {
       parts_.emit(std::move(event));
       return false;
     }
-    Sequence& victim = victim_for();
-    parts_.scheduler.preempt(victim);
-    parts_.on_preempt(victim);
+    make_room();
   }
   event.type = EventType::kSwitchStarted;
   parts_.emit(std::move(event));

@@ -117,6 +117,7 @@ class Switcher {
   std::pair<int64_t, int64_t> bytes_of(Layout to, Range items) const;
   bool choose_homes(Reason* reason);
   Sequence& victim_for() const;
+  void make_room();
   void open(Layout to);
   void verify_tables();
   void arrive();
@@ -169,6 +170,7 @@ class Switcher {
   std::vector<HomeCandidate> candidates_;
   std::vector<int32_t> order_, homes_;
   int32_t homeless_ = -1;                               // the running sequence that choose_homes last found no room for
+  int64_t shortage_ = 0;                                // pages that were too few when fits() last said no; to EP 1, whatever lacks
   std::vector<KvManager::SequenceBlocks> sequences_;
 };
 

@@ -245,6 +245,7 @@ TEST_CASE("requests run, stream, switch and end; logits, metrics, memory and est
         CHECK(e.num_top == 3);
         CHECK(e.top_tokens[0] == e.token);
         CHECK(e.logprob == e.top_logprobs[0]);
+        CHECK(e.finish_reason == (tokens.size() == 12 ? MOEBIUS_FINISH_LENGTH : MOEBIUS_FINISH_NONE));
       }
       if (e.type == MOEBIUS_EVENT_FINISHED) {
         ++finished;
@@ -606,6 +607,36 @@ TEST_CASE("the engine's own thread serves two hosts that submit, cancel and poll
   CHECK(aborted == 4);
   for (int i = 0; i < 200 && engine.stats().switching; ++i) engine.step();  // the host drives it again
   CHECK(engine.stats().seam == 3);
+}
+
+TEST_CASE("who waits for an event as long as it takes is woken by stop, and waits again after start or a step") {
+  auto engine = small_engine();
+  const auto events_of_wait = [&] {
+    moebius_event event;
+    size_t count = 9;
+    moebius_engine_poll(engine.get(), &event, 1, sizeof event, INFINITY, &count, nullptr);
+    return count;
+  };
+  const auto wait_until_none = [&] {
+    while (events_of_wait() > 0) {
+    }
+  };
+  for (const bool own_thread : {true, false}) {
+    if (own_thread) REQUIRE(moebius_engine_start(engine.get(), nullptr) == MOEBIUS_OK);
+    else engine.step();
+    std::thread waits(wait_until_none);
+    moebius_cpp::Request r({1, 2, 3});
+    r.set("max_tokens", int64_t{4}).set("ignore_eos", int64_t{1});
+    const uint64_t id = engine.submit(r);
+    if (own_thread) REQUIRE(moebius_engine_drain(engine.get(), 60e3, nullptr) == MOEBIUS_OK);
+    else
+      while (engine.stats().running + engine.stats().waiting > 0) engine.step();
+    CHECK(moebius_engine_cancel(engine.get(), id, nullptr) == MOEBIUS_E_NOT_FOUND);
+    REQUIRE(moebius_engine_stop(engine.get(), nullptr) == MOEBIUS_OK);
+    waits.join();
+    CHECK(events_of_wait() == 0);  // whoever comes later waits for nothing
+    REQUIRE(moebius_engine_resume(engine.get(), nullptr) == MOEBIUS_OK);
+  }
 }
 
 TEST_CASE("a descriptor is readable while events wait: a host sleeps until then") {

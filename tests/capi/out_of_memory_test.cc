@@ -1,5 +1,6 @@
 // Every allocation of the library fails once, through the C ABI: the call says out of memory, nothing leaks, and nothing ends the process.
 // A program of its own, because it replaces operator new (which a sanitizer build must not).
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <functional>
@@ -13,10 +14,12 @@
 static std::atomic<int64_t> live{0};        // blocks that have not been given back
 static std::atomic<int64_t> until_failure{0};  // 0: none fails; n: the n-th from now on does
 static std::atomic<bool> failed{false};
+static bool all_after = false;              // and all that come after it
 
 static void* allocate(size_t bytes, size_t alignment) noexcept {
   if (until_failure.load(std::memory_order_relaxed) > 0 && until_failure.fetch_sub(1) == 1) {
     failed = true;
+    if (all_after) until_failure = 1;
     return nullptr;
   }
   void* const p = alignment > alignof(std::max_align_t) ? std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment)
@@ -206,6 +209,31 @@ TEST_CASE("any allocation of a request, a switch and its steps may fail; an engi
     return ended(s, error);
   });
   CHECK(n > 20);
+}
+
+TEST_CASE("every request has its end, though nobody has polled and no memory is left") {
+  constexpr int kRequests = 1500;  // with the cancel of each more events than the queue has room for before it grows
+  Engine e;
+  REQUIRE(e.create(nullptr) == MOEBIUS_OK);
+  REQUIRE(moebius_request_create(&e.request, nullptr) == MOEBIUS_OK);
+  const int32_t prompt[] = {1, 2, 3};
+  REQUIRE(moebius_request_set_prompt(e.request, prompt, 3, nullptr) == MOEBIUS_OK);
+  std::vector<uint64_t> ids(kRequests);
+  for (uint64_t& id : ids) REQUIRE(moebius_engine_submit(e.engine, e.request, &id, nullptr) == MOEBIUS_OK);
+  for (uint64_t id : ids) REQUIRE(moebius_engine_cancel(e.engine, id, nullptr) == MOEBIUS_OK);
+  std::vector<moebius_event> events(4 * kRequests);
+  all_after = true;
+  until_failure = 1;
+  const moebius_status status = moebius_engine_step(e.engine, nullptr, nullptr);
+  all_after = false;
+  until_failure = 0;
+  CHECK(status == MOEBIUS_E_OUT_OF_MEMORY);
+  size_t count = 0;
+  REQUIRE(moebius_engine_poll(e.engine, events.data(), events.size(), sizeof events[0], 0, &count, nullptr) == MOEBIUS_OK);
+  std::vector<int> ends(kRequests);
+  for (size_t i = 0; i < count; ++i)
+    if (events[i].type == MOEBIUS_EVENT_FINISHED) ++ends[static_cast<size_t>(events[i].request - ids[0])];
+  CHECK(std::count(ends.begin(), ends.end(), 1) == kRequests);
 }
 
 TEST_CASE("any allocation of a plan, a tokenizer, and of reports may fail") {

@@ -99,6 +99,9 @@ class Endpoints(unittest.TestCase):
         stopped = self.server.post(TEXT, {**GREEDY, 'logit_bias': {'5': 100}, 'stop_token_ids': [5], 'min_tokens': 3})
         self.assertEqual(stopped['choices'][0]['finish_reason'], 'stop')
         self.assertEqual(stopped['usage']['completion_tokens'], 4)
+        self.assertTrue(self.text.startswith(stopped['choices'][0]['text']))  # the stop token is no text, unless it is asked for
+        included = self.server.post(TEXT, {**GREEDY, 'logit_bias': {'5': 100}, 'stop_token_ids': [5], 'min_tokens': 3, 'include_stop_str_in_output': True})
+        self.assertGreater(len(included['choices'][0]['text']), len(stopped['choices'][0]['text']))
         eos = self.server.post(TEXT, {**GREEDY, 'ignore_eos': False, 'logit_bias': {'0': 100}})  # the end of text is no text
         self.assertEqual((eos['choices'][0]['text'], eos['choices'][0]['finish_reason']), ('', 'stop'))
 

@@ -52,7 +52,7 @@ struct Script {
 struct Output {
   std::vector<int32_t> tokens;
   std::vector<float> logits;
-  FinishReason reason = FinishReason::kNone;
+  FinishReason reason = FinishReason::kNone, last_token = FinishReason::kNone;  // as the end says, and the last token
 };
 
 // The name of a sample's record.
@@ -181,8 +181,13 @@ class Runner {
           if (e.request != 0 && by_number.count(e.request)) {
             const RequestSpec& spec = by_number[e.request]->spec;
             Output& o = out.outputs[record_of(spec, e.sample)];
-            if (e.type == EventType::kToken) o.tokens.push_back(e.token);
+            if (e.type == EventType::kToken) {
+              o.tokens.push_back(e.token);
+              o.last_token = e.finish_reason;
+            }
             if (e.type == EventType::kFinished) {
+              const bool by_token = e.finish_reason == FinishReason::kStop || e.finish_reason == FinishReason::kLength;
+              REQUIRE(o.last_token == (by_token ? e.finish_reason : FinishReason::kNone));
               REQUIRE(o.reason == FinishReason::kNone);
               o.reason = e.finish_reason;
               ++finished;

@@ -148,6 +148,20 @@ TEST_CASE("blocks are found by keys that start at the engine's own random one") 
   CHECK_FALSE(kv.contains(extend_key({}, block), -1));
 }
 
+TEST_CASE("only tokens that are looked up count as queries of the prefix cache") {
+  const auto queries = [](bool prefix_cache, bool keep_logits) {
+    EngineConfig config = small_config(2, 1, Layout::kEp);
+    config.prefix_cache = prefix_cache;
+    Engine engine(kQwen, config);
+    engine.submit(greedy_request("a", prompt_of(3, 40), 3, keep_logits));
+    while (engine.step().worked) {}
+    return engine.stats().prefix_queries;
+  };
+  CHECK(queries(true, false) == 40);
+  CHECK(queries(true, true) == 0);
+  CHECK(queries(false, false) == 0);
+}
+
 TEST_CASE("log-probabilities after a prefix hit have the bits they have without one") {
   const auto logprobs = [](const EngineConfig& config, int times) {
     Engine engine(kQwen, config);

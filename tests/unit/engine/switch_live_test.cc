@@ -171,6 +171,13 @@ TEST_CASE("the seam held while pieces and blocks of the next item are copied ahe
         }
 }
 
+// For 8 ranks in EP: 768 KiB more than the least, of which a device's tables take a part. Each home has room for 8 requests of 48 tokens, TP
+// not for all 64.
+static int64_t full_memory(const EngineConfig& config) {
+  const MemoryReport least = Engine(kQwen, config).memory();
+  return least.arena_bytes + least.workspace_bytes + div_up(least.shared_bytes, 8) + (3 << 18);
+}
+
 TEST_CASE("a refused switch throws no cached page away") {
   // A full cache, then more running requests than the other layout holds. The same without the switch is the measure.
   using Entry = std::tuple<int32_t, uint64_t, uint64_t, int32_t, bool>;
@@ -188,9 +195,7 @@ TEST_CASE("a refused switch throws no cached page away") {
     config.kv_tokens = 8 * 64;  // EP: a home has no room for the ninth request
     int running = 9;
     if (start == Layout::kEp) {  // filled memory: TP holds fewer tokens, because it has each KV head four times
-      const MemoryReport least = Engine(kQwen, config).memory();
-      // 768 KiB more than the least, of which a device's tables take a part: each home has room for its 8 requests, TP not for all 64.
-      config.memory_bytes = least.arena_bytes + least.workspace_bytes + div_up(least.shared_bytes, 8) + (3 << 18);
+      config.memory_bytes = full_memory(config);
       config.kv_tokens = 0;
       running = 64;
     }
@@ -221,6 +226,34 @@ TEST_CASE("a refused switch throws no cached page away") {
     CHECK(hits[0] == hits[1]);
     CHECK(hits[0] > 0);
   }
+}
+
+TEST_CASE("a switch to TP preempts as many as do not fit, the last ones, and no token changes") {
+  constexpr int kRequests = 64;
+  Script script;
+  for (int i = 0; i < kRequests; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(i, 30), 30)});
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  EngineConfig config = small_config(8, 1, Layout::kEp);
+  config.chunk_tokens = 512;
+  config.kv_tokens = 8 * 64;
+  config.memory_bytes = full_memory(config);
+  config.kv_tokens = 0;
+  config.preempt_to_fit = true;
+  script.switches = {{8, -1}};
+  Engine engine(kQwen, config);
+  const int64_t fit = engine.impl().kv().tp_capacity() / 3;  // of requests with 31 to 48 tokens
+  REQUIRE(fit < kRequests - 2);
+  const Outcome got = Runner(engine).run(script);
+  std::vector<uint64_t> preempted;
+  for (const Event& e : got.events) {
+    if (e.type == EventType::kSwitchStarted) break;
+    if (e.type == EventType::kPreempted) preempted.push_back(e.request);
+  }
+  std::vector<uint64_t> last;
+  for (uint64_t n = kRequests; n > static_cast<uint64_t>(fit); --n) last.push_back(n);
+  CHECK(preempted == last);
+  CHECK(got.count(EventType::kSwitchFinished) == 1);
+  CHECK(difference(expected, got) == "");
 }
 
 }  // namespace moebius::test
