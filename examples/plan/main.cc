@@ -55,6 +55,7 @@ void run(const Options& o) {
   std::optional<Workload> workload;
   if (o.workload != "none") workload = read_workload(o.workload);
   const Model model = read_model(o.config);
+  if (workload) check_context(*workload, model);
   if (o.sweep) {
     const nlohmann::ordered_json result = sweep(model, cluster, o.settings, workload, o.format == "json");
     return print(o, result, table_of_sweep(result));

@@ -62,6 +62,13 @@ Workload read_workload(const std::string& name) {
   return w;
 }
 
+void check_context(const Workload& w, const Model& model) {
+  const int64_t most = w.load.prompt.most + w.load.answer.most;
+  if (most > model.config.max_position_embeddings)
+    fail(Code::kInvalidArgument, "{}: prompts of up to {} tokens and answers of up to {}, {} was made for {} in all: give a --workload file with shorter ones",
+         w.name, w.load.prompt.most, w.load.answer.most, model.name, model.config.max_position_embeddings);
+}
+
 moebius_examples::Load load_of(const Workload& w, int replicas) {
   moebius_examples::LoadOptions l = w.load;
   l.prompts = std::max<int64_t>(1, (l.prompts + replicas - 1) / replicas);

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "examples/plan/model.h"
 #include "examples/rollout/load.h"
 
 namespace moebius::plan {
@@ -15,6 +16,8 @@ struct Workload {
 
 // Throws kNotFound, kCorruptModel with file and key.
 Workload read_workload(const std::string& name_or_file);
+// Throws kInvalidArgument where its longest request is longer than the model's context: an engine would refuse that one.
+void check_context(const Workload& workload, const Model& model);
 // One replica's part of it.
 moebius_examples::Load load_of(const Workload& workload, int replicas);
 

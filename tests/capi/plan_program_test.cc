@@ -94,6 +94,7 @@ TEST_CASE("bad usage and bad input are status 2, on stderr, and no result") {
   const std::string load =
       file("load.json",
            R"({"kind": "rollout", "prompts": 1, "prompt": {"median": 1, "most": 1, "sigma": 0}, "answer": {"median": 0, "most": 1, "sigma": 0}})");
+  const std::string small = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
   const std::string model = file("config.json", R"({"model_type": "gpt_oss", "num_hidden_layers": 0})");
   const std::string rows = file("rows.jsonl", "{\"what\": \"decode\", \"shape\": 7}\n");
   const std::pair<std::string, const char*> bad[] = {{"--no-such-flag", "--no-such-flag"},
@@ -110,6 +111,7 @@ TEST_CASE("bad usage and bad input are status 2, on stderr, and no result") {
                                                      {"--cluster " + cluster, "cluster.json: devices_per_node"},
                                                      {"--workload " + load, "load.json: answer: median"},
                                                      {"--config " + model, "config.json: num_hidden_layers"},
+                                                     {"--config " + small + " --ranks 2", "answers of up to 8192"},
                                                      {"--fit " + rows, "rows.jsonl:1: shape"},
                                                      {"--fit /no/such", "/no/such"}};
   for (const auto& [arguments, named] : bad) {
