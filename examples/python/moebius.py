@@ -17,7 +17,6 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
-import select
 import threading
 from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -76,7 +75,6 @@ _FALLIBLE = {
     'engine_submit': [c_void_p, c_void_p, POINTER(c_uint64)],
     'engine_cancel': [c_void_p, c_uint64],
     'engine_poll': [c_void_p, POINTER(_Event), c_size_t, c_size_t, c_double, POINTER(c_size_t)],
-    'engine_event_fd': [c_void_p, POINTER(c_int32)],
     'engine_switch': [c_void_p, c_int32],
     'engine_hold_seam': [c_void_p, c_int32],
     'engine_set_stall_budget': [c_void_p, c_double],
@@ -331,11 +329,8 @@ class Engine:
         self._switches: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        descriptor = c_int32()
-        _call('engine_event_fd', self._handle.value, byref(descriptor))
-        self._wake = os.pipe()
         _call('engine_start', self._handle.value)
-        self._reader = threading.Thread(target=self._read, args=(descriptor.value,), name='moebius-events', daemon=True)
+        self._reader = threading.Thread(target=self._read, name='moebius-events', daemon=True)
         self._reader.start()
 
     def submit(self, prompt: Sequence[int], stop_token_ids: Sequence[int] = (), allowed_token_ids: Sequence[int] = (),
@@ -409,11 +404,8 @@ class Engine:
         if self._closed.is_set():
             return
         self._closed.set()
-        _call('engine_stop', self._handle.value)
-        os.write(self._wake[1], b'x')
+        _call('engine_stop', self._handle.value)  # which ends the reader's wait too
         self._reader.join()
-        for end in self._wake:
-            os.close(end)
         with self._lock:
             for request in self._requests.values():
                 request._events.put(('error', 'the engine was closed'))
@@ -426,15 +418,11 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _read(self, descriptor: int) -> None:
+    def _read(self) -> None:
         room = 256
         events, count = (_Event * room)(), c_size_t()
-        poller = select.poll()
-        for end in (descriptor, self._wake[0]):
-            poller.register(end, select.POLLIN)
         while not self._closed.is_set():
-            poller.poll()
-            _call('engine_poll', self._handle.value, events, room, ctypes.sizeof(_Event), 0.0, byref(count))
+            _call('engine_poll', self._handle.value, events, room, ctypes.sizeof(_Event), float('inf'), byref(count))
             for event in events[:count.value]:
                 self._take(event)
 

@@ -225,7 +225,10 @@ void Engine::Impl::emit(Event&& event) {
   event.time_ns = ns_of(Clock::now());
   learn_price(event);
   const bool promised = event.type == EventType::kFinished;
-  if (calibrating_) return promised ? events_.forgo_promised() : void();
+  if (calibrating_) {
+    if (promised) events_.forgo_promised();
+    return;
+  }
   if (config_.log) log_event(event);
   switch (event.type) {
     case EventType::kSwitchFinished:
