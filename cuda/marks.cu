@@ -54,7 +54,9 @@ cudaError_t SharedMarks::open(std::byte* own, std::byte* const* others, int num_
 void SharedMarks::mark(cudaStream_t stream) const { launch(mark_kernel, 1, 1, 0, stream, own_); }
 
 void SharedMarks::pass(cudaStream_t stream) const {
-  if (others_.num > 0) launch(pass_kernel, 1, kMaxRanks, 0, stream, own_, others_, wait_ns_, stop_on_device_);
+  if (others_.num == 0) return;
+  launch(pass_kernel, 1, kMaxRanks, 0, stream, own_, others_, wait_ns_, stop_on_device_);
+  starts_late = true;  // an early start waits for what the kernel ahead has written, and this one has read what others wrote
 }
 
 void SharedMarks::set(uint64_t marks, cudaStream_t stream) const { launch(set_kernel, 1, 1, 0, stream, own_, marks); }

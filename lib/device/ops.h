@@ -17,7 +17,7 @@
 
 namespace moebius {
 
-// One thread's share of an op: thread `thread` of `num_threads`, with scratch memory of its own (64-byte aligned,
+// One thread's share of an op: thread `thread` of `num_threads`, with scratch memory of its own (64-byte aligned, on a GPU 256,
 // at least Ops::scratch_bytes of the engine's limits, zeros before the first op).
 struct Lane {
   int thread = 0;

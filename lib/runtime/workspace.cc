@@ -42,6 +42,7 @@ int64_t Workspace::lay_out(const WorkspaceShape& s, std::byte* base) {
   take(logits_, s.max_logit_rows * s.logit_columns);
   take(shares_, s.collected_rows * s.logit_columns);
   take(chosen_, s.logit_columns > 0 ? s.max_logit_rows : 0);
+  at = round_up(at, 256);  // what cuBLASLt asks of its workspace
   scratch_stride_ = static_cast<size_t>(round_up(static_cast<int64_t>(s.scratch_bytes), 4096));
   take(scratch_, static_cast<int64_t>(scratch_stride_) * s.threads);
   return at;

@@ -79,6 +79,7 @@ inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t, con
   if (algorithm->number != 7 || *static_cast<const float*>(alpha) != 1 || *static_cast<const float*>(beta) != 0) return CUBLAS_STATUS_INVALID_VALUE;
   for (const void* p : {a, b, static_cast<const void*>(d)})
     if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (reinterpret_cast<uintptr_t>(workspace) % 256 != 0) return CUBLAS_STATUS_INVALID_VALUE;
   const EmulatedLayout wl = *la, xl = *lb, yl = *ld;
   moebius::emulation::queue(stream, [=] {
     for (size_t i = 0; i < workspace_bytes; i += 4096) static_cast<std::byte*>(workspace)[i] = std::byte{0xff};  // it is all there
