@@ -35,6 +35,11 @@ std::unique_ptr<CudaDevice> CudaDevice::open(const ModuleOptions& options, Modul
     refuse(status, Code::kUnsupported, "CUDA finds no device: %s", error != cudaSuccess ? cudaGetErrorString(error) : "there is none");
     return nullptr;
   }
+  constexpr int kLeastDriver = 12010;  // kernels have parameters of more than 4 KiB
+  if (int driver = 0; cudaDriverGetVersion(&driver) != cudaSuccess || driver < kLeastDriver) {
+    refuse(status, Code::kUnsupported, "the driver is made for CUDA %d.%d, 12.1 is needed (driver 530 or later)", driver / 1000, driver % 1000 / 10);
+    return nullptr;
+  }
   auto device = std::make_unique<CudaDevice>();
   std::vector<int> used;
   for (int r = 0; r < options.ranks; ++r) {

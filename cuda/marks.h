@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "lib/base/time.h"
 #include "lib/device/module.h"
 #include "lib/layout/owners.h"
 
@@ -30,7 +31,7 @@ struct OtherMarks {
 
 class SharedMarks {
  public:
-  SharedMarks(double wait_ms, uint32_t* stop_waiting) : wait_ns_(static_cast<uint64_t>(wait_ms * 1e6)), stop_waiting_(stop_waiting) {}
+  SharedMarks(double wait_ms, uint32_t* stop_waiting) : wait_ns_(static_cast<uint64_t>(clamped_ms(wait_ms).count())), stop_waiting_(stop_waiting) {}
   ~SharedMarks();
   SharedMarks(const SharedMarks&) = delete;
   SharedMarks& operator=(const SharedMarks&) = delete;

@@ -23,9 +23,12 @@ R guarded(ModuleStatus& status, R failed, F&& f) noexcept {
   }
 }
 
-// Makes a device the calling thread's, where it is not: to set it makes a context there.
+// Makes a device the calling thread's, where it is not: to set it makes a context there. Where there can be none (another process's device) the
+// thread had none either: no error of ours.
 void make_current(int device) {
-  if (int now = 0; cudaGetDevice(&now) != cudaSuccess || now != device) (void)cudaSetDevice(device);
+  int now = 0;
+  if (cudaGetDevice(&now) == cudaSuccess && now == device) return;
+  if (cudaSetDevice(device) != cudaSuccess) (void)cudaGetLastError();
 }
 
 // Leaves the calling thread's device as it was.

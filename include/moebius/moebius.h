@@ -120,8 +120,8 @@ MOEBIUS_API moebius_status moebius_config_set_i64(moebius_config *config, const 
 MOEBIUS_API moebius_status moebius_config_set_f64(moebius_config *config, const char *key, double value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_config_set_str(moebius_config *config, const char *key, const char *value, moebius_error **err);
 /* Things of the host's, one for each rank, which must outlive the engine; 0 of them: the engine makes its own. Keys: streams (cudaStream_t,
- * not the default stream; the engine's work is in order with what the host queues there) and nccl_comms (ncclComm_t of one world with the
- * same ranks; where a rank fails they are aborted, and the engine then stays failed). */
+ * of the rank's device as device_ids has it, not the default stream; the engine's work is in order with what the host queues there) and
+ * nccl_comms (ncclComm_t of one world with the same ranks; where a rank fails they are aborted, and the engine then stays failed). */
 MOEBIUS_API moebius_status moebius_config_set_handles(moebius_config *config, const char *key, void *const *handles, size_t num,
                                                       moebius_error **err);
 

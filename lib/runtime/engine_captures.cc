@@ -54,9 +54,11 @@ void Engine::Impl::capture(const StepShape& shape, int rank, int* number) {
   world_.world_barrier();
   if (rank != 0 && !alone) device_->join_capture(rank);
   RankContext& context = executors_[rank]->context();
+  const RankContext served = context;
   context.tokens = tables_[rank].view().tokens;
+  context.routes = nullptr;  // whatever the last step kept
   executors_[rank]->forward(shape, tables_[rank].view(), {0, 1, workspaces_[rank]->scratch(0), device_->queue(rank)});
-  context.tokens = nullptr;
+  context = served;
   if (!alone) device_->mark(rank);
   world_.world_barrier();
   if (rank != 0 && !alone) return;

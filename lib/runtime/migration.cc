@@ -56,6 +56,7 @@ int Migration::next_layer(Layout to) const {
 void Migration::copy_next(Layout to, int rank, std::span<std::byte* const> arenas, std::span<const PagePair> pairs) {
   const int layer = next_layer(to);
   std::byte* const own = arenas[static_cast<size_t>(rank)];
+  const CallersDevice caller(*device_);
   const DrainOnError drain(*device_, rank);
   for_each_copy(to, layer, rank, pairs, [&](const BlockCopy& c) {
     device_->copy_block(rank, own + c.dst_offset, c.src_rank, arenas[static_cast<size_t>(c.src_rank)] + c.src_offset, c.bytes);

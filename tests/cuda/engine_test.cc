@@ -109,6 +109,10 @@ TEST_CASE("after an update captured steps compute with the new weights and scale
     CHECK(difference(old, Runner(engine, true).run(script)) == "");
     const auto scale = [&] { return engine.impl().store().tables(1)[0][1].mlp_scale; };
     const float before = scale();
+    RequestSpec kept = greedy_request("kept", prompt_of(8, 5), 3);  // the update captures steps anew, and these keep nothing
+    kept.keep_routes = true;
+    engine.submit(kept);
+    while (engine.step().worked) {}
     if (seam == 0) engine.update_weights(changed.path());
     for (bool first : {true, false}) {  // or part by part
       if (seam == 0) break;

@@ -128,7 +128,9 @@ TEST_CASE("a host's own layers move in the device's memory as they do in its own
     for (int l = 0; l < 3; ++l) {
       for (int r = 0; r < spec.ranks; ++r) {
         here.copy_next(to, r, own, pairs);
+        memory->set_current(0);
         there.copy_next(to, r, device, pairs);
+        CHECK(memory->current() == 0);
       }
       here.advance(to);
       there.advance(to);
