@@ -190,8 +190,7 @@ int32_t KvManager::allocate(int home) {
   while (free_blocks_.empty() || (wants_tp() && tp_free_.empty()) || (wants_ep() && ep_free_[home].empty())) {
     const int32_t oldest = oldest_cached(home);
     if (oldest < 0) return -1;
-    cache_remove(oldest);
-    free_block(oldest);
+    give_up(oldest);
   }
   const int32_t b = new_block();
   blocks_[b].users = 1;
@@ -247,13 +246,14 @@ void KvManager::cache_remove(int32_t b) {
   if (block.tp_page >= 0) tp_reclaimable_ -= tp_cached_[block.tp_page]-- == tp_blocks_[block.tp_page];
 }
 
+void KvManager::give_up(int32_t cached) {
+  cache_remove(cached);
+  free_block(cached);
+}
+
 void KvManager::drop_cached() {
   for (int h = -1; h < num_homes(); ++h)
-    while (cached_list(h).head >= 0) {
-      const int32_t b = cached_list(h).head;
-      cache_remove(b);
-      free_block(b);
-    }
+    while (cached_list(h).head >= 0) give_up(cached_list(h).head);
 }
 
 // ---- the index: open addressing, linear probing, by key alone, so that it stays as it is when blocks get homes or lose them
@@ -295,8 +295,7 @@ void KvManager::index_erase_duplicates() {
     index_erase(b);
     blocks_[b].registered = false;
     if (blocks_[b].users > 0) continue;
-    cache_remove(b);
-    free_block(b);
+    give_up(b);
     --i;  // another block has taken this place
   }
 }
@@ -411,8 +410,7 @@ void KvManager::open_tp() {
     const int32_t b = at[h];
     at[h] = blocks_[b].prev;
     if (take(b)) continue;
-    cache_remove(b);
-    free_block(b);
+    give_up(b);
   }
   phase_ = Phase::kBoth;
   count_reclaimable();

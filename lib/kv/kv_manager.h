@@ -125,6 +125,7 @@ class KvManager {
   List& cached_list(int32_t home) { return cached_[home + 1]; }
   void cache_push(int32_t block);
   void cache_remove(int32_t block);
+  void give_up(int32_t cached);
   template <class First>
   int pick_home(const int32_t* at, const First& first) const;
   int32_t oldest_cached(int home) const;

@@ -76,7 +76,7 @@ class EventQueue {
       std::lock_guard lock(mutex_);
       waits_ = waits;
     }
-    shown_.notify_all();
+    if (!waits) shown_.notify_all();
   }
 
   // Up to out.size() events in order, waiting at most timeout_ms for the first (NaN: not at all; infinity: as long as it takes).
