@@ -46,7 +46,6 @@ std::string did_you_mean(std::string_view name, const std::vector<const char*>& 
 
 namespace {
 
-constexpr std::array kIsas = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable};
 constexpr std::array kModules = {"cuda"};
 
 bool has_feature(std::string_view name) {
@@ -57,8 +56,7 @@ bool has_feature(std::string_view name) {
 
 std::string build_info() {
   std::string isas, devices = "\"cpu\"";
-  for (const Isa isa : kIsas)
-    if (isa_available(isa)) isas += fmt::format("{}\"{}\"", isas.empty() ? "" : ", ", isa_name(isa));
+  for (const Isa isa : available_isas()) isas += fmt::format("{}\"{}\"", isas.empty() ? "" : ", ", isa_name(isa));
   for (const char* module : kModules)
     if (has_module(module)) devices += fmt::format(", \"{}\"", module);
   return fmt::format(R"({{"version": "{}.{}.{}", "compiler": "{}", "isa": [{}], "devices": [{}]}})", MOEBIUS_VERSION_MAJOR,

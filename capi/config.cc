@@ -93,7 +93,7 @@ const Key kKeys[] = {
     Key{"nccl_comms", "", "ncclComm_t of the ranks, where communicator is nccl; none: the engine's own",
         SetHandles([](EngineConfig& c, const std::vector<void*>& v) { c.nccl_comms = v; })},
     FLAG_KEY(capture_steps, "capture_steps", "1", "decode steps are captured at start-up where the device can (CUDA graphs)"),
-    Key{"isa", "", "kernel path: avx512bf16, avx512, avx2, portable; empty: the best there is",
+    Key{"isa", "", "kernel path: amx, avx512bf16, avx512, avx2, portable; empty: the best there is",
         SetStr([](EngineConfig& c, const std::string& v) { c.isa = v; })},
     INT_KEY(slices_per_expert, "slices_per_expert", "0", "cuts of each MLP; fixes the bits; 0: 8 where cuts keep 96 neurons, else 4"),
     INT_KEY(page_tokens, "page_tokens", "16", "tokens of a KV page, a multiple of 16"),

@@ -30,7 +30,7 @@ void in_turn(const Args& args, const Lane& lane) {
 const Ops& ops() {
   static constexpr Ops table{.name = "cuda",
                              .scratch_bytes = scratch_bytes,
-                             .act_bytes = sizeof(bf16),
+                             .act_bytes = [](int64_t pairs, int64_t width) { return pairs * width * int64_t{sizeof(bf16)}; },
                              .embed = in_turn<embed>,
                              .add_norm = in_turn<add_norm>,
                              .linear = in_turn<linear>,

@@ -615,7 +615,7 @@ int run(int argc, char** argv) {
     sub->add_option("--device", o.device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();
     sub->add_option("--communicator", o.communicator, "how ranks on devices exchange")->check(CLI::IsMember({"peer", "nccl"}))->capture_default_str();
     sub->add_option("--rates", o.rates, "with another device: a file with the output of moebius-gpu-rates, for the floors")->check(CLI::ExistingFile)->default_str("none: no floors");
-    sub->add_option("--isa", o.isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
+    sub->add_option("--isa", o.isa, "kernel path: amx, avx512bf16, avx512, avx2, portable")->default_str("the best there is");
     sub->add_option("--slices-per-expert", o.slices, "cuts of each MLP (0: the default rule)")->capture_default_str();
     sub->add_option("--memory-bytes", o.memory_bytes, "per rank (0: what the run needs)")->capture_default_str();
     sub->add_flag("!--no-capture", o.capture, "decode steps queue their kernels one by one, to measure what capturing them saves");

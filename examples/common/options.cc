@@ -27,7 +27,7 @@ void EngineOptions::add_to(CLI::App& app, bool model_required) {
   app.add_option("--device", device, "where ranks work: cpu, or the name of a module (cuda)")->capture_default_str();
   app.add_option("--communicator", communicator, "how ranks on devices exchange: peer, or nccl (a device for each)")->capture_default_str();
   app.add_option("--mode", mode, "exact: equal bits whatever the layout; fast: sums in any order (default: exact on the cpu, fast elsewhere)");
-  app.add_option("--isa", isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
+  app.add_option("--isa", isa, "kernel path: amx, avx512bf16, avx512, avx2, portable")->default_str("the best there is");
   app.add_option("--slices-per-expert", slices_per_expert, "cuts of each MLP; fixes the bits (0: the default rule)")
       ->check(at_least(0))
       ->capture_default_str();

@@ -232,7 +232,7 @@ int run(int argc, char** argv) {
   app.add_option("--chunk-tokens", e.chunk_tokens, "prompt tokens that a step takes over all requests")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   app.add_option("--max-batch", e.max_batch, "running requests over all ranks")->check(CLI::Range(1, 1 << 20))->capture_default_str();
   app.add_option("--max-context", e.max_context, "tokens of a request (0: the model's)")->check(CLI::Range(int64_t{0}, int64_t{1} << 31))->capture_default_str();
-  app.add_option("--isa", e.isa, "kernel path: avx512bf16, avx512, avx2, portable")->default_str("the best there is");
+  app.add_option("--isa", e.isa, "kernel path: amx, avx512bf16, avx512, avx2, portable")->default_str("the best there is");
   app.add_flag("--layers", o.layers, "each layer too (the table: its place on rank 0)");
   app.add_option("--format", o.format, "table, or json (one object)")->check(CLI::IsMember({"table", "json"}))->capture_default_str();
   try {

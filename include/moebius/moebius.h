@@ -92,7 +92,7 @@ typedef struct moebius_decoder moebius_decoder;     /* token ids to text as they
 
 MOEBIUS_API void moebius_version(int32_t *major, int32_t *minor, int32_t *patch); /* each may be NULL */
 MOEBIUS_API const char *moebius_status_name(moebius_status status);               /* e.g. "queue_full"; static */
-/* 1 where this library, on this machine, has it: "tokenizer", a kernel path ("avx512bf16", "avx512", "avx2", "portable"), a device
+/* 1 where this library, on this machine, has it: "tokenizer", a kernel path ("amx", "avx512bf16", "avx512", "avx2", "portable"), a device
  * ("cpu"; "cuda": its module is where it is looked for, which says nothing of a GPU). 0 otherwise, and for an unknown name. */
 MOEBIUS_API int32_t moebius_has_feature(const char *name);
 /* Version, compiler, kernel paths and devices as a JSON object; static. */

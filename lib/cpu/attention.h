@@ -162,10 +162,11 @@ MOEBIUS_INLINE void score_tiles(const Split& split, const RowBlocks& q, int64_t 
   }
   for (int64_t b = 0; b < q.blocks; ++b) {
     const Range rows = q.block(b);
-    with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      if constexpr (kBeside<R, C>) {
-        F acc[R][C];
-        tile_block<R, C>(q.of(rows), R, keys, q.pairs, ahead, acc);
+    with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
+      const int R = n;
+      if constexpr (kBeside<N, C>) {
+        F acc[kMost<N>][C];
+        tile_block<C>(n, q.of(rows.begin, R), keys, q.pairs, ahead, acc);
         for (int r = 0; r < R; ++r)
           for (int c = 0; c < C; ++c)
             Vec::store(scores + (rows.begin + r) * kAttentionSplit + (first + c) * kTile, Vec::mul(acc[r][c], Vec::set1(softmax_scale)));
@@ -238,11 +239,12 @@ MOEBIUS_INLINE void attend_block(const KvView& view, float softmax_scale, float 
 
 MOEBIUS_INLINE int64_t attention_scratch_bytes(int64_t head_dim) {
   const int64_t stride = round_up(head_dim, kTile);
-  return kBlockRows * (div_up(head_dim, 2) * int64_t{sizeof(Laid)} + kAttentionSplit * 4 + 2 * stride * 4) + 256;
+  return laid_bytes(kBlockRows, div_up(head_dim, 2)) + kBlockRows * (kAttentionSplit + 2 * stride) * 4 + 256;
 }
 
 void attention(const AttentionArgs& args, const Lane& lane) {
   const int64_t dim = args.kv.head_dim, stride = round_up(dim, kTile), width = args.num_heads * dim;
+  [[maybe_unused]] const Vec::Unit unit;
   BlockScratch s;
   s.scores = reinterpret_cast<float*>(lane.scratch);
   s.part = s.scores + kBlockRows * kAttentionSplit;

@@ -13,7 +13,8 @@ struct Vec {
   };
   static constexpr int kRows = 5;  // rows × 2 registers of a tile + 4 of its widened weights + 1 of a row = 15 of 16
   static constexpr int tiles_beside(int64_t rows) { return rows <= 2 ? 2 : 1; }
-  static constexpr bool kFewRegisters = true;
+  static constexpr bool kFewRegisters = true, kMatrix = false;
+  struct Unit {};
   static constexpr int kRowsOut = 6;  // attention's P·V: rows × 2 accumulators + 2 of values + a weight
 
   MOEBIUS_INLINE static F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }

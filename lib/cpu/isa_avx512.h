@@ -7,7 +7,7 @@
 
 namespace MOEBIUS_ISA {
 
-struct Vec : PairRows {
+struct Avx512 : PairRows {
   using F = __m512;
   using M = __mmask16;
   static constexpr int kRows = 12;  // rows × 2 tiles of accumulators + 2 weights = 26 of 32 registers

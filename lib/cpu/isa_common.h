@@ -27,6 +27,8 @@ using Pair = uint32_t __attribute__((may_alias));  // two bf16 of a row
 struct PairRows {
   using Laid = Pair;
   static constexpr bool kFewRegisters = false;  // 16, for which products go tile by tile
+  static constexpr bool kMatrix = false;        // products are made by matrix registers (matrix.h)
+  struct Unit {};
 
   // dst[p·n + r] = pair p of row r; row(r) → pointer to its pairs.
   template <class RowOf>

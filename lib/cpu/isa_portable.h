@@ -5,7 +5,7 @@
 
 namespace MOEBIUS_ISA {
 
-struct Vec : PairRows {
+struct Portable : PairRows {
   struct F {
     float v[16];
   };

@@ -9,11 +9,13 @@ namespace MOEBIUS_ISA {
 
 size_t scratch_bytes(const OpLimits& l) {
   const int64_t heads = l.num_heads * l.head_dim, width = l.hidden > heads ? l.hidden : heads;
-  int64_t bytes = l.max_rows * div_up(width, 2) * int64_t{sizeof(Laid)};  // gathered rows
+  int64_t bytes = laid_bytes(l.max_rows, div_up(width, 2));  // gathered rows
   for (const int64_t other : {attention_scratch_bytes(l.head_dim), kRouterRows * round_up(l.num_experts, kTile) * 4, l.head_dim * 6})
     bytes = other > bytes ? other : bytes;
   return static_cast<size_t>(bytes);
 }
+
+int64_t act_bytes(int64_t pairs, int64_t width) { return laid_bytes(pairs, width / 2); }
 
 uint64_t probe_read(const void* data, size_t bytes) {
   // Four streams, as a product reads its tiles; loads kept alive by a sum.
@@ -35,7 +37,9 @@ uint64_t probe_read(const void* data, size_t bytes) {
 }
 
 // Dot products whose operands stay in registers: nothing but the arithmetic.
+template <class V>
 double probe_dot(int64_t iterations) {
+  if constexpr (V::kMatrix) return V::probe(iterations);
   constexpr int kChains = Vec::kRows >= 12 ? 16 : 4;  // enough to hide the latency, few enough for the registers
   constexpr int64_t kPairs = 512;
   alignas(64) bf16 w[2 * kTile];
@@ -59,10 +63,10 @@ double probe_dot(int64_t iterations) {
 }
 
 const Ops& ops() {
-  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes, sizeof(Laid) / 2, embed,           add_norm,     linear,    rope_store, attention,
+  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes, act_bytes,        embed,           add_norm,     linear,    rope_store, attention,
                              exact_linear,     route,         group_experts,    experts_gate_up, experts_down, pick_rows, clear,      nullptr,
                              nullptr,          nullptr,       nullptr,          nullptr,         nullptr,      arg_max,   exp_sum,    probe_read,
-                             probe_dot};
+                             probe_dot<Vec>};
   return table;
 }
 

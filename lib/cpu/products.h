@@ -13,6 +13,7 @@ void linear(const LinearArgs& args, const Lane& lane) {
   for (int p = 0; p < args.num_parts; ++p) total += div_up(args.parts[p].n, kTile);
   const Range mine = share_of(total, lane.thread, lane.num_threads);
   if (mine.empty()) return;
+  [[maybe_unused]] const Vec::Unit unit;
   const RowBlocks x =
       gather_rows(lane.scratch, args.rows.size(), div_up(args.k, 2), [&](int64_t r) { return args.x + (args.rows.begin + r) * args.ldx; });
   int64_t first = 0;  // tile number of the part's first tile
@@ -65,7 +66,7 @@ constexpr int64_t kLeadTiles = 4;  // how far ahead of such a block its weights 
 
 // The slow way for sums that hold contributions out of range or no numbers: lane by lane, those left out and their rows flagged.
 template <class SliceOf, class RowOf>
-void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const Laid* x, int64_t rows,
+void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pairs, const SliceOf& slice, const BlockRows& x, int64_t rows,
                  Range tiles, const float* factors, const RowOf& row_of) {
   const int64_t tile_elements = pairs * 2 * kTile;
   for (int64_t r = 0; r < rows; ++r)
@@ -73,8 +74,8 @@ void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pa
       for (int64_t t = tiles.begin; t < tiles.end; ++t) {
         const SlicePart part = slice(s);
         const bf16* w = part.w + t * tile_elements;
-        F acc[1][1];
-        tile_block<1, 1>(x + part.first_pair * rows + r, rows, Streams<1>::tiles(w, tile_elements), pairs, Streams<1>::of(w, 0, 0), acc);
+        F acc[kMost<Constant<1>>][1];
+        tile_block<1>(Constant<1>{}, x.from(part.first_pair).row(r), Streams<1>::tiles(w, tile_elements), pairs, Streams<1>::of(w, 0, 0), acc);
         float v[kTile];
         Vec::store(v, Vec::mul(acc[0][0], Vec::set1(factors[r])));
         uint64_t* to = reinterpret_cast<uint64_t*>(out.sum) + row_of(r) * hidden + t * kTile;
@@ -88,11 +89,12 @@ void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pa
 }
 
 // sums[at …] (R rows × C tiles) += the contributions of one slice, each rounded to an integer by itself.
-template <int R, int C>
-MOEBIUS_INLINE void add_slice(const Laid* x, const bf16* w, int64_t pairs, const Streams<C>& ahead, const float* factors, bool plain,
+template <int C, class N>
+MOEBIUS_INLINE void add_slice(N n, const BlockRows& x, const bf16* w, int64_t pairs, const Streams<C>& ahead, const float* factors, bool plain,
                               int64_t* sums, int64_t at, typename Vec::Seen& seen) {
-  F acc[R][C];
-  tile_block<R, C>(x, R, Streams<C>::tiles(w, pairs * 2 * kTile), pairs, ahead, acc);
+  const int R = n;
+  F acc[kMost<N>][C];
+  tile_block<C>(n, x, Streams<C>::tiles(w, pairs * 2 * kTile), pairs, ahead, acc);
   asm("" : "+r"(sums) : : "memory");  // sums loaded before the product would push its accumulators out of their registers
   const auto each = [&](const auto& add) MOEBIUS_INLINE_LAMBDA {
 #pragma GCC unroll 16
@@ -130,24 +132,25 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
     };
     for (int64_t b = 0; b < x.blocks; ++b) {
       const Range rows = x.block(b);
-      with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-        float factors[R];
+      with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
+        const int R = n;
+        float factors[kMost<N>];
         for (int r = 0; r < R; ++r) factors[r] = factor_of(rows.begin + r);
         __builtin_memset(sums, 0, static_cast<size_t>(R * here.size() * kTile) * sizeof(int64_t));
         typename Vec::Seen seen = Vec::nothing_seen();
         for (int s = 0; s < num_slices; ++s) {
           const SlicePart part = slice(s);
           for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
-            if constexpr (kBeside<R, C>) {
+            if constexpr (kBeside<N, C>) {
               const bf16* w = part.w + t * tile_elements;
               const bf16* next = t + lead < here.end ? w + lead * tile_elements : following(s) + (t + lead - here.end) * tile_elements;
-              add_slice<R, C>(x.of(rows) + part.first_pair * R, w, pairs, part_of<C>(next, pairs, b, x.blocks), factors, plain, sums,
+              add_slice<C>(n, x.of(rows.begin, R).from(part.first_pair), w, pairs, part_of<C>(next, pairs, b, x.blocks), factors, plain, sums,
                               (t - here.begin) * R * kTile, seen);
             }
           });
         }
         if (!plain && !Vec::all_below(seen, limit)) {
-          add_checked(out, hidden, num_slices, pairs, slice, x.of(rows), R, here, factors, [&](int64_t r) { return row_of(rows.begin + r); });
+          add_checked(out, hidden, num_slices, pairs, slice, x.of(rows.begin, R), R, here, factors, [&](int64_t r) { return row_of(rows.begin + r); });
           return;
         }
         for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
@@ -171,6 +174,7 @@ void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
   const Range tiles = share_of(div_up(args.hidden, kTile), lane.thread, lane.num_threads);
   if (tiles.empty()) return;
   clear_sums(args.out, args.rows, args.hidden, columns_of(tiles, args.hidden));
+  [[maybe_unused]] const Vec::Unit unit;
   const RowBlocks x = gather_rows(lane.scratch, args.rows.size(), args.ldx / 2,
                                   [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.x + (args.rows.begin + r) * args.ldx; });
   const int64_t pairs = args.k / 2, tile_elements = pairs * 2 * kTile;
@@ -210,35 +214,36 @@ MOEBIUS_INLINE void for_experts(const ExpertsArgs& args, F&& fn) {
   }
 }
 
-// act = silu(gate)·up of one tile for the rows of a block, stored as experts_down takes it: the rows' pairs side by side.
+// act = silu(gate)·up of one tile for the rows of a block, stored as experts_down takes it.
 // (No part of the loop above it: its constants would push accumulators out of their registers.)
-[[gnu::noinline]] void activate(const float (*gate_up)[2][kTile], int64_t rows, Laid* act) {
+[[gnu::noinline]] void activate(const float (*gate_up)[2][kTile], int64_t rows, Laid* act, int64_t act_pairs, int64_t first_pair) {
   alignas(64) bf16 out[Vec::kRows < 4 ? 4 : Vec::kRows][kTile];  // as many as are interleaved at once
   for (int64_t r = 0; r < rows; ++r) Vec::store_bf16(out[r], Vec::mul(silu(Vec::load(gate_up[r][0])), Vec::load(gate_up[r][1])));
-  Vec::interleave(act, rows, kTile / 2, [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(out[r]); });
+  lay_rows(act, rows, act_pairs, first_pair, kTile / 2, [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(out[r]); });
 }
 
 // One tile of 16 neurons of a cut, for all rows of a job: act [act_pairs] per row, from pair first_pair on.
 MOEBIUS_INLINE void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* next, Laid* act, int64_t act_pairs, int64_t first_pair) {
   for (int64_t b = 0; b < x.blocks; ++b) {
     const Range rows = x.block(b);
-    with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-      alignas(64) float gate_up[R][2][kTile];
+    with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
+      const int R = n;
+      alignas(64) float gate_up[kMost<N>][2][kTile];
       const Streams<2> both = Streams<2>::of(w, kLineBytes, 2 * kLineBytes);
-      if constexpr (kBeside<R, 2>) {
-        F acc[R][2];
-        tile_block<R, 2>(x.of(rows), R, both, x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
+      if constexpr (kBeside<N, 2>) {
+        F acc[kMost<N>][2];
+        tile_block<2>(n, x.of(rows.begin, R), both, x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) Vec::store(gate_up[r][0], acc[r][0]), Vec::store(gate_up[r][1], acc[r][1]);
       } else {
         for (int c = 0; c < 2; ++c) {  // each fetches half of what comes next, line by line
-          F acc[R][1];
-          tile_block<R, 1>(x.of(rows), R, both.one(c), x.pairs, part_of<2>(next, x.pairs, 2 * b + c, 2 * x.blocks).one(0), acc);
+          F acc[kMost<N>][1];
+          tile_block<1>(n, x.of(rows.begin, R), both.one(c), x.pairs, part_of<2>(next, x.pairs, 2 * b + c, 2 * x.blocks).one(0), acc);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) Vec::store(gate_up[r][c], acc[r][0]);
         }
       }
-      activate(gate_up, R, act + rows.begin * act_pairs + first_pair * R);
+      activate(gate_up, R, act + rows.begin * laid_pairs(act_pairs), act_pairs, first_pair);
     });
   }
 }
@@ -250,6 +255,7 @@ void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
   int64_t total = 0;
   for_experts(args, [&](const ExpertJob& job, const bf16* const*) MOEBIUS_INLINE_LAMBDA { return total += cost_of(job.num_pairs) * units, true; });
   const int64_t from = total * lane.thread / lane.num_threads, to = total * (lane.thread + 1) / lane.num_threads;
+  [[maybe_unused]] const Vec::Unit unit;
   int64_t at = 0;
   for_experts(args, [&](const ExpertJob& job, const bf16* const* next_cuts) MOEBIUS_INLINE_LAMBDA {
     const int64_t cost = cost_of(job.num_pairs);
@@ -263,7 +269,7 @@ void experts_gate_up(const ExpertsArgs& args, const Lane& lane) {
                                     [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.x + rows[r] * args.hidden; });
     const auto weights = [&](int64_t u) { return job.cuts[u / cut.tiles()] + u % cut.tiles() * cut.gate_up_tile_elements(); };
     const bf16* after = next_cuts == job.cuts ? weights(first) : next_cuts[0];
-    Laid* act = reinterpret_cast<Laid*>(args.act) + job.pair_begin * act_pairs;
+    Laid* act = reinterpret_cast<Laid*>(args.act) + job.pair_begin * laid_pairs(act_pairs);
     for (int64_t u = first; u < last; ++u)
       gate_up_tile(x, weights(u), u + 1 < units ? weights(u + 1) : after, act, act_pairs,
                    (u / cut.tiles() * cut.padded() + u % cut.tiles() * kTile) / 2);
@@ -279,8 +285,9 @@ void experts_down(const ExpertsArgs& args, const Lane& lane) {
   clear_sums(args.out, args.rows, args.hidden, columns_of(tiles, args.hidden));
   const float scale = args.out.plain ? 1.0f : args.out.scale;
   const int64_t pairs = down.k_pairs(), act_pairs = args.num_cuts * pairs;
+  [[maybe_unused]] const Vec::Unit unit;
   for_experts(args, [&](const ExpertJob& job, const bf16* const* next_cuts) MOEBIUS_INLINE_LAMBDA {
-    const RowBlocks x(reinterpret_cast<const Laid*>(args.act) + job.pair_begin * act_pairs, job.num_pairs, act_pairs);
+    const RowBlocks x(reinterpret_cast<const Laid*>(args.act) + job.pair_begin * laid_pairs(act_pairs), job.num_pairs, act_pairs);
     const auto slice = [&](int s) MOEBIUS_INLINE_LAMBDA { return SlicePart{job.cuts[s] + cut.gate_up_elements(), s * pairs}; };
     const auto factor_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return args.pair_weights[job.pair_begin + r] * scale; };
     const auto row_of = [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return int64_t{args.pair_rows[job.pair_begin + r]}; };

@@ -1,7 +1,7 @@
 // The one micro-kernel: R rows × C tiles of 16 outputs, summed along k in registers, in one chain per output.
 //
-// The chain of an output is the pairs of k in order; R, C, the row's place in its block and the tile's neighbours choose only
-// which chains run side by side. So a product of 1 row and one of 64 agree bit for bit.
+// The chain of an output is the pairs of k in order (of 16 at a time where Vec::kMatrix); R, C, the row's place in its block and the
+// tile's neighbours choose only which chains run side by side. So a product of 1 row and one of 64 agree bit for bit.
 #pragma once
 
 #include "lib/cpu/isa_common.h"
@@ -39,9 +39,17 @@ MOEBIUS_INLINE Streams<C> part_of(const bf16* next, int64_t pairs, int64_t b, in
   return Streams<C>::of(reinterpret_cast<const char*>(next) + pairs * C * kLineBytes * b / blocks, kLineBytes, C * kLineBytes / blocks);
 }
 
-// acc[r][c] = Σ_p w(c, p)·a(r, p). Row r's pair p is a[p·pitch + r].
+// A block's rows as they are laid out: their pairs side by side or, where Vec::kMatrix, row after row.
+struct BlockRows {
+  const Laid* at;
+  int64_t pitch;  // from a pair of k to the next or, where Vec::kMatrix, from a row to the next
+
+  MOEBIUS_INLINE BlockRows from(int64_t pair) const { return {at + (Vec::kMatrix ? pair : pair * pitch), pitch}; }
+  MOEBIUS_INLINE BlockRows row(int64_t r) const { return {at + (Vec::kMatrix ? r * pitch : r), pitch}; }
+};
+
 template <int R, int C>
-MOEBIUS_INLINE void tile_block(const Laid* a, int64_t pitch, const Streams<C>& w, int64_t pairs, const Streams<C>& ahead, F (&acc)[R][C]) {
+MOEBIUS_INLINE void multiply_in_registers(const BlockRows& a, const Streams<C>& w, int64_t pairs, const Streams<C>& ahead, F (&acc)[R][C]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -57,14 +65,14 @@ MOEBIUS_INLINE void tile_block(const Laid* a, int64_t pitch, const Streams<C>& w
       for (int c = 0; c < C; ++c) {
         load(c);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) acc[r][c] = Vec::dot(acc[r][c], tile[c], Vec::load_a(a + p * pitch + r));
+        for (int r = 0; r < R; ++r) acc[r][c] = Vec::dot(acc[r][c], tile[c], Vec::load_a(a.at + p * a.pitch + r));
       }
     } else {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) load(c);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Vec::A x = Vec::load_a(a + p * pitch + r);
+        const Vec::A x = Vec::load_a(a.at + p * a.pitch + r);
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) acc[r][c] = Vec::dot(acc[r][c], tile[c], x);
       }
@@ -72,27 +80,70 @@ MOEBIUS_INLINE void tile_block(const Laid* a, int64_t pitch, const Streams<C>& w
   }
 }
 
-// Rows laid out for tile_block: blocks of nearly equal numbers of rows, each with the rows' pairs side by side.
+// How many rows a block has, as a constant: kernels are unrolled over it. (Where Vec::kMatrix it is a plain int.)
+template <int N>
+struct Constant {
+  MOEBIUS_INLINE constexpr operator int() const { return N; }
+};
+template <class Rows>
+constexpr int kMost = Vec::kRows;
+template <int N>
+constexpr int kMost<Constant<N>> = Vec::kMatrix ? Vec::kRows : N;
+
+// acc[r][c] = Σ_p w(c, p)·a(r, p), r < rows.
+template <int C, class Rows, class V = Vec>
+MOEBIUS_INLINE void tile_block(Rows rows, const BlockRows& a, const Streams<C>& w, int64_t pairs, const Streams<C>& ahead,
+                               F (&acc)[kMost<Rows>][C]) {
+  if constexpr (V::kMatrix)
+    V::template multiply<C>(rows, a.at, a.pitch, w.at, w.step, pairs, ahead.at, ahead.step, acc);
+  else
+    multiply_in_registers<kMost<Rows>, C>(a, w, pairs, ahead, acc);
+}
+
+// Pairs that a row of so many takes where it is laid out, and bytes of all rows: side by side they take no more. Row after row they are an odd
+// number of lines each, so that 16 of them meet in no set of the cache, and what lies behind the last one is read up to a multiple of 16.
+constexpr int64_t laid_pairs(int64_t pairs) {
+  constexpr int64_t kLine = kLineBytes / int64_t{sizeof(Pair)};
+  return Vec::kMatrix ? (div_up(pairs, kLine) | 1) * kLine : pairs;
+}
+constexpr int64_t laid_bytes(int64_t rows, int64_t pairs) {
+  return (rows + (Vec::kMatrix ? kTile - 1 : 0)) * laid_pairs(pairs) * int64_t{sizeof(Laid)};
+}
+
+// Rows laid out for tile_block: blocks of nearly equal numbers of rows or, where Vec::kMatrix, of as many as it takes.
 struct RowBlocks {
   const Laid* data;
   int64_t rows, pairs, blocks;
 
   MOEBIUS_INLINE RowBlocks(const void* at, int64_t num_rows, int64_t row_pairs)
       : data(static_cast<const Laid*>(at)), rows(num_rows), pairs(row_pairs), blocks(div_up(num_rows, Vec::kRows)) {}
-  MOEBIUS_INLINE Range block(int64_t b) const { return share_of(rows, b, blocks); }
-  MOEBIUS_INLINE const Laid* of(Range rows_of_block) const { return data + rows_of_block.begin * pairs; }
+  MOEBIUS_INLINE Range block(int64_t b) const {
+    if constexpr (Vec::kMatrix) return {b * Vec::kRows, rows < (b + 1) * Vec::kRows ? rows : (b + 1) * Vec::kRows};
+    return share_of(rows, b, blocks);
+  }
+  // The block that begins at a row and has n of them. (A row that is alone is multiplied as if it were many, none of which lies elsewhere.)
+  MOEBIUS_INLINE BlockRows of(int64_t first, int64_t n) const { return {data + first * laid_pairs(pairs), !Vec::kMatrix ? n : rows > 1 ? laid_pairs(pairs) : 0}; }
 };
 
-// row(i) → pointer to the bf16 of row i, 4-byte aligned. They are laid out in `scratch` (rows · pairs of Laid); one row that needs
-// no widening is used where it lies.
+// Lays out pairs [first, first + count) of a block of n rows that have `pairs` each; row(r) → pointer to row r's first one.
+template <class RowOf>
+MOEBIUS_INLINE void lay_rows(Laid* block, int64_t n, int64_t pairs, int64_t first, int64_t count, const RowOf& row) {
+  if constexpr (Vec::kMatrix)
+    for (int64_t r = 0; r < n; ++r) __builtin_memcpy(block + r * laid_pairs(pairs) + first, row(r), static_cast<size_t>(count) * sizeof(Laid));
+  else
+    Vec::interleave(block + first * n, n, count, row);
+}
+
+// row(i) → pointer to the bf16 of row i, 4-byte aligned. They are laid out in `scratch` (laid_bytes); one row that needs no widening is used
+// where it lies.
 template <class RowOf>
 MOEBIUS_INLINE RowBlocks gather_rows(std::byte* scratch, int64_t rows, int64_t pairs, const RowOf& row) {
   if (rows == 1 && sizeof(Laid) == sizeof(Pair)) return {row(0), 1, pairs};
   const RowBlocks out{scratch, rows, pairs};
   for (int64_t b = 0; b < out.blocks; ++b) {
     const Range range = out.block(b);
-    Vec::interleave(reinterpret_cast<Laid*>(scratch) + range.begin * pairs, range.size(), pairs,
-                    [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(row(range.begin + r)); });
+    lay_rows(reinterpret_cast<Laid*>(scratch) + range.begin * laid_pairs(pairs), range.size(), pairs, 0, pairs,
+             [&](int64_t r) MOEBIUS_INLINE_LAMBDA { return reinterpret_cast<const Pair*>(row(range.begin + r)); });
   }
   return out;
 }
@@ -105,9 +156,18 @@ MOEBIUS_INLINE void with_rows(int64_t n, const Body& body) {
   body.template operator()<R>();
 }
 
-// Whether for_tiles ever puts R rows of a block beside C tiles: what it does not needs no code.
-template <int R, int C>
-constexpr bool kBeside = C <= Vec::tiles_beside(R);
+// Calls body(n), n a block's rows.
+template <class Body>
+MOEBIUS_INLINE void with_block(int64_t n, const Body& body) {
+  if constexpr (Vec::kMatrix)
+    body(static_cast<int>(n));
+  else
+    with_rows(n, [&]<int R>() MOEBIUS_INLINE_LAMBDA { body(Constant<R>{}); });
+}
+
+// Whether for_tiles ever puts so many rows of a block beside C tiles: what it does not needs no code.
+template <class Rows, int C>
+constexpr bool kBeside = Vec::kMatrix || C <= Vec::tiles_beside(kMost<Rows>);
 
 // Calls body.operator()<C>(t) over a range of tiles, C at a time: as many as registers allow beside so many rows. Few rows take more, so
 // that enough chains run side by side and enough lines are under way.
@@ -115,7 +175,7 @@ template <class Body>
 MOEBIUS_INLINE void for_tiles(Range tiles, int64_t rows, const Body& body) {
   const int most = Vec::tiles_beside(rows);
   int64_t t = tiles.begin;
-  if constexpr (kBeside<1, 4>)
+  if constexpr (kBeside<Constant<1>, 4>)
     if (most >= 4)
       for (; t + 4 <= tiles.end; t += 4) body.template operator()<4>(t);
   if (most >= 2)
@@ -135,10 +195,11 @@ MOEBIUS_INLINE void multiply_tiles(const RowBlocks& x, const bf16* w, int64_t ti
     const bf16* next = t + C < tiles.end ? tile + C * tile_elements : tile;
     for (int64_t b = 0; b < x.blocks; ++b) {
       const Range rows = x.block(b);
-      with_rows(rows.size(), [&]<int R>() MOEBIUS_INLINE_LAMBDA {
-        if constexpr (kBeside<R, C>) {
-          F acc[R][C];
-          tile_block<R, C>(x.of(rows), R, Streams<C>::tiles(tile, tile_elements), x.pairs, part_of<C>(next, x.pairs, b, x.blocks), acc);
+      with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
+        const int R = n;
+        if constexpr (kBeside<N, C>) {
+          F acc[kMost<N>][C];
+          tile_block<C>(n, x.of(rows.begin, R), Streams<C>::tiles(tile, tile_elements), x.pairs, part_of<C>(next, x.pairs, b, x.blocks), acc);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) store(rows.begin + r, t * kTile, acc[r], C);
         }

@@ -222,7 +222,7 @@ struct ExpertsArgs {
   const int32_t* pair_rows = nullptr;     // [pairs]
   const float* pair_weights = nullptr;    // [pairs] router weights
   const bf16* x = nullptr;                // row r at x + r·hidden
-  void* act = nullptr;                    // [pairs, num_cuts·padded neurons] of Ops::act_bytes; the order inside an expert is the path's own
+  void* act = nullptr;                    // [pairs, num_cuts·padded neurons], laid out as the path likes: Ops::act_bytes of them
   Range rows;                             // of the step, which an expert has once at most; the sums of all of them are written
   ExactSum out;
 };
@@ -299,7 +299,7 @@ inline constexpr int kGpuMaxHeadDim = 256, kGpuHeadDimUnit = 8, kGpuMaxKvHeads =
 struct Ops {
   const char* name;
   size_t (*scratch_bytes)(const OpLimits&);  // per lane
-  int64_t act_bytes;                         // of an element of ExpertsArgs::act: 2 as bf16, 4 where a path keeps them widened
+  int64_t (*act_bytes)(int64_t pairs, int64_t width);  // of ExpertsArgs::act for up to so many pairs, width = num_cuts · padded neurons
 
   void (*embed)(const EmbedArgs&, const Lane&);
   void (*add_norm)(const AddNormArgs&, const Lane&);

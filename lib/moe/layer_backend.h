@@ -24,7 +24,7 @@ struct RankBuffers {
   int32_t* begins = nullptr;      // [experts + 1] and
   int32_t* pair_rows = nullptr;   // [max_rows·top_k] and
   float* pair_weights = nullptr;  // [max_rows·top_k]: pairs grouped by local expert
-  std::byte* act = nullptr;       // [max_rows·top_k, local padded neurons] of Ops::act_bytes
+  std::byte* act = nullptr;       // [max_rows·top_k, local padded neurons] as Ops::act_bytes has it
   bf16* head_x = nullptr;         // [max_logit_rows, hidden]
   ExactSum sums[kNumAccumulators];               // by Accumulator; scale and limit are set per layer
   // Cleared when a step begins: the flags of all sums, and

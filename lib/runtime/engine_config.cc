@@ -79,7 +79,7 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   for (const MlpShape& mlp : model.shape.mlps) {
     const int64_t width = MlpCut{mlp.intermediate / counts.cuts, s.hidden}.padded() * counts.cuts;
     const int64_t pairs = s.max_rows * (mlp.num_experts > 0 ? s.top_k : 1);
-    s.max_act_bytes = std::max(s.max_act_bytes, pairs * width * ops.act_bytes);
+    s.max_act_bytes = std::max(s.max_act_bytes, ops.act_bytes(pairs, width));
     s.max_pairs = std::max(s.max_pairs, pairs);
     s.num_experts = std::max<int64_t>(s.num_experts, mlp.num_experts);
   }

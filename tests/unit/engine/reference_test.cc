@@ -125,8 +125,7 @@ Comparison compare(const std::string& model, const EngineConfig& config) {
 std::vector<std::string> kernel_paths() {
   if (test_device() != nullptr) return {test_device()};
   std::vector<std::string> out;
-  for (Isa isa : {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kPortable})
-    if (isa_available(isa)) out.emplace_back(isa_name(isa));
+  for (const Isa isa : available_isas()) out.emplace_back(isa_name(isa));
   return out;
 }
 
