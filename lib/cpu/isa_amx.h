@@ -34,6 +34,4 @@ struct Amx {
   MOEBIUS_INLINE static void dot() { asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(Rows), "i"(Weights)); }
 };
 
-using Vec = Matrix<Avx512, Amx>;
-
 }  // namespace MOEBIUS_ISA

@@ -7,7 +7,7 @@
 
 namespace MOEBIUS_ISA {
 
-struct Vec {
+struct Avx2 {
   struct F {
     __m256 a, b;
   };

@@ -21,7 +21,7 @@ struct Matrix : Base {
   static constexpr int kPairs = 16;  // of k that a register takes
 
   // acc[r][c] = Σ_p w(c, p)·a(r, p), r < rows: pair p of row r is a[r·pitch + p], of weights the line at w[c] + p·step. Meanwhile lines
-  // ahead[c] + p·ahead_step are fetched. Rows are read up to a multiple of 16, and acc is written as far.
+  // ahead[c] + p·ahead_step are fetched, but for a rest of less than 16 pairs. Rows are read up to a multiple of 16, and acc is written as far.
   template <int C>
   MOEBIUS_INLINE static void multiply(int rows, const Pair* a, int64_t pitch, const char* const (&w)[C], int64_t step, int64_t pairs,
                                       const char* const (&ahead)[C], int64_t ahead_step, typename Base::F (*acc)[C]) {
@@ -75,14 +75,19 @@ struct Matrix : Base {
         add_tile<R, C, c>(weight_lines, 64);
       });
     }
-    for_each_tile<R * C>([&]<int t>() MOEBIUS_INLINE_LAMBDA { Unit::template store<t>(acc[t / C * kTile] + t % C, C * int64_t{sizeof(typename Base::F)}); });
+    for_each_tile<R * C>([&]<int t>() MOEBIUS_INLINE_LAMBDA {
+      Unit::template store<t>(acc[t / C * kTile] + t % C, C * int64_t{sizeof(typename Base::F)});
+    });
   }
 
  public:
   // Runs `iterations` × a block of products from registers; returns their operations.
   static double probe(int64_t iterations) {
     constexpr int kBlock = 64;
-    const Unit unit;  // its registers are 0
+    const Unit unit;
+    alignas(64) bf16 lines[kTile][2 * kPairs];
+    for (int i = 0; i < kTile * 2 * kPairs; ++i) lines[i / (2 * kPairs)][i % (2 * kPairs)] = static_cast<bf16>(0x3c00 + i);
+    for_each_tile<4>([&]<int t>() MOEBIUS_INLINE_LAMBDA { Unit::template load<kRowTile + t>(lines, 64); });
     for (int64_t i = 0; i < iterations * kBlock; ++i)
       for_each_tile<4>([]<int t>() MOEBIUS_INLINE_LAMBDA { Unit::template dot<t, kRowTile + t / 2, kWeightTile + t % 2>(); });
     return static_cast<double>(iterations * kBlock) * 4 * kTile * kTile * kPairs * 2 * 2;

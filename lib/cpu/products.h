@@ -145,7 +145,7 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
               const bf16* w = part.w + t * tile_elements;
               const bf16* next = t + lead < here.end ? w + lead * tile_elements : following(s) + (t + lead - here.end) * tile_elements;
               add_slice<C>(n, x.of(rows.begin, R).from(part.first_pair), w, pairs, part_of<C>(next, pairs, b, x.blocks), factors, plain, sums,
-                              (t - here.begin) * R * kTile, seen);
+                           (t - here.begin) * R * kTile, seen);
             }
           });
         }
@@ -188,7 +188,7 @@ void exact_linear(const ExactLinearArgs& args, const Lane& lane) {
 // ---- experts
 
 // A tile's cost is about max(time to read it, rows · time to multiply it): with some 40 GB/s and 500 GFLOP/s a core the two meet
-// near 12 rows (2026-11, AVX-512-BF16, Zen 5), with 10 and 75 near 7 (AVX2, Zen 3). It only balances the lanes.
+// near 12 rows (2026-11, AVX-512-BF16, Zen 5), with 10 and 75 near 7 (AVX2, Zen 3), with 14 and 500 near 35 (AMX). It only balances the lanes.
 constexpr int64_t kRowsPerTileRead = Vec::kRows;
 
 MOEBIUS_INLINE int64_t cost_of(int64_t num_pairs) { return num_pairs < kRowsPerTileRead ? kRowsPerTileRead : num_pairs; }

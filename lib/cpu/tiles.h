@@ -1,4 +1,4 @@
-// The one micro-kernel: R rows × C tiles of 16 outputs, summed along k in registers, in one chain per output.
+// The micro-kernel: R rows × C tiles of 16 outputs, summed along k in registers, in one chain per output.
 //
 // The chain of an output is the pairs of k in order (of 16 at a time where Vec::kMatrix); R, C, the row's place in its block and the
 // tile's neighbours choose only which chains run side by side. So a product of 1 row and one of 64 agree bit for bit.
@@ -80,7 +80,8 @@ MOEBIUS_INLINE void multiply_in_registers(const BlockRows& a, const Streams<C>& 
   }
 }
 
-// How many rows a block has, as a constant: kernels are unrolled over it. (Where Vec::kMatrix it is a plain int.)
+// How many rows a block has, as a constant: kernels are unrolled over it. (Where Vec::kMatrix it is a plain int, and sums of a block have room
+// for the most there are.)
 template <int N>
 struct Constant {
   MOEBIUS_INLINE constexpr operator int() const { return N; }
@@ -100,12 +101,13 @@ MOEBIUS_INLINE void tile_block(Rows rows, const BlockRows& a, const Streams<C>& 
     multiply_in_registers<kMost<Rows>, C>(a, w, pairs, ahead, acc);
 }
 
-// Pairs that a row of so many takes where it is laid out, and bytes of all rows: side by side they take no more. Row after row they are an odd
-// number of lines each, so that 16 of them meet in no set of the cache, and what lies behind the last one is read up to a multiple of 16.
+// From a row of so many pairs to the next one. Row after row they are an odd number of lines apart, so that 16 of them do not meet in a few sets of
+// the cache.
 constexpr int64_t laid_pairs(int64_t pairs) {
   constexpr int64_t kLine = kLineBytes / int64_t{sizeof(Pair)};
   return Vec::kMatrix ? (div_up(pairs, kLine) | 1) * kLine : pairs;
 }
+// What so many rows take, with the 15 behind the last that are read with it and never used.
 constexpr int64_t laid_bytes(int64_t rows, int64_t pairs) {
   return (rows + (Vec::kMatrix ? kTile - 1 : 0)) * laid_pairs(pairs) * int64_t{sizeof(Laid)};
 }
@@ -121,8 +123,10 @@ struct RowBlocks {
     if constexpr (Vec::kMatrix) return {b * Vec::kRows, rows < (b + 1) * Vec::kRows ? rows : (b + 1) * Vec::kRows};
     return share_of(rows, b, blocks);
   }
-  // The block that begins at a row and has n of them. (A row that is alone is multiplied as if it were many, none of which lies elsewhere.)
-  MOEBIUS_INLINE BlockRows of(int64_t first, int64_t n) const { return {data + first * laid_pairs(pairs), !Vec::kMatrix ? n : rows > 1 ? laid_pairs(pairs) : 0}; }
+  // The n rows of a block from `first` on. (A row alone is read as all 16.)
+  MOEBIUS_INLINE BlockRows of(int64_t first, int64_t n) const {
+    return {data + first * laid_pairs(pairs), !Vec::kMatrix ? n : rows > 1 ? laid_pairs(pairs) : 0};
+  }
 };
 
 // Lays out pairs [first, first + count) of a block of n rows that have `pairs` each; row(r) → pointer to row r's first one.

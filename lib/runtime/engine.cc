@@ -61,7 +61,7 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
     : model_(read_config(files)),
       config_(complete(config, model_)),
       threads_(threads_per_rank(config_, model_)),
-      host_ops_(cpu_ops(config_.isa)),
+      host_ops_(cpu_ops(config_.isa, config_.device == "cpu")),
       device_(open_device(config_, model_)),
       caller_(*device_),
       world_(config_.ranks, threads_, config_.wait_deadline_ms, config_.thread_hook),

@@ -63,7 +63,9 @@ void on_lanes(const Op& op, const Args& args, int lanes, std::vector<std::byte>&
   for (int t = 0; t < lanes; ++t) op(args, Lane{t, lanes, scratch.data()});
 }
 
-std::vector<std::byte> scratch_for(const Ops& ops) { return std::vector<std::byte>(ops.scratch_bytes({64, 4096, 256, 16, 256}) + 64); }
+std::vector<std::byte> scratch_for(const Ops& ops, const OpLimits& limits = {64, 4096, 256, 16, 256}) {
+  return std::vector<std::byte>(ops.scratch_bytes(limits), std::byte{0xff});
+}
 
 bool same(const std::vector<float>& a, const std::vector<float>& b) { return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * 4) == 0; }
 
@@ -72,10 +74,10 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) { return a.s
 TEST_CASE("linear is right for odd sizes, and the same bits for any rows and lanes") {
   for (const Ops* path : paths()) {
     const Ops& ops = *path;
-    auto scratch = scratch_for(ops);
     Random random;
     for (const auto& [n, k] : {std::pair<int64_t, int64_t>{16, 32}, {17, 96}, {48, 100}, {389, 128}, {1, 2}}) {
       const int64_t rows = 40;
+      auto scratch = scratch_for(ops, {rows, k, 2, 1, 1});
       const auto w = random.bf16s(n * k), x = random.bf16s(rows * k), packed = pack(w, n, k);
       const auto run = [&](Range range, int lanes) {
         std::vector<float> y(static_cast<size_t>(rows * n), kPoison);
@@ -216,71 +218,72 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
 }
 
 TEST_CASE("sums that cross slices: any order gives the same bits, and what is no number surfaces") {
-  for (const Ops* path : paths()) {
-    const Ops& ops = *path;
-    auto scratch = scratch_for(ops);
-    const int64_t hidden = 40, k = 2, rows = 4;  // hidden is no multiple of the tile
-    const float huge = 0x1p40f, infinity = std::numeric_limits<float>::infinity();
-    // Row 0 is harmless; a contribution of row 1 is too large, of row 2 infinite, of row 3 not a number.
-    std::vector<bf16> x(static_cast<size_t>(rows * 3 * k), to_bf16(1));
-    x[1 * 3 * k] = to_bf16(huge), x[2 * 3 * k + 2] = to_bf16(infinity), x[3 * 3 * k + 4] = to_bf16(std::nanf(""));
-    Random random;
-    std::vector<std::vector<bf16>> parts;
-    for (int p = 0; p < 3; ++p) parts.push_back(pack(random.bf16s(hidden * k), hidden, k));
-    std::vector<int64_t> first;
-    std::vector<uint8_t> first_flags;
-    std::vector<int> order = {0, 1, 2};
-    do {
-      std::vector<ExactLinearPart> list;
-      for (int p : order) list.push_back({parts[p].data(), p * k});
-      std::vector<int64_t> sum(static_cast<size_t>(rows * hidden), 77);
-      std::vector<uint8_t> flags(rows, 0);
-      ExactLinearArgs args;
-      args.rows = {0, rows};
-      args.x = x.data();
-      args.ldx = 3 * k;
-      args.hidden = hidden;
-      args.k = k;
-      args.num_parts = 3;
-      args.parts = list.data();
-      args.out = {sum.data(), flags.data(), 0x1p28f, 0x1p60f, false};
-      on_lanes(ops.exact_linear, args, 2, scratch);
-      CHECK(flags == std::vector<uint8_t>{0, 1, 1, 1});
-      if (first.empty()) first = sum, first_flags = flags;
-      CHECK(sum == first);
+  for (const Ops* path : paths())
+    for (const int64_t k : {2, 40}) {
+      const Ops& ops = *path;
+      const int64_t hidden = 40, rows = 4;  // hidden is no multiple of the tile
+      auto scratch = scratch_for(ops, {rows, 3 * k, 2, 1, 1});
+      const float huge = 0x1p40f, infinity = std::numeric_limits<float>::infinity();
+      // Row 0 is harmless; a contribution of row 1 is too large, of row 2 infinite, of row 3 not a number.
+      std::vector<bf16> x(static_cast<size_t>(rows * 3 * k), to_bf16(1));
+      x[1 * 3 * k] = to_bf16(huge), x[2 * 3 * k + k] = to_bf16(infinity), x[3 * 3 * k + 2 * k] = to_bf16(std::nanf(""));
+      Random random;
+      std::vector<std::vector<bf16>> parts;
+      for (int p = 0; p < 3; ++p) parts.push_back(pack(random.bf16s(hidden * k), hidden, k));
+      std::vector<int64_t> first;
+      std::vector<uint8_t> first_flags;
+      std::vector<int> order = {0, 1, 2};
+      do {
+        std::vector<ExactLinearPart> list;
+        for (int p : order) list.push_back({parts[p].data(), p * k});
+        std::vector<int64_t> sum(static_cast<size_t>(rows * hidden), 77);
+        std::vector<uint8_t> flags(rows, 0);
+        ExactLinearArgs args;
+        args.rows = {0, rows};
+        args.x = x.data();
+        args.ldx = 3 * k;
+        args.hidden = hidden;
+        args.k = k;
+        args.num_parts = 3;
+        args.parts = list.data();
+        args.out = {sum.data(), flags.data(), 0x1p28f, 0x1p60f, false};
+        on_lanes(ops.exact_linear, args, 2, scratch);
+        CHECK(flags == std::vector<uint8_t>{0, 1, 1, 1});
+        if (first.empty()) first = sum, first_flags = flags;
+        CHECK(sum == first);
 
-      // Beside the others row 0 is added up lane by lane, alone it is not.
-      std::vector<int64_t> alone(static_cast<size_t>(rows * hidden), 77);
-      args.rows = {0, 1};
-      args.out.sum = alone.data();
-      on_lanes(ops.exact_linear, args, 2, scratch);
-      CHECK(std::equal(alone.begin(), alone.begin() + hidden, first.begin()));
-    } while (std::next_permutation(order.begin(), order.end()));
+        // Beside the others row 0 is added up lane by lane, alone it is not.
+        std::vector<int64_t> alone(static_cast<size_t>(rows * hidden), 77);
+        args.rows = {0, 1};
+        args.out.sum = alone.data();
+        on_lanes(ops.exact_linear, args, 2, scratch);
+        CHECK(std::equal(alone.begin(), alone.begin() + hidden, first.begin()));
+      } while (std::next_permutation(order.begin(), order.end()));
 
-    // Conversion back: the flagged rows become NaN, the other is the sum; partial sums wrap freely.
-    std::vector<int64_t> near_top(static_cast<size_t>(rows * hidden), INT64_MAX - 5), far_down(near_top.size(), INT64_MIN + 9);
-    const int64_t* partials[] = {first.data(), near_top.data(), far_down.data()};
-    const std::vector<uint8_t> none(rows, 0);
-    const uint8_t* flag_lists[] = {first_flags.data(), none.data(), none.data()};
-    std::vector<float> h(static_cast<size_t>(rows * hidden), 1.0f), weight(static_cast<size_t>(hidden), 1.0f);
-    std::vector<bf16> out(h.size());
-    AddNormArgs norm;
-    norm.rows = {0, rows};
-    norm.hidden = hidden;
-    norm.h = h.data();
-    norm.num_partials = 3;
-    norm.partials = partials;
-    norm.flags = flag_lists;
-    norm.inv_scale = 0x1p-28f;
-    norm.weight = weight.data();
-    norm.eps = 1e-6f;
-    norm.x = out.data();
-    on_lanes(ops.add_norm, norm, 2, scratch);
-    for (int64_t i = 0; i < hidden; ++i) {
-      CHECK(h[static_cast<size_t>(i)] == 1.0f + static_cast<float>(static_cast<double>(first[static_cast<size_t>(i)] + 3) * 0x1p-28));
-      for (int64_t r = 1; r < rows; ++r) CHECK(std::isnan(h[static_cast<size_t>(r * hidden + i)]));
+      // Conversion back: the flagged rows become NaN, the other is the sum; partial sums wrap freely.
+      std::vector<int64_t> near_top(static_cast<size_t>(rows * hidden), INT64_MAX - 5), far_down(near_top.size(), INT64_MIN + 9);
+      const int64_t* partials[] = {first.data(), near_top.data(), far_down.data()};
+      const std::vector<uint8_t> none(rows, 0);
+      const uint8_t* flag_lists[] = {first_flags.data(), none.data(), none.data()};
+      std::vector<float> h(static_cast<size_t>(rows * hidden), 1.0f), weight(static_cast<size_t>(hidden), 1.0f);
+      std::vector<bf16> out(h.size());
+      AddNormArgs norm;
+      norm.rows = {0, rows};
+      norm.hidden = hidden;
+      norm.h = h.data();
+      norm.num_partials = 3;
+      norm.partials = partials;
+      norm.flags = flag_lists;
+      norm.inv_scale = 0x1p-28f;
+      norm.weight = weight.data();
+      norm.eps = 1e-6f;
+      norm.x = out.data();
+      on_lanes(ops.add_norm, norm, 2, scratch);
+      for (int64_t i = 0; i < hidden; ++i) {
+        CHECK(h[static_cast<size_t>(i)] == 1.0f + static_cast<float>(static_cast<double>(first[static_cast<size_t>(i)] + 3) * 0x1p-28));
+        for (int64_t r = 1; r < rows; ++r) CHECK(std::isnan(h[static_cast<size_t>(r * hidden + i)]));
+      }
     }
-  }
 }
 
 TEST_CASE("conversion to fixed point is to nearest even over the whole range") {
@@ -342,10 +345,10 @@ struct PagedKv {
 TEST_CASE("attention is right, and the same bits for any pages, chunks and lanes, beside slots that hold NaN") {
   for (const Ops* path : paths()) {
     const Ops& ops = *path;
-    auto scratch = scratch_for(ops);
     for (const auto& [dim, heads, kv_heads] : {std::array<int, 3>{16, 4, 2}, {64, 8, 2}, {80, 3, 3}, {128, 2, 1}, {24, 26, 1}}) {
       if ((kSanitized || path == paths().back()) && dim != 24 && dim != 80) continue;  // what is slow takes blocks and tails of all kinds
       const int64_t length = 600;  // three splits
+      auto scratch = scratch_for(ops, {1, 1, dim, 1, 1});
       Random random;
       const auto q = random.bf16s(length * heads * dim);
       std::vector<Range> heads_of_kv;

@@ -1,5 +1,5 @@
 // The path of matrix registers (lib/cpu/matrix.h) over plain memory: what it reads, and in what order it adds, is seen on every machine, by the
-// sanitizers too.
+// address sanitizer too.
 #define MOEBIUS_ISA moebius::plain_matrix
 #define MOEBIUS_ISA_NAME "plain matrix"
 #include "lib/cpu/isa_portable.h"
@@ -8,6 +8,13 @@
 namespace MOEBIUS_ISA {
 
 class PlainUnit {
+  static float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? x * 0.0f : x; }
+  template <class T>
+  static auto line(int r, int i) {
+    using Alias __attribute__((may_alias)) = T;
+    return reinterpret_cast<Alias*>(registers_[r][i]);
+  }
+
  public:
   PlainUnit() { __builtin_memset(registers_, 0, sizeof(registers_)); }
   PlainUnit(const PlainUnit&) = delete;
@@ -45,13 +52,6 @@ class PlainUnit {
   }
 
  private:
-  static float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? x * 0.0f : x; }
-  template <class T>
-  static auto line(int r, int i) {
-    using Alias __attribute__((may_alias)) = T;
-    return reinterpret_cast<Alias*>(registers_[r][i]);
-  }
-
   alignas(64) static inline thread_local char registers_[8][kTile][64];
 };
 
