@@ -20,14 +20,14 @@ struct Matrix : Base {
   static constexpr int tiles_beside(int64_t rows) { return rows <= kTile ? 4 : 2; }
   static constexpr int kPairs = 16;  // of k that a register takes
 
-  // acc[r][c] = Σ_p w(c, p)·a(r, p), r < rows: pair p of row r is a[r·pitch + p], of weights the line at w[c] + p·step. Meanwhile lines
-  // ahead[c] + p·ahead_step are fetched, but for a rest of less than 16 pairs. Rows are read up to a multiple of 16, and acc is written as far.
-  template <int C>
-  MOEBIUS_INLINE static void multiply(int rows, const Pair* a, int64_t pitch, const char* const (&w)[C], int64_t step, int64_t pairs,
-                                      const char* const (&ahead)[C], int64_t ahead_step, typename Base::F (*acc)[C]) {
+  // acc[r][c] = Σ_p w(c, p)·a(r, p), r < rows: pair p of row r is a[r·pitch + p], of weights line p of stream c. Meanwhile the streams `ahead` are
+  // fetched, but for a rest of less than 16 pairs. Rows are read up to a multiple of 16, and acc is written as far.
+  template <int C, class Streams>
+  MOEBIUS_INLINE static void multiply(int rows, const Pair* a, int64_t pitch, const Streams& w, int64_t pairs, const Streams& ahead,
+                                      typename Base::F (*acc)[C]) {
     if constexpr (C <= 2)
-      if (rows > kTile) return multiply_rows<2, C>(rows, a, pitch, w, step, pairs, ahead, ahead_step, acc);
-    multiply_rows<1, C>(rows, a, pitch, w, step, pairs, ahead, ahead_step, acc);
+      if (rows > kTile) return multiply_rows<2, C>(rows, a, pitch, w, pairs, ahead, acc);
+    multiply_rows<1, C>(rows, a, pitch, w, pairs, ahead, acc);
   }
 
  private:
@@ -52,18 +52,18 @@ struct Matrix : Base {
     if constexpr (c + 1 < C) for_each_tile<C, c + 1>(body);
   }
 
-  template <int R, int C>
-  MOEBIUS_INLINE static void multiply_rows(int rows, const Pair* a, int64_t pitch, const char* const (&w)[C], int64_t step, int64_t pairs,
-                                           const char* const (&ahead)[C], int64_t ahead_step, typename Base::F (*acc)[C]) {
+  template <int R, int C, class Streams>
+  MOEBIUS_INLINE static void multiply_rows(int rows, const Pair* a, int64_t pitch, const Streams& w, int64_t pairs, const Streams& ahead,
+                                           typename Base::F (*acc)[C]) {
     for_each_tile<R * C>([]<int t>() MOEBIUS_INLINE_LAMBDA { Unit::template zero<t>(); });
     int64_t p = 0;
     for (; p + kPairs <= pairs; p += kPairs) {
       load_rows<R>(a + p, pitch * int64_t{sizeof(Pair)});
       for_each_tile<C>([&]<int c>() MOEBIUS_INLINE_LAMBDA {
-        add_tile<R, C, c>(w[c] + p * step, step);
-        const char* line = ahead[c] + p * ahead_step;  // into the second-level cache: the first one holds less than lies between
+        add_tile<R, C, c>(w.at[c] + p * w.step, w.step);
+        const char* line = ahead.at[c] + p * ahead.step;  // into the second-level cache: the first one holds less than lies between
 #pragma GCC unroll 16
-        for (int i = 0; i < kPairs; ++i, line += ahead_step) __builtin_prefetch(line, 0, 2);
+        for (int i = 0; i < kPairs; ++i, line += ahead.step) __builtin_prefetch(line, 0, 2);
       });
     }
     if (const int64_t rest = pairs - p; rest > 0) {  // the registers' other pairs are 0
@@ -71,7 +71,7 @@ struct Matrix : Base {
       for (int r = 0; r < rows; ++r) __builtin_memcpy(row_lines[r], a + r * pitch + p, static_cast<size_t>(rest) * sizeof(Pair));
       load_rows<R>(row_lines, 64);
       for_each_tile<C>([&]<int c>() MOEBIUS_INLINE_LAMBDA {
-        for (int64_t i = 0; i < rest; ++i) __builtin_memcpy(weight_lines[i], w[c] + (p + i) * step, 64);
+        for (int64_t i = 0; i < rest; ++i) __builtin_memcpy(weight_lines[i], w.at[c] + (p + i) * w.step, 64);
         add_tile<R, C, c>(weight_lines, 64);
       });
     }

@@ -96,7 +96,7 @@ template <int C, class Rows, class V = Vec>
 MOEBIUS_INLINE void tile_block(Rows rows, const BlockRows& a, const Streams<C>& w, int64_t pairs, const Streams<C>& ahead,
                                F (&acc)[kMost<Rows>][C]) {
   if constexpr (V::kMatrix)
-    V::template multiply<C>(rows, a.at, a.pitch, w.at, w.step, pairs, ahead.at, ahead.step, acc);
+    V::template multiply<C>(rows, a.at, a.pitch, w, pairs, ahead, acc);
   else
     multiply_in_registers<kMost<Rows>, C>(a, w, pairs, ahead, acc);
 }
