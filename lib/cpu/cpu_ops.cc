@@ -93,10 +93,7 @@ const Ops& cpu_ops(Isa isa) {
 }
 
 const Ops& cpu_ops(std::string_view name, bool products) {
-  if (name.empty()) {
-    if (products) return cpu_ops(best_isa());
-    return cpu_ops(*std::find_if(kAll.begin() + 1, kAll.end(), isa_available));  // kAll begins with the only one that has them
-  }
+  if (name.empty()) return cpu_ops(*std::find_if(kAll.begin(), kAll.end(), [&](Isa isa) { return (products || isa != Isa::kAmx) && isa_available(isa); }));
   const std::optional<Isa> isa = parse_isa(name);
   if (!isa) fail(Code::kInvalidArgument, "isa '{}' is not known; known are amx, avx512bf16, avx512, avx2, portable", name);
   if (!isa_available(*isa)) fail(Code::kUnsupported, "isa '{}' is not here: the machine or its operating system lacks what it needs, or this build leaves it out", name);

@@ -1,6 +1,6 @@
 // What every kernel path includes first. A path is a translation unit that defines MOEBIUS_ISA (its namespace), includes one
-// isa_*.h, says which is its Vec, then includes kernels.h, and is compiled with the flags of its instruction set. Nothing with vague linkage from the
-// standard library is used inside, so that the linker cannot pick another path's copy.
+// isa_*.h, says which is its Vec, then includes kernels.h, and is compiled with the flags of its instruction set. Nothing with vague
+// linkage from the standard library is used inside, so that the linker cannot pick another path's copy.
 #pragma once
 
 #ifndef MOEBIUS_ISA
