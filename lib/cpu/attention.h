@@ -152,7 +152,7 @@ MOEBIUS_INLINE void weigh_values(const Split& split, const float* scores, const 
 
 // Scores of C tiles of tokens from tile `first` of the split on, for all rows of a block. (No two of them need lie in one page.)
 template <int C>
-MOEBIUS_INLINE void score_tiles(const Split& split, const RowBlocks& q, int64_t first, float softmax_scale, float* scores) {
+[[gnu::noinline]] void score_tiles(const Split& split, const RowBlocks& q, int64_t first, float softmax_scale, float* scores) {
   Streams<C> keys, ahead;
   keys.step = ahead.step = kLineBytes;
 #pragma GCC unroll 4
@@ -167,7 +167,9 @@ MOEBIUS_INLINE void score_tiles(const Split& split, const RowBlocks& q, int64_t 
       if constexpr (kBeside<N, C>) {
         F acc[kMost<N>][C];
         tile_block<C>(n, q.of(rows.begin, R), keys, q.pairs, ahead, acc);
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
           for (int c = 0; c < C; ++c)
             Vec::store(scores + (rows.begin + r) * kAttentionSplit + (first + c) * kTile, Vec::mul(acc[r][c], Vec::set1(softmax_scale)));
       }

@@ -88,27 +88,40 @@ void add_checked(const ExactSum& out, int64_t hidden, int num_slices, int64_t pa
       }
 }
 
-// sums[at …] (R rows × C tiles) += the contributions of one slice, each rounded to an integer by itself.
+// What the slices' contributions to the sums of a block of rows have in common.
+struct BlockSums {
+  int64_t pairs;         // of a slice
+  Part part;             // that is fetched of what comes next
+  const float* factors;  // [rows]
+  bool plain;
+  int64_t* sums;
+  typename Vec::Seen seen;
+};
+
+// sums[at …] (R rows × C tiles) += the contributions of one slice, each rounded to an integer by itself. Meanwhile the block's part of
+// `next` is fetched.
 template <int C, class N>
-MOEBIUS_INLINE void add_slice(N n, const BlockRows& x, const bf16* w, int64_t pairs, const Streams<C>& ahead, const float* factors, bool plain,
-                              int64_t* sums, int64_t at, typename Vec::Seen& seen) {
+[[gnu::noinline]] void add_slice(N n, BlockSums& to, const Laid* x, int64_t pitch, const bf16* w, const bf16* next, int64_t at) {
   const int R = n;
   F acc[kMost<N>][C];
-  tile_block<C>(n, x, Streams<C>::tiles(w, pairs * 2 * kTile), pairs, ahead, acc);
-  asm("" : "+r"(sums) : : "memory");  // sums loaded before the product would push its accumulators out of their registers
+  tile_block<C>(n, {x, pitch}, Streams<C>::tiles(w, to.pairs * 2 * kTile), to.pairs, to.part.of<C>(next), acc);
+  int64_t* const sums = to.sums + at;
   const auto each = [&](const auto& add) MOEBIUS_INLINE_LAMBDA {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) add(at + (r * C + c) * kTile, Vec::mul(acc[r][c], Vec::set1(factors[r])));
+      for (int c = 0; c < C; ++c) add((r * C + c) * kTile, Vec::mul(acc[r][c], Vec::set1(to.factors[r])));
   };
-  if (plain)
-    each([&](int64_t to, F v) MOEBIUS_INLINE_LAMBDA {
-      float* const sum = reinterpret_cast<float*>(sums) + to;
+  if (to.plain)
+    each([&](int64_t i, F v) MOEBIUS_INLINE_LAMBDA {
+      float* const sum = reinterpret_cast<float*>(sums) + i;
       Vec::store(sum, Vec::add(Vec::load(sum), v));
     });
-  else
-    each([&](int64_t to, F v) MOEBIUS_INLINE_LAMBDA { Vec::see(seen, v), Vec::add_fixed(sums + to, v); });
+  else {
+    typename Vec::Seen seen = to.seen;
+    each([&](int64_t i, F v) MOEBIUS_INLINE_LAMBDA { Vec::see(seen, v), Vec::add_fixed(sums + i, v); });
+    to.seen = seen;
+  }
 }
 
 // Adds all slices' contributions to the rows' sums, for a range of tiles. They are gathered first; whether all were in range is
@@ -132,38 +145,38 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
     };
     for (int64_t b = 0; b < x.blocks; ++b) {
       const Range rows = x.block(b);
-      with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
-        const int R = n;
-        float factors[kMost<N>];
-        for (int r = 0; r < R; ++r) factors[r] = factor_of(rows.begin + r);
-        __builtin_memset(sums, 0, static_cast<size_t>(R * here.size() * kTile) * sizeof(int64_t));
-        typename Vec::Seen seen = Vec::nothing_seen();
+      const int64_t num = rows.size();
+      const BlockRows block = x.of(rows.begin, num);
+      float factors[Vec::kRows];
+      for (int64_t r = 0; r < num; ++r) factors[r] = factor_of(rows.begin + r);
+      __builtin_memset(sums, 0, static_cast<size_t>(num * here.size() * kTile) * sizeof(int64_t));
+      BlockSums to{pairs, Part(pairs, b, x.blocks), factors, plain, sums, Vec::nothing_seen()};
+      with_block(num, [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
         for (int s = 0; s < num_slices; ++s) {
           const SlicePart part = slice(s);
           for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
             if constexpr (kBeside<N, C>) {
               const bf16* w = part.w + t * tile_elements;
               const bf16* next = t + lead < here.end ? w + lead * tile_elements : following(s) + (t + lead - here.end) * tile_elements;
-              add_slice<C>(n, x.of(rows.begin, R).from(part.first_pair), w, pairs, part_of<C>(next, pairs, b, x.blocks), factors, plain, sums,
-                           (t - here.begin) * R * kTile, seen);
+              add_slice<C>(n, to, block.from(part.first_pair).at, block.pitch, w, next, (t - here.begin) * num * kTile);
             }
           });
         }
-        if (!plain && !Vec::all_below(seen, limit)) {
-          add_checked(out, hidden, num_slices, pairs, slice, x.of(rows.begin, R), R, here, factors, [&](int64_t r) { return row_of(rows.begin + r); });
-          return;
+      });
+      if (!plain && !Vec::all_below(to.seen, limit)) {
+        add_checked(out, hidden, num_slices, pairs, slice, block, num, here, factors, [&](int64_t r) { return row_of(rows.begin + r); });
+        continue;
+      }
+      for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
+        const Range columns = columns_of({t, t + C}, hidden);  // outputs past hidden are products with 0
+        for (int64_t r = 0; r < num; ++r) {
+          const int64_t to = row_of(rows.begin + r) * hidden + columns.begin, from = ((t - here.begin) * num + r * C) * kTile;
+          if (plain)
+            for (int64_t i = 0; i < columns.size(); ++i) reinterpret_cast<float*>(out.sum)[to + i] += reinterpret_cast<const float*>(sums)[from + i];
+          else
+            for (int64_t i = 0; i < columns.size(); ++i)
+              out.sum[to + i] = static_cast<int64_t>(static_cast<uint64_t>(out.sum[to + i]) + static_cast<uint64_t>(sums[from + i]));
         }
-        for_tiles(here, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
-          const Range columns = columns_of({t, t + C}, hidden);  // outputs past hidden are products with 0
-          for (int r = 0; r < R; ++r) {
-            const int64_t to = row_of(rows.begin + r) * hidden + columns.begin, from = ((t - here.begin) * R + r * C) * kTile;
-            if (plain)
-              for (int64_t i = 0; i < columns.size(); ++i) reinterpret_cast<float*>(out.sum)[to + i] += reinterpret_cast<const float*>(sums)[from + i];
-            else
-              for (int64_t i = 0; i < columns.size(); ++i)
-                out.sum[to + i] = static_cast<int64_t>(static_cast<uint64_t>(out.sum[to + i]) + static_cast<uint64_t>(sums[from + i]));
-          }
-        });
       });
     }
   }
@@ -223,7 +236,7 @@ MOEBIUS_INLINE void for_experts(const ExpertsArgs& args, F&& fn) {
 }
 
 // One tile of 16 neurons of a cut, for all rows of a job: act [act_pairs] per row, from pair first_pair on.
-MOEBIUS_INLINE void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* next, Laid* act, int64_t act_pairs, int64_t first_pair) {
+[[gnu::noinline]] void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* next, Laid* act, int64_t act_pairs, int64_t first_pair) {
   for (int64_t b = 0; b < x.blocks; ++b) {
     const Range rows = x.block(b);
     with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
@@ -232,13 +245,13 @@ MOEBIUS_INLINE void gate_up_tile(const RowBlocks& x, const bf16* w, const bf16* 
       const Streams<2> both = Streams<2>::of(w, kLineBytes, 2 * kLineBytes);
       if constexpr (kBeside<N, 2>) {
         F acc[kMost<N>][2];
-        tile_block<2>(n, x.of(rows.begin, R), both, x.pairs, part_of<2>(next, x.pairs, b, x.blocks), acc);
+        tile_block<2>(n, x.of(rows.begin, R), both, x.pairs, Part(x.pairs, b, x.blocks).of<2>(next), acc);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) Vec::store(gate_up[r][0], acc[r][0]), Vec::store(gate_up[r][1], acc[r][1]);
       } else {
         for (int c = 0; c < 2; ++c) {  // each fetches half of what comes next, line by line
           F acc[kMost<N>][1];
-          tile_block<1>(n, x.of(rows.begin, R), both.one(c), x.pairs, part_of<2>(next, x.pairs, 2 * b + c, 2 * x.blocks).one(0), acc);
+          tile_block<1>(n, x.of(rows.begin, R), both.one(c), x.pairs, Part(x.pairs, 2 * b + c, 2 * x.blocks).of<2>(next).one(0), acc);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) Vec::store(gate_up[r][c], acc[r][0]);
         }

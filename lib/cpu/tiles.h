@@ -2,6 +2,8 @@
 //
 // The chain of an output is the pairs of k in order (of 16 at a time where Vec::kMatrix); R, C, the row's place in its block and the
 // tile's neighbours choose only which chains run side by side. So a product of 1 row and one of 64 agree bit for bit.
+//
+// Functions with such products are left out of line: in the loops around them compilers ran out of registers for the sums, and of time.
 #pragma once
 
 #include "lib/cpu/isa_common.h"
@@ -34,10 +36,15 @@ struct Streams {
 
 // What block b of `blocks` over a piece of weights fetches of the next piece: its b-th part, so that every block hides as much
 // of the memory's time as the others. (C tiles of `pairs` pairs are C·pairs lines, one after another.)
-template <int C>
-MOEBIUS_INLINE Streams<C> part_of(const bf16* next, int64_t pairs, int64_t b, int64_t blocks) {
-  return Streams<C>::of(reinterpret_cast<const char*>(next) + pairs * C * kLineBytes * b / blocks, kLineBytes, C * kLineBytes / blocks);
-}
+struct Part {
+  int64_t begin, step;  // bytes, of one tile
+
+  MOEBIUS_INLINE Part(int64_t pairs, int64_t b, int64_t blocks) : begin(pairs * kLineBytes * b / blocks), step(kLineBytes / blocks) {}
+  template <int C>
+  MOEBIUS_INLINE Streams<C> of(const bf16* next) const {
+    return Streams<C>::of(reinterpret_cast<const char*>(next) + C * begin, kLineBytes, C * step);
+  }
+};
 
 // A block's rows as they are laid out: their pairs side by side or, where Vec::kMatrix, row after row.
 struct BlockRows {
@@ -64,8 +71,10 @@ MOEBIUS_INLINE void multiply_in_registers(const BlockRows& a, const Streams<C>& 
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         load(c);
+        const Laid* rows = a.at + p * a.pitch;
+        if constexpr (R > 1 && C > 1) asm volatile("" : "+r"(rows));  // they are loaded for each tile: there is no register to keep them in
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) acc[r][c] = Vec::dot(acc[r][c], tile[c], Vec::load_a(a.at + p * a.pitch + r));
+        for (int r = 0; r < R; ++r) acc[r][c] = Vec::dot(acc[r][c], tile[c], Vec::load_a(rows + r));
       }
     } else {
 #pragma GCC unroll 4
@@ -184,10 +193,23 @@ MOEBIUS_INLINE void for_tiles(Range tiles, int64_t rows, const Body& body) {
       for (; t + 4 <= tiles.end; t += 4) body.template operator()<4>(t);
   if (most >= 2)
     for (; t + 2 <= tiles.end; t += 2) body.template operator()<2>(t);
-  if constexpr (Vec::kFewRegisters) {
-    for (; t < tiles.end; ++t) body.template operator()<1>(t);
-  } else {  // at most one is left: a loop costs AVX-512 registers
-    if (t < tiles.end) body.template operator()<1>(t);
+  for (; t < tiles.end; ++t) body.template operator()<1>(t);
+}
+
+// C tiles from the one at `w` on, the t-th, for all rows; `next` is what is read after them.
+template <int C, class Store>
+[[gnu::noinline]] void multiply_blocks(const RowBlocks& x, const bf16* w, int64_t tile_elements, const bf16* next, int64_t t, const Store& store) {
+  for (int64_t b = 0; b < x.blocks; ++b) {
+    const Range rows = x.block(b);
+    with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
+      const int R = n;
+      if constexpr (kBeside<N, C>) {
+        F acc[kMost<N>][C];
+        tile_block<C>(n, x.of(rows.begin, R), Streams<C>::tiles(w, tile_elements), x.pairs, Part(x.pairs, b, x.blocks).of<C>(next), acc);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) store(rows.begin + r, t * kTile, acc[r], C);
+      }
+    });
   }
 }
 
@@ -196,19 +218,7 @@ template <class Store>
 MOEBIUS_INLINE void multiply_tiles(const RowBlocks& x, const bf16* w, int64_t tile_elements, Range tiles, const Store& store) {
   for_tiles(tiles, x.rows, [&]<int C>(int64_t t) MOEBIUS_INLINE_LAMBDA {
     const bf16* tile = w + t * tile_elements;
-    const bf16* next = t + C < tiles.end ? tile + C * tile_elements : tile;
-    for (int64_t b = 0; b < x.blocks; ++b) {
-      const Range rows = x.block(b);
-      with_block(rows.size(), [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
-        const int R = n;
-        if constexpr (kBeside<N, C>) {
-          F acc[kMost<N>][C];
-          tile_block<C>(n, x.of(rows.begin, R), Streams<C>::tiles(tile, tile_elements), x.pairs, part_of<C>(next, x.pairs, b, x.blocks), acc);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) store(rows.begin + r, t * kTile, acc[r], C);
-        }
-      });
-    }
+    multiply_blocks<C>(x, tile, tile_elements, t + C < tiles.end ? tile + C * tile_elements : tile, t, store);
   });
 }
 
