@@ -32,26 +32,28 @@ class PlainUnit {
   static void store(void* at, int64_t step) {
     for (int64_t i = 0; i < kTile; ++i) __builtin_memcpy(static_cast<char*>(at) + i * step, registers_[T][i], 64);
   }
-  // As AMX adds, which takes values too small for a normal float for 0. (The product of two bf16 is exact where it is none of them.)
   template <int Sums, int Rows, int Weights>
-  static void dot() {
+  static void dot() { add_products(Sums, Rows, Weights); }
+
+ private:
+  // As AMX adds, which takes values too small for a normal float for 0. (The product of two bf16 is exact where it is none of them.)
+  [[gnu::noinline]] static void add_products(int to, int rows, int weights) {
     float w[kTile][2][kTile];
     for (int k = 0; k < kTile; ++k)
       for (int n = 0; n < kTile; ++n)
-        for (int i = 0; i < 2; ++i) w[k][i][n] = flushed(to_float(line<bf16>(Weights, k)[2 * n + i]));
+        for (int i = 0; i < 2; ++i) w[k][i][n] = flushed(to_float(line<bf16>(weights, k)[2 * n + i]));
     for (int m = 0; m < kTile; ++m) {
       float parts[2][kTile] = {};
       for (int k = 0; k < kTile; ++k)
         for (int i = 0; i < 2; ++i) {
-          const float a = flushed(to_float(line<bf16>(Rows, m)[2 * k + i]));
+          const float a = flushed(to_float(line<bf16>(rows, m)[2 * k + i]));
           for (int n = 0; n < kTile; ++n) parts[i][n] = flushed(parts[i][n] + a * w[k][i][n]);
         }
-      auto* sums = line<float>(Sums, m);
+      auto* sums = line<float>(to, m);
       for (int n = 0; n < kTile; ++n) sums[n] = flushed(flushed(sums[n]) + flushed(parts[0][n] + parts[1][n]));
     }
   }
 
- private:
   alignas(64) static inline thread_local char registers_[8][kTile][64];
 };
 
