@@ -207,11 +207,13 @@ def config_keys() -> list[ConfigKey]:
 
 @dataclass(frozen=True)
 class Token:
-    """One more token of a request; `top`: (token, log-probability) of the likeliest, where logprobs was asked for."""
+    """One more token of a request; `top`: (token, log-probability) of the likeliest, where logprobs was asked for; `is_stop`: an end or stop token, which is
+    no text."""
     id: int
     sample: int = 0
     logprob: float = 0.0
     top: tuple[tuple[int, float], ...] = ()
+    is_stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,11 +250,15 @@ class Tokenizer:
         return out.raw[:count.value].decode(errors='replace')
 
     def stream(self, tokens: Iterable[Token | int]) -> Iterator[str]:
-        """The text of tokens as they come: whole characters, each as soon as it is certain."""
+        """The text of one sample's tokens as they come: whole characters, each as soon as it is certain."""
         decoder = _Handle('decoder', 'decoder_create', self._handle.value)
         text, size = c_void_p(), c_size_t()
         for token in tokens:
-            _call('decoder_push', decoder.value, token.id if isinstance(token, Token) else token, byref(text), byref(size))
+            if isinstance(token, Token):
+                if token.is_stop:
+                    continue
+                token = token.id
+            _call('decoder_push', decoder.value, token, byref(text), byref(size))
             if size.value:
                 yield ctypes.string_at(text, size.value).decode()
         _call('decoder_finish', decoder.value, byref(text), byref(size))
@@ -435,7 +441,8 @@ class Engine:
         with self._lock:
             request = self._requests[e.request]
             if e.type == _TOKEN:
-                request._events.put(Token(e.token, e.sample, e.logprob, tuple((e.top_tokens[i], e.top_logprobs[i]) for i in range(e.num_top))))
+                top = tuple((e.top_tokens[i], e.top_logprobs[i]) for i in range(e.num_top))
+                request._events.put(Token(e.token, e.sample, e.logprob, top, _FINISH.get(e.finish_reason) == 'stop'))
                 return
             request._events.put((_FINISH.get(e.finish_reason, str(e.finish_reason)), e.reason.decode(errors='replace')))
             request._to_come -= 1

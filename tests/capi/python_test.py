@@ -70,6 +70,18 @@ class Binding(unittest.TestCase):
             self.assertEqual(request.finish_reason, 'abort')
             self.assertFalse(request.cancel())
 
+    def test_a_stop_token_is_no_text(self):
+        tokenizer = moebius.Tokenizer(MODEL)
+        keys = dict(max_tokens=10, temperature=0, ignore_eos=True)
+        with engine() as e:
+            ids = [t.id for t in e.submit([1, 2, 3], **keys)]
+            stop = next(i for i in range(1, 10) if ids[i] not in ids[:i])
+            request = e.submit([1, 2, 3], stop_token_ids=[ids[stop]], **{**keys, 'ignore_eos': False})
+            tokens = list(request)
+        self.assertEqual([(t.id, t.is_stop) for t in tokens], [(i, False) for i in ids[:stop]] + [(ids[stop], True)])
+        self.assertEqual(''.join(tokenizer.stream(tokens)), tokenizer.decode(ids[:stop]))
+        self.assertEqual(request.finish_reason, 'stop')
+
     def test_refusals_say_what_is_wrong(self):
         with self.assertRaisesRegex(moebius.MoebiusError, 'no such directory') as refused:
             moebius.Engine('/no/such')
