@@ -11,15 +11,19 @@ int64_t characters(std::string_view text) {
 
 }  // namespace
 
-std::string StopMatcher::push(std::string_view piece) {
+std::string StopMatcher::push(std::string_view piece, bool look) {
   if (stopped_) return {};
+  const size_t before = held_.size();
   held_ += piece;
   size_t at = std::string::npos, length = 0;
-  for (const std::string& stop : stops_)
-    if (const size_t found = held_.find(stop); found < at) {
+  for (const std::string& stop : stops_) {
+    if (!look) break;
+    const size_t from = before < stop.size() ? 0 : before - stop.size() + 1;  // what ended before has been passed by
+    if (const size_t found = held_.find(stop, from); found < at) {
       at = found;
       length = stop.size();
     }
+  }
   if (at != std::string::npos) {
     stopped_ = true;
     return held_.substr(0, keep_ ? at + length : at);
@@ -49,10 +53,8 @@ bool Transcript::is_special(int32_t token) const {
   }
 }
 
-// As in vLLM, stop strings are not looked for in the first min_tokens tokens.
-std::string Transcript::push(Choice& c, std::string_view text) const {
-  return c.tokens <= rules_.min_tokens ? std::string(text) : c.matcher.push(text);
-}
+// As in vLLM, no stop string ends in the first min_tokens tokens, but one may begin there.
+std::string Transcript::push(Choice& c, std::string_view text) const { return c.matcher.push(text, c.tokens > rules_.min_tokens); }
 
 void Transcript::end(Choice& c, Piece& piece, const char* reason) {
   piece.finish_reason = reason;

@@ -17,8 +17,8 @@ class StopMatcher {
  public:
   StopMatcher(std::vector<std::string> stops, bool keep_stop) : stops_(std::move(stops)), keep_(keep_stop) {}
 
-  // The text that is certain after this piece. Once stopped() there is no more.
-  std::string push(std::string_view piece);
+  // The text that is certain after this piece; look: a string may end in it. Once stopped() there is no more.
+  std::string push(std::string_view piece, bool look);
   // What was held back.
   std::string finish();
   bool stopped() const { return stopped_; }

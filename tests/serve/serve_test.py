@@ -125,6 +125,12 @@ class Endpoints(unittest.TestCase):
         self.assertEqual((held['text'], held['finish_reason']), (self.text, 'length'))
         late = self.server.post(TEXT, {**GREEDY, 'stop': stop, 'min_tokens': 24})['choices'][0]
         self.assertEqual(late['text'], self.text)
+        begun = self.server.post(TEXT, {**GREEDY, 'stop': stop, 'min_tokens': 8})['choices'][0]  # it begins there and ends behind
+        self.assertEqual((begun['text'], begun['finish_reason']), (self.text[:border - 2], 'stop'))
+        ended = [self.text[border - 3:border], self.text[border - 2:border]]  # these end there
+        later = [self.text.find(s, border - len(s) + 1) for s in ended]
+        passed = self.server.post(TEXT, {**GREEDY, 'stop': ended, 'min_tokens': 8})['choices'][0]
+        self.assertEqual(passed['text'], self.text[:min((i for i in later if i >= 0), default=None)])
         one = self.server.post(TEXT, {**GREEDY, 'stop': stop, 'n': 2})
         self.assertEqual([c['text'] for c in one['choices']], [self.text[:at]] * 2)
 
