@@ -207,8 +207,8 @@ def config_keys() -> list[ConfigKey]:
 
 @dataclass(frozen=True)
 class Token:
-    """One more token of a request; `top`: (token, log-probability) of the likeliest, where logprobs was asked for; `is_stop`: an end or stop token, which is
-    no text."""
+    """One more token of a request; `top`: (token, log-probability) of the likeliest, where logprobs was asked for; `is_stop`: an end or stop
+    token, which is no text."""
     id: int
     sample: int = 0
     logprob: float = 0.0

@@ -150,7 +150,7 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
       float factors[Vec::kRows];
       for (int64_t r = 0; r < num; ++r) factors[r] = factor_of(rows.begin + r);
       __builtin_memset(sums, 0, static_cast<size_t>(num * here.size() * kTile) * sizeof(int64_t));
-      BlockSums to{pairs, Part(pairs, b, x.blocks), factors, plain, sums, Vec::nothing_seen()};
+      BlockSums gathered{pairs, Part(pairs, b, x.blocks), factors, plain, sums, Vec::nothing_seen()};
       with_block(num, [&]<class N>(N n) MOEBIUS_INLINE_LAMBDA {
         for (int s = 0; s < num_slices; ++s) {
           const SlicePart part = slice(s);
@@ -158,12 +158,12 @@ MOEBIUS_INLINE void add_slices(const ExactSum& out, int64_t hidden, int num_slic
             if constexpr (kBeside<N, C>) {
               const bf16* w = part.w + t * tile_elements;
               const bf16* next = t + lead < here.end ? w + lead * tile_elements : following(s) + (t + lead - here.end) * tile_elements;
-              add_slice<C>(n, to, block.from(part.first_pair).at, block.pitch, w, next, (t - here.begin) * num * kTile);
+              add_slice<C>(n, gathered, block.from(part.first_pair).at, block.pitch, w, next, (t - here.begin) * num * kTile);
             }
           });
         }
       });
-      if (!plain && !Vec::all_below(to.seen, limit)) {
+      if (!plain && !Vec::all_below(gathered.seen, limit)) {
         add_checked(out, hidden, num_slices, pairs, slice, block, num, here, factors, [&](int64_t r) { return row_of(rows.begin + r); });
         continue;
       }

@@ -3,7 +3,8 @@
 // The chain of an output is the pairs of k in order (of 16 at a time where Vec::kMatrix); R, C, the row's place in its block and the
 // tile's neighbours choose only which chains run side by side. So a product of 1 row and one of 64 agree bit for bit.
 //
-// Functions with such products are left out of line: in the loops around them compilers ran out of registers for the sums, and of time.
+// Functions with such products are left out of line: in the loops around them GCC ran out of registers, and took several times
+// as long (docs/decisions/0018).
 #pragma once
 
 #include "lib/cpu/isa_common.h"
