@@ -62,8 +62,7 @@ struct Matrix : Base {
       for_each_tile<C>([&]<int c>() MOEBIUS_INLINE_LAMBDA {
         add_tile<R, C, c>(w.at[c] + p * w.step, w.step);
         const char* line = ahead.at[c] + p * ahead.step;  // into the second-level cache: the first one holds less than lies between
-#pragma GCC unroll 16
-        for (int i = 0; i < kPairs; ++i, line += ahead.step) __builtin_prefetch(line, 0, 2);
+        for (const char* end = line + kPairs * ahead.step; line < end; line += 64) __builtin_prefetch(line, 0, 2);
       });
     }
     if (const int64_t rest = pairs - p; rest > 0) {  // the registers' other pairs are 0

@@ -105,13 +105,13 @@ template <int C, class N>
   const int R = n;
   F acc[kMost<N>][C];
   tile_block<C>(n, {x, pitch}, Streams<C>::tiles(w, to.pairs * 2 * kTile), to.pairs, to.part.of<C>(next), acc);
-  int64_t* const sums = to.sums + at;
   const auto each = [&](const auto& add) MOEBIUS_INLINE_LAMBDA {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) add((r * C + c) * kTile, Vec::mul(acc[r][c], Vec::set1(to.factors[r])));
+      for (int c = 0; c < C; ++c) add(at + (r * C + c) * kTile, Vec::mul(acc[r][c], Vec::set1(to.factors[r])));
   };
+  int64_t* const sums = to.sums;
   if (to.plain)
     each([&](int64_t i, F v) MOEBIUS_INLINE_LAMBDA {
       float* const sum = reinterpret_cast<float*>(sums) + i;
@@ -251,7 +251,7 @@ MOEBIUS_INLINE void for_experts(const ExpertsArgs& args, F&& fn) {
       } else {
         for (int c = 0; c < 2; ++c) {  // each fetches half of what comes next, line by line
           F acc[kMost<N>][1];
-          tile_block<1>(n, x.of(rows.begin, R), both.one(c), x.pairs, Part(x.pairs, 2 * b + c, 2 * x.blocks).of<2>(next).one(0), acc);
+          tile_block<1>(n, x.of(rows.begin, R), both.one(c), x.pairs, Part(x.pairs, 2 * b + c, 2 * x.blocks).by_one<2>(next), acc);
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r) Vec::store(gate_up[r][c], acc[r][0]);
         }

@@ -36,14 +36,20 @@ struct Streams {
 };
 
 // What block b of `blocks` over a piece of weights fetches of the next piece: its b-th part, so that every block hides as much
-// of the memory's time as the others. (C tiles of `pairs` pairs are C·pairs lines, one after another.)
+// of the memory's time as the others. (C tiles of `pairs` pairs are C·pairs lines, one after another, of which each stream takes a run.)
 struct Part {
-  int64_t begin, step;  // bytes, of one tile
+  int64_t begin, bytes, step;  // of one tile
 
-  MOEBIUS_INLINE Part(int64_t pairs, int64_t b, int64_t blocks) : begin(pairs * kLineBytes * b / blocks), step(kLineBytes / blocks) {}
+  MOEBIUS_INLINE Part(int64_t pairs, int64_t b, int64_t blocks)
+      : begin(pairs * kLineBytes * b / blocks), bytes(pairs * kLineBytes / blocks), step(kLineBytes / blocks) {}
   template <int C>
   MOEBIUS_INLINE Streams<C> of(const bf16* next) const {
-    return Streams<C>::of(reinterpret_cast<const char*>(next) + C * begin, kLineBytes, C * step);
+    return Streams<C>::of(reinterpret_cast<const char*>(next) + C * begin, bytes, step);
+  }
+  // The same by one stream.
+  template <int C>
+  MOEBIUS_INLINE Streams<1> by_one(const bf16* next) const {
+    return Streams<1>::of(reinterpret_cast<const char*>(next) + C * begin, 0, C * step);
   }
 };
 
