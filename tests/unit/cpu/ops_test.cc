@@ -142,7 +142,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
         chosen[r % experts].emplace_back(r, 0.7f);
         chosen[(r + 1) % experts].emplace_back(r, 0.3f);
       }
-      const auto run = [&](Range range, int lanes, uint8_t* flags) {
+      const auto run = [&](Range range, int lanes, uint8_t* flags, bool plain = false) {
         std::vector<int64_t> sum(static_cast<size_t>(rows * hidden), 0x5555);
         std::vector<int32_t> begins{0}, pair_rows;
         std::vector<float> pair_weights;
@@ -165,7 +165,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
         args.x = x.data();
         args.act = act.data();
         args.rows = range;
-        args.out = {sum.data(), flags, 0x1p28f, 0x1p50f, false};
+        args.out = {sum.data(), flags, 0x1p28f, 0x1p50f, plain};
         on_lanes(ops.experts_gate_up, args, lanes, scratch);
         on_lanes(ops.experts_down, args, lanes, scratch);
         return sum;
@@ -173,6 +173,12 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
       std::vector<uint8_t> flags(rows, 0);
       const auto sum = run({0, rows}, 1, flags.data());
       CHECK(std::count(flags.begin(), flags.end(), 0) == rows);
+      const auto plain = run({0, rows}, 3, flags.data(), true);  // floats
+      const auto plain_at = [&](int64_t i) {
+        float v;
+        std::memcpy(&v, reinterpret_cast<const char*>(plain.data()) + i * int64_t{sizeof(v)}, sizeof(v));
+        return static_cast<double>(v);
+      };
       for (int r = 0; r < rows; ++r)
         for (int64_t h = 0; h < hidden; h += 17) {
           double exact = 0, size = 0;
@@ -192,6 +198,7 @@ TEST_CASE("experts are right, and the same bits for any rows, lanes and cuts' pl
                 }
           // act is rounded to bf16: 2^−9 relative, and the sums' float error
           REQUIRE(std::fabs(static_cast<double>(sum[static_cast<size_t>(r * hidden + h)]) * 0x1p-28 - exact) <= size * 0x1p-8 + 1e-6);
+          REQUIRE(std::fabs(plain_at(r * hidden + h) - exact) <= size * 0x1p-8 + 1e-6);
         }
       for (int lanes : {2, 3, 5}) CHECK(sum == run({0, rows}, lanes, flags.data()));
       for (int r = 0; r < rows; ++r) {
