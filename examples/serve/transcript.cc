@@ -16,14 +16,14 @@ std::string StopMatcher::push(std::string_view piece, bool look) {
   const size_t before = held_.size();
   held_ += piece;
   size_t at = std::string::npos, length = 0;
-  for (const std::string& stop : stops_) {
-    if (!look) break;
-    const size_t from = before < stop.size() ? 0 : before - stop.size() + 1;  // what ended before has been passed by
-    if (const size_t found = held_.find(stop, from); found < at) {
-      at = found;
-      length = stop.size();
+  if (look)
+    for (const std::string& stop : stops_) {
+      const size_t from = before < stop.size() ? 0 : before - stop.size() + 1;  // what ended before has been passed by
+      if (const size_t found = held_.find(stop, from); found < at) {
+        at = found;
+        length = stop.size();
+      }
     }
-  }
   if (at != std::string::npos) {
     stopped_ = true;
     return held_.substr(0, keep_ ? at + length : at);
