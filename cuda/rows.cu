@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kRowThreads) embed_kernel(EmbedArgs args) {
   float* h = args.h + row * args.hidden;
   for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads)
     h[i] = token < 0 ? 0 : to_float(args.table != nullptr ? args.table[token * args.hidden + i]
-                                          : args.packed[token / kTile * tile_elements + token % kTile * 2 + i / 2 * 2 * kTile + i % 2]);
+                                          : args.packed[token / kTile * tile_elements + token % kTile * 2 + i / 2 * 2 * kTile + i % 2]) * args.multiplier;
 }
 
 struct Partials {
@@ -68,13 +68,18 @@ __device__ float block_sum(float v) {
 }
 
 // What they are added to, as floats.
-__device__ __forceinline__ void float_sums_of(const Partials& partials, bool plain, double inv_scale, int first, int last, int64_t at, int64_t end,
+__device__ __forceinline__ void float_sums_of(const Partials& partials, bool plain, float factor, int first, int last, int64_t at, int64_t end,
                                               float (&sums)[kAtOnce]) {
-  if (plain) return sums_of(partials, first, last, at, end, sums);
+  if (plain) {
+    sums_of(partials, first, last, at, end, sums);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) sums[j] *= factor;
+    return;
+  }
   uint64_t fixed[kAtOnce];
   sums_of(partials, first, last, at, end, fixed);
 #pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) sums[j] = static_cast<float>(static_cast<double>(static_cast<int64_t>(fixed[j])) * inv_scale);
+  for (int j = 0; j < kAtOnce; ++j) sums[j] = static_cast<float>(static_cast<double>(static_cast<int64_t>(fixed[j])) * static_cast<double>(factor));
 }
 
 // kKept: parts of kAtOnce · kRowThreads elements that a row has at most, what a thread has of them staying with it, and its weights there before the
@@ -117,7 +122,7 @@ __global__ void __launch_bounds__(kRowThreads, 2) add_norm_kernel(AddNormArgs ar
   for_parts([&](int p, int64_t at) {
     float sums[kAtOnce];
     load(v[p], h, at);
-    if (partials.num > 0) float_sums_of(partials, args.plain, args.inv_scale, first, last, begin + at, begin + args.hidden, sums);
+    if (partials.num > 0) float_sums_of(partials, args.plain, args.factor, first, last, begin + at, begin + args.hidden, sums);
     for_elements(at, [&](int j, int64_t) {
       if (partials.num > 0) v[p][j] = bad ? __uint_as_float(0x7fc00000u) : v[p][j] + sums[j];
       squares = __fmaf_rn(v[p][j], v[p][j], squares);

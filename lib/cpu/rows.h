@@ -15,30 +15,30 @@ void embed(const EmbedArgs& args, const Lane& lane) {
       for (int64_t i = 0; i < args.hidden; ++i) h[i] = 0;
     } else if (args.table != nullptr) {
       const bf16* e = args.table + token * args.hidden;
-      for (int64_t i = 0; i < args.hidden; ++i) h[i] = to_float(e[i]);
+      for (int64_t i = 0; i < args.hidden; ++i) h[i] = to_float(e[i]) * args.multiplier;
     } else {
       const bf16* e = args.packed + token / kTile * tile_elements + token % kTile * 2;
-      for (int64_t i = 0; i < args.hidden; ++i) h[i] = to_float(e[i / 2 * 2 * kTile + i % 2]);
+      for (int64_t i = 0; i < args.hidden; ++i) h[i] = to_float(e[i / 2 * 2 * kTile + i % 2]) * args.multiplier;
     }
   }
 }
 
-// The sums of all partials as floats: one rounding from integer to double, an exact scaling, one rounding to float.
+// The sums of all partials as floats: one rounding from integer to double, the factor, one rounding to float.
 MOEBIUS_INLINE void add_partials(const AddNormArgs& args, int64_t row, float* h) {
   bool bad = false;
   for (int p = 0; p < args.num_partials; ++p) bad |= __atomic_load_n(args.flags[p] + row, __ATOMIC_RELAXED) != 0;
-  const double inv_scale = args.inv_scale;
+  const double factor = args.factor;
   const int64_t at = row * args.hidden;
   if (bad) {
     for (int64_t i = 0; i < args.hidden; ++i) h[i] = __builtin_nanf("");
   } else if (args.plain) {
     for (int p = 0; p < args.num_partials; ++p) {
       const float* sum = reinterpret_cast<const float*>(args.partials[p]) + at;
-      for (int64_t i = 0; i < args.hidden; ++i) h[i] += sum[i];
+      for (int64_t i = 0; i < args.hidden; ++i) h[i] += sum[i] * args.factor;
     }
   } else if (args.num_partials == 1) {
     const int64_t* sum = args.partials[0] + at;
-    for (int64_t i = 0; i < args.hidden; ++i) h[i] += static_cast<float>(static_cast<double>(sum[i]) * inv_scale);
+    for (int64_t i = 0; i < args.hidden; ++i) h[i] += static_cast<float>(static_cast<double>(sum[i]) * factor);
   } else {
     constexpr int64_t kBlock = 64;
     for (int64_t b = 0; b < args.hidden; b += kBlock) {
@@ -46,7 +46,7 @@ MOEBIUS_INLINE void add_partials(const AddNormArgs& args, int64_t row, float* h)
       uint64_t sum[kBlock] = {};  // wraps freely: only whole contributions are tested
       for (int p = 0; p < args.num_partials; ++p)
         for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<uint64_t>(args.partials[p][at + b + i]);
-      for (int64_t i = 0; i < n; ++i) h[b + i] += static_cast<float>(static_cast<double>(static_cast<int64_t>(sum[i])) * inv_scale);
+      for (int64_t i = 0; i < n; ++i) h[b + i] += static_cast<float>(static_cast<double>(static_cast<int64_t>(sum[i])) * factor);
     }
   }
 }

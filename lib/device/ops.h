@@ -48,7 +48,7 @@ struct ExactSum {
   bool plain = false;        // mode fast: ordinary float sums, in any order
 };
 
-// h[row] = embedding of tokens[row], 0 for a row that only fills a step up (token −1). Shares: rows.
+// h[row] = multiplier · embedding of tokens[row], 0 for a row that only fills a step up (token −1). Shares: rows.
 struct EmbedArgs {
   Range rows;
   const int32_t* tokens = nullptr;  // [rows]
@@ -56,9 +56,10 @@ struct EmbedArgs {
   const bf16* table = nullptr;      // [vocab, hidden], or null when tied:
   const bf16* packed = nullptr;     // packed matrix n = vocab, k = hidden
   float* h = nullptr;               // [rows, hidden]
+  float multiplier = 1;
 };
 
-// h[row] += (Σ_p partials[p][row]) / scale (NaN where any flag is set), then x = bf16(rms_norm(h)·weight). Shares: rows.
+// h[row] += (Σ_p partials[p][row])·factor (NaN where any flag is set), then x = bf16(rms_norm(h)·weight). Shares: rows.
 struct AddNormArgs {
   Range rows;
   int64_t hidden = 0;
@@ -66,7 +67,7 @@ struct AddNormArgs {
   int num_partials = 0;                        // 0: norm only
   const int64_t* const* partials = nullptr;    // host [num_partials] each [rows, hidden]
   const uint8_t* const* flags = nullptr;       // host [num_partials] each [rows]
-  float inv_scale = 1;
+  float factor = 1;                            // residual multiplier ÷ the sums' scale (1 of plain ones)
   bool plain = false;
   int64_t whole_rows = 0;                      // above 0: each row is whole in one partial, row r of so many in that whose share_of has it
   const float* weight = nullptr;               // [hidden]; null: add only

@@ -1,6 +1,7 @@
 #include "lib/model/config.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 #include <unordered_set>
 
@@ -14,13 +15,37 @@ namespace {
 using nlohmann::json;
 
 constexpr FamilyDescriptor kFamilies[] = {
-    {"qwen3_moe", "Qwen3MoeForCausalLM", {"num_experts", "num_local_experts"}, "moe_intermediate_size", true, true, false, true,
-     "model.layers.{l}.mlp.gate.weight", "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
-     "model.layers.{l}.mlp.experts.{e}.up_proj.weight", "model.layers.{l}.mlp.experts.{e}.down_proj.weight"},
-    {"mixtral", "MixtralForCausalLM", {"num_local_experts", "num_experts"}, "intermediate_size", false, false, true, false,
-     "model.layers.{l}.block_sparse_moe.gate.weight", "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
-     "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight", "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight"},
+    {.model_type = "qwen3_moe",
+     .architecture = "Qwen3MoeForCausalLM",
+     .expert_count_keys = {"num_experts", "num_local_experts"},
+     .expert_width_key = "moe_intermediate_size",
+     .has_dense_layers = true,
+     .qk_norm = true,
+     .sliding_window_has_switch = true,
+     .router = {"mlp.gate.weight"},
+     .experts = {"mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", "mlp.experts.{e}.down_proj.weight"},
+     .fused_gate_up = {"mlp.experts.gate_up_proj"},
+     .fused_down = {"mlp.experts.down_proj"}},
+    {.model_type = "mixtral",
+     .architecture = "MixtralForCausalLM",
+     .expert_count_keys = {"num_local_experts", "num_experts"},
+     .expert_width_key = "intermediate_size",
+     .always_renormalise = true,
+     .router = {"block_sparse_moe.gate.weight", "mlp.gate.weight"},
+     .experts = {"block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight", "block_sparse_moe.experts.{e}.w2.weight"},
+     .fused_gate_up = {"mlp.experts.gate_up_proj"},
+     .fused_down = {"mlp.experts.down_proj"}},
+    {.model_type = "granitemoe",
+     .architecture = "GraniteMoeForCausalLM",
+     .expert_count_keys = {"num_local_experts", "num_experts"},
+     .expert_width_key = "intermediate_size",
+     .always_renormalise = true,
+     .has_multipliers = true,
+     .router = {"block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"},
+     .fused_gate_up = {"block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"},
+     .fused_down = {"block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"}},
 };
+constexpr std::string_view kMultipliers[] = {"embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"};
 
 std::string shown(const json& value) {
   std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
@@ -103,7 +128,7 @@ const FamilyDescriptor& family_of(const Reader& c) {
 
 void refuse_other_arithmetic(const Reader& c, const FamilyDescriptor& family) {
   for (const NeutralKey& k : kNeutralKeys) {
-    if (!c.has(k.key)) continue;
+    if (!c.has(k.key) || (family.has_multipliers && std::find(std::begin(kMultipliers), std::end(kMultipliers), k.key) != std::end(kMultipliers))) continue;
     const JsonTree neutral(json::parse(k.neutral));
     if (std::find(neutral.root().begin(), neutral.root().end(), c.at(k.key)) == neutral.root().end()) c.refuse(k.key, c.at(k.key));
   }
@@ -236,6 +261,11 @@ ModelConfig parse_config(std::string_view json_text, const std::string& file_nam
     if (!c.has("norm_topk_prob")) fail(Code::kCorruptModel, "{}: norm_topk_prob is missing; its default differs between versions", file_name);
     m.norm_topk_prob = c.flag_or("norm_topk_prob", false);
   }
+  m.softmax_scale = 1.0f / std::sqrt(static_cast<float>(m.shape.head_dim));
+  if (family.has_multipliers) {
+    float* const values[] = {&m.embedding_multiplier, &m.softmax_scale, &m.residual_multiplier, &m.logits_scaling};
+    for (size_t i = 0; i < std::size(kMultipliers); ++i) *values[i] = static_cast<float>(c.positive(kMultipliers[i].data()));
+  }
   read_eos(c, m.vocab_size, m.eos_token_ids);
   m.unknown_keys = unknown_keys(c);
   return m;
@@ -273,6 +303,10 @@ void require_same_model(const ModelConfig& served, const ModelConfig& other, con
   same("tie_word_embeddings", served.tie_word_embeddings, other.tie_word_embeddings);
   same("num_experts_per_tok", served.top_k, other.top_k);
   same("norm_topk_prob", served.norm_topk_prob, other.norm_topk_prob);
+  same("attention_multiplier", served.softmax_scale, other.softmax_scale);
+  same("embedding_multiplier", served.embedding_multiplier, other.embedding_multiplier);
+  same("residual_multiplier", served.residual_multiplier, other.residual_multiplier);
+  same("logits_scaling", served.logits_scaling, other.logits_scaling);
 }
 
 }  // namespace moebius

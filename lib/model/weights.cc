@@ -62,14 +62,16 @@ float pack_matrix(const MatrixReader* m, Range rows, Range columns, bf16* out) {
   return pack_rows(m, rows, columns, {&out, 1}, PackedMatrix{rows.size(), columns.size()}.tile_elements(), 2 * kTile);
 }
 
-std::string name_of(const std::string& pattern, int layer, int expert = 0) {
-  std::string out = pattern;
-  for (const auto& [key, value] : {std::pair<const char*, int>{"{l}", layer}, {"{e}", expert}})
-    if (const size_t at = out.find(key); at != std::string::npos) out.replace(at, 3, std::to_string(value));
-  return out;
-}
+std::string layer_name(int layer, std::string_view what) { return fmt::format("model.layers.{}.{}", layer, what); }
+std::string attention_name(int layer, const char* what) { return layer_name(layer, "self_attn.") + what; }
 
-std::string attention_name(int layer, const char* what) { return name_of("model.layers.{l}.self_attn.", layer) + what; }
+// The spelling that the source has, else the first.
+std::string spelled(const WeightSource& source, int layer, const char* const (&spellings)[2]) {
+  std::string name = layer_name(layer, spellings[0]);
+  if (spellings[1] == nullptr || source.has(name)) return name;
+  std::string other = layer_name(layer, spellings[1]);
+  return source.has(other) ? other : name;
+}
 
 // Cuts first.cut, first.cut + 1, … of one MLP.
 SliceMaxima pack_mlp(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& first,
@@ -266,18 +268,18 @@ class CheckpointSource final : public WeightSource {
     const MlpShape& mlp = model_.shape.mlps[static_cast<size_t>(layer)];
     const bool down = part == ExpertPart::kDown;
     const int64_t rows = down ? hidden : mlp.intermediate, columns = down ? mlp.intermediate : hidden;
-    const char* dense[] = {"gate_proj", "up_proj", "down_proj"};
-    const char* patterns[] = {model_.names->expert_gate, model_.names->expert_up, model_.names->expert_down};
-    // Fused tensors of all experts, as transformers 5 keeps them: gate and up [E, 2I, H], down [E, H, I].
-    const std::string fused = name_of("model.layers.{l}.mlp.experts.", layer) + (down ? "down_proj" : "gate_up_proj");
-    if (expert >= 0 && has(fused)) {
+    const char* const dense[] = {"mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"};
+    const char* const pattern = expert < 0 ? nullptr : model_.names->experts[static_cast<int>(part)];
+    const std::string fused = spelled(*this, layer, down ? model_.names->fused_down : model_.names->fused_gate_up);
+    if (expert >= 0 && (pattern == nullptr || has(fused))) {
+      if (lacks(fused)) return {};
       const int64_t fused_rows = down ? hidden : 2 * mlp.intermediate;
       const Checkpoint::Tensor& t = require(fused, {mlp.num_experts, fused_rows, columns});
       const int64_t first = expert * fused_rows + (part == ExpertPart::kUp ? mlp.intermediate : 0);
       return {fused, {t, first * columns, columns}};
     }
-    const std::string name = expert < 0 ? name_of("model.layers.{l}.mlp.", layer) + dense[static_cast<int>(part)] + ".weight"
-                                        : name_of(patterns[static_cast<int>(part)], layer, expert);
+    std::string name = layer_name(layer, expert < 0 ? dense[static_cast<int>(part)] : pattern);
+    if (const size_t at = name.find("{e}"); at != std::string::npos) name.replace(at, 3, std::to_string(expert));
     if (lacks(name)) return {};
     const Checkpoint::Tensor& t = require(name, {rows, columns});
     return {name, {t, 0, columns}};
@@ -314,7 +316,7 @@ std::unordered_set<std::string> check_tensors(const CheckpointSource& source, co
   want("model.norm.weight", {s.hidden});
   if (!model.tie_word_embeddings) want("lm_head.weight", {model.vocab_size, s.hidden});
   for (int l = 0; l < s.num_layers(); ++l) {
-    const std::string prefix = name_of("model.layers.{l}.", l);
+    const std::string prefix = layer_name(l, "");
     want(prefix + "input_layernorm.weight", {s.hidden});
     want(prefix + "post_attention_layernorm.weight", {s.hidden});
     const int64_t q = int64_t{s.num_heads} * s.head_dim, kv = int64_t{s.num_kv_heads} * s.head_dim;
@@ -327,7 +329,7 @@ std::unordered_set<std::string> check_tensors(const CheckpointSource& source, co
       want(attention_name(l, "k_norm.weight"), {s.head_dim});
     }
     const MlpShape& mlp = s.mlps[static_cast<size_t>(l)];
-    if (mlp.num_experts > 0) want(name_of(model.names->router, l), {mlp.num_experts, s.hidden});
+    if (mlp.num_experts > 0) want(spelled(source, l, model.names->router), {mlp.num_experts, s.hidden});
     for (int e = 0; e < std::max(1, mlp.num_experts); ++e)
       for (auto part : {WeightSource::ExpertPart::kGate, WeightSource::ExpertPart::kUp, WeightSource::ExpertPart::kDown})
         used.insert(source.locate(l, mlp.num_experts > 0 ? e : -1, part).name);
@@ -515,14 +517,13 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers, st
     else if (m != nullptr) m->read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory) + rows.begin * s.hidden);
     if (!tied && embedding) embedding->read(rows, {0, s.hidden}, reinterpret_cast<bf16*>(memory + embedding_) + rows.begin * s.hidden);
   }
-  const auto copy = [&](const std::string& name, int64_t size, float* out) {
-    const std::vector<float> v = source.vector(name, size);
-    std::copy(v.begin(), v.end(), out);
+  const auto copy = [&](const std::string& name, int64_t size, float* out, float divisor = 1) {
+    for (const float v : source.vector(name, size)) *out++ = v / divisor;
   };
   float* const norms = reinterpret_cast<float*>(memory + norms_);
-  if (worker == 0) copy("model.norm.weight", s.hidden, norms);
+  if (worker == 0) copy("model.norm.weight", s.hidden, norms, model_.logits_scaling);  // logits are linear in it
   for (int l = worker; l < s.num_layers(); l += workers) {
-    const std::string prefix = name_of("model.layers.{l}.", l);
+    const std::string prefix = layer_name(l, "");
     float* base = norms + s.hidden + l * norm_stride();
     copy(prefix + "input_layernorm.weight", s.hidden, base);
     copy(prefix + "post_attention_layernorm.weight", s.hidden, base + s.hidden);
@@ -532,7 +533,7 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers, st
     }
     const int experts = s.mlps[static_cast<size_t>(l)].num_experts;
     if (experts > 0)
-      pack_matrix(source.matrix(name_of(model_.names->router, l), experts, s.hidden).get(), {0, experts}, {0, s.hidden},
+      pack_matrix(source.matrix(spelled(source, l, model_.names->router), experts, s.hidden).get(), {0, experts}, {0, s.hidden},
                   reinterpret_cast<bf16*>(memory + routers_[static_cast<size_t>(l)]));
   }
 }

@@ -19,8 +19,8 @@ void RankExecutor::add_norm(Range rows, const Sums& sums, const float* weight, b
   args.num_partials = sums.partials.num;
   args.partials = sums.partials.sums;
   args.flags = sums.partials.flags;
-  args.inv_scale = 1.0f / sums.scale;
   args.plain = b.sums[0].plain;
+  args.factor = model_.residual_multiplier / (args.plain ? 1.0f : sums.scale);
   args.whole_rows = sums.partials.whole_rows;
   args.weight = weight;
   args.eps = model_.eps;
@@ -129,6 +129,7 @@ void RankExecutor::forward(const StepShape& shape, const StepView& view, const L
   embed.table = model_.embedding;
   embed.packed = model_.lm_head;
   embed.h = b.h;
+  embed.multiplier = model_.embedding_multiplier;
   context_.ops->embed(embed, lane);
   context_.comm->rank_barrier();
 

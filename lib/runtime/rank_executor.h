@@ -13,7 +13,7 @@ struct ForwardModel {
   int32_t num_layers = 0;
   int64_t hidden = 0, vocab = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
   float eps = 0;
-  float softmax_scale = 0;
+  float softmax_scale = 0, embedding_multiplier = 1, residual_multiplier = 1;
   const bf16* embedding = nullptr;     // [vocab, hidden], or null when tied to a packed lm_head
   const bf16* lm_head = nullptr;       // packed n = vocab, k = hidden,
   bool row_major_head = false;         // or [vocab, hidden]

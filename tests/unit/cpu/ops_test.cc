@@ -281,7 +281,7 @@ TEST_CASE("sums that cross slices: any order gives the same bits, and what is no
       norm.num_partials = 3;
       norm.partials = partials;
       norm.flags = flag_lists;
-      norm.inv_scale = 0x1p-28f;
+      norm.factor = 0x1p-28f;
       norm.weight = weight.data();
       norm.eps = 1e-6f;
       norm.x = out.data();

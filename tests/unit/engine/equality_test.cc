@@ -5,7 +5,7 @@
 namespace moebius::test {
 namespace {
 
-const std::vector<std::string> kModels = {kQwen, kDense, kMixtral};
+const std::vector<std::string> kModels = {kQwen, kDense, kMixtral, kGranite};
 
 Script three_requests() {
   Script s;

@@ -71,16 +71,30 @@ Outcome outcome_of(const std::string& model, const Tensors& tensors, size_t head
   return outcome_of(folder.path());
 }
 
-std::string joined(const Tensors& tensors, const std::string& prefix, std::initializer_list<const char*> parts, int expert) {
-  std::string out;
-  for (const char* part : parts) out += tensors.at(prefix + std::to_string(expert) + "." + part + ".weight").bytes;
-  return out;
+void rename(Tensors& tensors, const std::string& from, const std::string& to) {
+  auto node = tensors.extract(from);
+  REQUIRE(!node.empty());
+  node.key() = to;
+  tensors.insert(std::move(node));
+}
+
+// The experts of a layer become two tensors, [experts, 2 · width, 128] and [experts, 128, width].
+void fuse(Tensors& tensors, const std::string& single, std::initializer_list<const char*> gate_up, const char* down, const std::string& fused,
+          int64_t experts, int64_t width) {
+  StoredTensor both{"BF16", {experts, 2 * width, 128}, {}}, downs{"BF16", {experts, 128, width}, {}};
+  for (int64_t e = 0; e < experts; ++e) {
+    const auto take = [&](const char* part) { return tensors.extract(single + std::to_string(e) + "." + part + ".weight").mapped().bytes; };
+    for (const char* part : gate_up) both.bytes += take(part);
+    downs.bytes += take(down);
+  }
+  tensors[fused + "gate_up_proj"] = both;
+  tensors[fused + "down_proj"] = downs;
 }
 
 }  // namespace
 
 TEST_CASE("weights in f32 and f16 give the bits that they give in bf16") {
-  for (const std::string& model : {kQwen, kMixtral}) {
+  for (const std::string& model : {kQwen, kMixtral, kGranite}) {
     const Tensors bf16 = read_tensors_of(model);
     CHECK(difference(outcome_of(model), outcome_of(model, each(bf16, as_f32))) == "");
     const Tensors exact = each(bf16, representable);
@@ -115,23 +129,32 @@ TEST_CASE("shards of several dtypes, mixed inside a layer, are one checkpoint") 
   CHECK(difference(outcome_of(kQwen, exact), outcome_of(folder.path())) == "");
 }
 
-TEST_CASE("experts fused into one tensor are read like experts one by one") {
-  const Tensors single = read_tensors_of(kQwen);
-  Tensors fused = single;
-  std::erase_if(fused, [](const auto& entry) { return entry.first.find(".experts.") != std::string::npos; });
-  for (int l = 0; l < 4; ++l) {
-    const std::string prefix = "model.layers." + std::to_string(l) + ".mlp.experts.";
-    StoredTensor gate_up{"BF16", {16, 256, 128}, {}}, down{"BF16", {16, 128, 128}, {}};
-    for (int e = 0; e < 16; ++e) {
-      gate_up.bytes += joined(single, prefix, {"gate_proj", "up_proj"}, e);
-      down.bytes += joined(single, prefix, {"down_proj"}, e);
+TEST_CASE("tensors as transformers 5 has them in memory, experts fused, are read like a checkpoint's") {
+  for (const std::string& model : {kQwen, kMixtral, kGranite}) {
+    Tensors tensors = read_tensors_of(model);
+    for (int l = 0; l < 4; ++l) {
+      const std::string layer = "model.layers." + std::to_string(l) + ".", mlp = layer + "mlp.", sparse = layer + "block_sparse_moe.";
+      if (model == kQwen) fuse(tensors, mlp + "experts.", {"gate_proj", "up_proj"}, "down_proj", mlp + "experts.", 16, 128);
+      if (model == kMixtral) {
+        fuse(tensors, sparse + "experts.", {"w1", "w3"}, "w2", mlp + "experts.", 8, 256);
+        rename(tensors, sparse + "gate.weight", mlp + "gate.weight");
+      }
+      if (model == kGranite) {
+        rename(tensors, sparse + "input_linear.weight", sparse + "experts.gate_up_proj");
+        rename(tensors, sparse + "output_linear.weight", sparse + "experts.down_proj");
+        rename(tensors, sparse + "router.layer.weight", sparse + "router.weight");
+      }
     }
-    fused[prefix + "gate_up_proj"] = gate_up;
-    fused[prefix + "down_proj"] = down;
+    const Outcome expected = outcome_of(model);
+    CHECK(difference(expected, outcome_of(model, tensors)) == "");
+    CHECK(difference(expected, outcome_of(model, each(tensors, as_f32))) == "");
   }
-  const Outcome expected = outcome_of(kQwen);
-  CHECK(difference(expected, outcome_of(kQwen, fused)) == "");
-  CHECK(difference(expected, outcome_of(kQwen, each(fused, as_f32))) == "");
+}
+
+TEST_CASE("a tensor under both of its names is refused") {
+  Tensors tensors = read_tensors_of(kMixtral);
+  tensors["model.layers.2.mlp.gate.weight"] = tensors.at("model.layers.2.block_sparse_moe.gate.weight");
+  CHECK_THROWS_WITH(outcome_of(kMixtral, tensors), Catch::Contains("model.layers.2.mlp.gate.weight"));
 }
 
 }  // namespace moebius::test

@@ -73,7 +73,7 @@ int64_t shared_elements(const ModelConfig& model) {
 }  // namespace
 
 TEST_CASE("each rank reads its slices of the start layout once and nothing else") {
-  for (const std::string& path : {kQwen, kDense, kMixtral})
+  for (const std::string& path : {kQwen, kDense, kMixtral, kGranite})
     for (int ranks : {1, 2, 4})
       for (Layout layout : {Layout::kTp, Layout::kEp}) {
         INFO(path << ", " << ranks << " ranks, " << name_of(layout));

@@ -55,6 +55,15 @@ TEST_CASE("both families and both spellings are read") {
   CHECK(mixtral.shape.head_dim == 16);  // null: hidden ÷ heads
   CHECK(mixtral.norm_topk_prob);
   CHECK_FALSE(mixtral.qk_norm);
+  CHECK(mixtral.softmax_scale == 0.25f);
+  CHECK(mixtral.embedding_multiplier * mixtral.residual_multiplier * mixtral.logits_scaling == 1);
+
+  const ModelConfig granite = read_config(kData + "/tiny-granite-moe");
+  CHECK(granite.norm_topk_prob);
+  CHECK(granite.softmax_scale == 0.125f);  // not 1/√16
+  CHECK(granite.embedding_multiplier == 3);
+  CHECK(granite.residual_multiplier == 0.9f);
+  CHECK(granite.logits_scaling == 3);
 }
 
 TEST_CASE("a value that changes the arithmetic and is not implemented is refused by key and value") {
@@ -79,6 +88,10 @@ TEST_CASE("a value that changes the arithmetic and is not implemented is refused
   is_refused(qwen, "use_qk_norm", false);
   is_refused(mixtral, "use_qk_norm", true);
   is_refused(mixtral, "norm_topk_prob", false);
+  json granite = config_json("tiny-granite-moe");
+  CHECK_THAT(refusal(granite, {{"logits_scaling", 0}}), Contains("logits_scaling is 0") && Contains("positive"));
+  granite.erase("residual_multiplier");
+  CHECK_THAT(refusal(granite, json::object()), Contains("residual_multiplier is missing"));
   CHECK_THAT(refusal(qwen, {{"rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}}}), Contains("rope_scaling.") && Contains("4.0"));
   CHECK_THAT(refusal(v5, {{"rope_theta", 1e6}}), Contains("rope_theta") && Contains("1000000") && Contains("10000 "));
   CHECK(refusal(v5, {{"rope_theta", 1e4}}) == "");
@@ -95,7 +108,7 @@ TEST_CASE("a value that changes the arithmetic and is not implemented is refused
 }
 
 TEST_CASE("values that change nothing are taken, and keys that nobody knows are told") {
-  for (const char* model : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral"}) CHECK(read_config(kData + "/" + model).unknown_keys.empty());
+  for (const char* model : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral", "tiny-granite-moe"}) CHECK(read_config(kData + "/" + model).unknown_keys.empty());
   json config = config_json("tiny-qwen3-moe");
   config.update({{"attention_bias", false}, {"routed_scaling_factor", 1.0}, {"n_group", 1}, {"topk_group", 1}, {"use_qk_norm", true},
                  {"rope_interleave", false}, {"partial_rotary_factor", 1}, {"scoring_func", "softmax"}, {"clip_qkv", nullptr}, {"max_window_layers", 28}});

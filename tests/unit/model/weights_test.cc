@@ -95,7 +95,7 @@ void copy_model(const std::string& model, const TempFolder& to) {
 }  // namespace
 
 TEST_CASE("checkpoints are packed slice by slice as the geometry says") {
-  for (const std::string name : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral"}) {
+  for (const std::string name : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral", "tiny-granite-moe"}) {
     const ModelConfig model = read_config(kData + "/" + name);
     const auto source = open_checkpoint(kData + "/" + name, model, nullptr);
     for (int cuts : {1, 4, 8}) check_slices(*source, model, cuts);  // 8 cuts of 16 neurons in tiny-qwen3-moe, 8 in its dense twin: padded
