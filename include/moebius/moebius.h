@@ -245,7 +245,7 @@ MOEBIUS_API moebius_status moebius_request_set_ids(moebius_request *request, con
 MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *request, int32_t token, float bias, moebius_error **err);
 
 /* Queues a request; *out_id names it in events. Any thread. By design: INVALID_ARGUMENT, CONTEXT_TOO_LONG, DOES_NOT_FIT,
- * QUEUE_FULL, INVALID_STATE (the engine has failed, drains, or has mixed weights after an update that failed).
+ * UNSUPPORTED (routed_experts of a model without any), QUEUE_FULL, INVALID_STATE (the engine has failed, drains, or has mixed weights after an update that failed).
  * moebius_engine_check does the same checks (but the queue's) and queues nothing. */
 MOEBIUS_API moebius_status moebius_engine_submit(moebius_engine *engine, const moebius_request *request, uint64_t *out_id,
                                                  moebius_error **err);

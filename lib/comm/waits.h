@@ -1,6 +1,8 @@
 // Waits of a rank's thread for its device, inside a region of the world: with its deadline, until it is aborted.
 #pragma once
 
+#include "lib/base/error.h"
+#include "lib/base/waited.h"
 #include "lib/comm/world.h"
 #include "lib/device/device.h"
 
@@ -25,9 +27,14 @@ inline void join_ranks(World& world, Device& device) {
   if (collectives == nullptr || collectives->connection() != 0) return;
   collectives->prepare();
   world.run_long([&world, &device, collectives](int rank, int) {
+    constexpr std::chrono::minutes kMost{5};  // many times what connecting takes
     const DrainOnError drain(device, rank);
     collectives->connect(rank);
-    world.wait_until([&] { return collectives->exchanged(rank); });
+    Waited waited;
+    world.wait_until([&] {
+      if (waited.exceeds(kMost)) fail(Code::kTimeout, "rank {} is not connected with the others after {} minutes", rank, kMost.count());
+      return collectives->exchanged(rank);
+    });
   });
 }
 

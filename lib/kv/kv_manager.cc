@@ -37,7 +37,7 @@ KvManager::KvManager(int64_t tp_pages, std::vector<int64_t> ep_pages, int page_t
       ep_capacity_(std::move(ep_pages)) {
   MOEBIUS_ASSERT(phase != Phase::kBoth);
   const int64_t ep_total = std::accumulate(ep_capacity_.begin(), ep_capacity_.end(), int64_t{0});
-  // A block in phase kBoth has an EP page of its own; in phase kTp those that came together from EP may share TP pages.
+  // A block has an EP page of its own or, in phase kTp, a TP page.
   const int64_t num_blocks = tp_pages + ep_total;
   blocks_.resize(num_blocks);
   live_slot_.assign(num_blocks, -1);
@@ -78,19 +78,18 @@ int64_t KvManager::blocks_in_use() const {
   return static_cast<int64_t>(live_.size()) - std::accumulate(cached_count_.begin(), cached_count_.end(), int64_t{0});
 }
 
-// A registered block counts on the first home that uses one with its key.
+// Of equal blocks in use, which have different homes, the first in the index counts.
 int64_t KvManager::tp_pages_needed() const {
   MOEBIUS_ASSERT(phase_ == Phase::kEp);
-  int64_t pages = 0;
-  for (int32_t b : live_) {
+  const auto first_used = [&](const BlockKey& key) {
+    size_t s = slot_of(key);
+    while (blocks_[index_[s]].key != key || blocks_[index_[s]].users == 0) s = (s + 1) & index_mask_;
+    return index_[s];
+  };
+  return std::count_if(live_.begin(), live_.end(), [&](int32_t b) {
     const Block& block = blocks_[b];
-    if (block.users == 0) continue;
-    bool counted = false;
-    for (int32_t h = 0; block.registered && h < block.home && !counted; ++h)
-      if (const int32_t twin = lookup(block.key, h); twin >= 0) counted = blocks_[twin].users > 0;
-    pages += !counted;
-  }
-  return pages;
+    return block.users > 0 && (!block.registered || first_used(block.key) == b);
+  });
 }
 
 bool KvManager::release_helps(int32_t b, int home) const {
@@ -287,24 +286,32 @@ void KvManager::index_erase(int32_t block) {
   }
 }
 
-// Equal prefixes that have met again.
-void KvManager::index_erase_duplicates() {
+// Equal prefixes have met again: of each one block stays, the first in the index, for all who used any.
+void KvManager::merge_equal(std::span<const SequenceBlocks> sequences) {
+  for (const SequenceBlocks& sequence : sequences)
+    for (int32_t& held : sequence.blocks) {
+      if (!blocks_[held].registered) continue;
+      const int32_t stays = lookup(blocks_[held].key, -1);
+      if (stays == held) continue;
+      add_user(stays);
+      if (--blocks_[held].users == 0) free_block(held);
+      held = stays;
+    }
   for (size_t i = 0; i < live_.size();) {
-    const int32_t b = live_[i++];
-    if (!blocks_[b].registered || lookup(blocks_[b].key, home_key(blocks_[b].home)) == b) continue;
-    index_erase(b);
-    blocks_[b].registered = false;
-    if (blocks_[b].users > 0) continue;
-    give_up(b);
-    --i;  // another block has taken this place
+    const int32_t b = live_[i];
+    if (blocks_[b].registered && lookup(blocks_[b].key, -1) != b) give_up(b);  // cached; another block takes this place
+    else ++i;
   }
 }
 
 int32_t KvManager::find(const BlockKey& key, int home) {
   const int32_t b = prefix_cache_ ? lookup(key, home_key(home)) : -1;
-  if (b < 0) return -1;
-  if (blocks_[b].users++ == 0) cache_remove(b);
+  if (b >= 0) add_user(b);
   return b;
+}
+
+void KvManager::add_user(int32_t b) {
+  if (blocks_[b].users++ == 0) cache_remove(b);
 }
 
 void KvManager::register_block(int32_t b, const BlockKey& key, uint64_t root) {
@@ -416,7 +423,7 @@ void KvManager::open_tp() {
   count_reclaimable();
 }
 
-void KvManager::close(Layout arrived) {
+void KvManager::close(Layout arrived, std::span<const SequenceBlocks> sequences) {
   MOEBIUS_ASSERT(phase_ == Phase::kBoth);
   for (int32_t b : live_) {
     blocks_[b].copied_item = -1;
@@ -441,7 +448,7 @@ void KvManager::close(Layout arrived) {
     for (int32_t b : live_) drop_ep_page(b);
   }
   phase_ = arrived == Layout::kTp ? Phase::kTp : Phase::kEp;
-  if (arrived == Layout::kTp) index_erase_duplicates();
+  if (arrived == Layout::kTp) merge_equal(sequences);
   count_reclaimable();
 }
 

@@ -5,7 +5,7 @@
 //   TP: one page table for all ranks (each holds its own heads of the page);   EP: one pool per home, whole pages.
 // Invariants:
 //   1. A block in use has a page in every pool that the phase asks for (Phase), and so has every cached one.
-//   2. An EP page belongs to one block; a TP page to one or more (equal prefixes whose requests have different homes).
+//   2. A page belongs to one block; while the seam is inside a TP page to one or more (equal prefixes whose requests have different homes).
 //   3. Registered blocks are full and hold committed KV; their tokens never change. A block nobody uses is cached if it is
 //      registered, otherwise its pages are free at once. When a page is wanted, that of the cached blocks is given up which was used
 //      longest ago of those that help.
@@ -102,11 +102,11 @@ class KvManager {
   };
   void open_ep(std::span<const SequenceBlocks> sequences);  // kTp → kBoth
   void open_tp();                                           // kEp → kBoth
-  // Ends it: the seam has arrived, the other layout's pages are free.
-  void close(Layout arrived);
+  // Ends it: the seam has arrived, the other layout's pages are free. In TP equal prefixes are one block again: the lists are rewritten in place.
+  void close(Layout arrived, std::span<const SequenceBlocks> sequences);
 
   // What EP→TP needs: TP pages that the blocks in use take at most and, in kEp, exactly. Equal prefixes of several homes take
-  // one page; finding them costs a look-up for each block and home.
+  // one page; finding them costs a look-up for each block.
   int64_t blocks_in_use() const;
   int64_t tp_pages_needed() const;
 
@@ -120,9 +120,10 @@ class KvManager {
   int32_t lookup(const BlockKey& key, int32_t home) const;
   void index_insert(int32_t block);
   void index_erase(int32_t block);
-  void index_erase_duplicates();
+  void merge_equal(std::span<const SequenceBlocks> sequences);
   size_t slot_of(const BlockKey& key) const { return key.low & index_mask_; }
   List& cached_list(int32_t home) { return cached_[home + 1]; }
+  void add_user(int32_t block);
   void cache_push(int32_t block);
   void cache_remove(int32_t block);
   void give_up(int32_t cached);

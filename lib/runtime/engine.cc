@@ -185,7 +185,6 @@ void Engine::Impl::start() {
   }
   if (own_thread_.joinable()) fail(Code::kInvalidState, "the engine's own thread runs already");
   own_thread_stops_ = false;
-  events_.set_waits(true);
   const auto run = [this] {
     if (config_.thread_hook) config_.thread_hook(-1, -1, true);
     try {
@@ -206,6 +205,7 @@ void Engine::Impl::start() {
   } catch (const std::system_error& e) {
     fail(Code::kOutOfMemory, "the engine's own thread cannot start: {}", e.what());
   }
+  events_.set_waits(true);
 }
 
 void Engine::Impl::stop() {

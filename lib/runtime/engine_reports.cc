@@ -67,7 +67,6 @@ void Engine::Impl::fail_update(std::string_view why) {
     return fail_everything(why);
   }
   publish_stats();
-  events_.show();
   log(LogLevel::kError, "load", fmt::format("an update of the weights failed: {}", why));
 }
 
@@ -88,6 +87,7 @@ void Engine::Impl::publish_stats() {
   metrics_.set_gauges(stats_);
   metrics_.set_policy(policy_->figures());
   published_ = stats_;
+  events_.show();  // before the lock is gone: who finds nothing running finds every event
   if (stats_.running + stats_.waiting == 0) emptied_.notify_all();
 }
 
@@ -163,9 +163,11 @@ Sequence& Engine::Impl::sequence_that_keeps(uint64_t number, int32_t sample, con
 template <class T>
 size_t Engine::Impl::take(uint64_t number, int32_t sample, Record<T> Sequence::*record, const char* key, bool RequestSpec::*wanted,
                           int64_t width, std::span<T> out) {
-  std::lock_guard step_lock(step_mutex_);
-  std::lock_guard lock(inbox_mutex_);
-  Sequence& s = sequence_that_keeps(number, sample, key, wanted);
+  std::lock_guard step_lock(step_mutex_);  // requests change and end under it alone
+  Sequence& s = [&]() -> Sequence& {
+    std::lock_guard lock(inbox_mutex_);
+    return sequence_that_keeps(number, sample, key, wanted);
+  }();
   Record<T>& r = s.*record;
   const size_t count = static_cast<size_t>((r.kept - r.taken) * width);
   if (out.data() == nullptr || out.size() < count) return count;
@@ -178,7 +180,9 @@ size_t Engine::Impl::take(uint64_t number, int32_t sample, Record<T> Sequence::*
   const auto collected = [&](const Sequence& x) {
     return (!request.spec.keep_logits || x.logits.collected) && (!request.spec.keep_routes || x.routes.collected);
   };
-  if (request.unfinished == 0 && std::all_of(request.samples.begin(), request.samples.end(), collected)) requests_.erase(number);
+  if (request.unfinished > 0 || !std::all_of(request.samples.begin(), request.samples.end(), collected)) return count;
+  std::lock_guard lock(inbox_mutex_);
+  requests_.erase(number);
   return count;
 }
 

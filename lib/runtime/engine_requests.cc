@@ -216,7 +216,7 @@ void Engine::Impl::count_moved(const Event& event) {
 // Of a switch from one layout to the other; one that was turned, or began or ended inside, has another price.
 void Engine::Impl::learn_price(const Event& event) {
   if (event.type == EventType::kSwitchStarted) costs_.on_switch_started();
-  const bool inside = event.seam > 0 && event.seam < model_.shape.num_layers();
+  const bool inside = switcher_.began_inside() || (event.seam > 0 && event.seam < model_.shape.num_layers());
   if (event.type == EventType::kSwitchFinished && event.from != event.to && !inside) costs_.on_switch(event.to, event.bytes, event.seconds);
 }
 

@@ -17,7 +17,6 @@ void Engine::Impl::take_inbox() {
     cancelling_.swap(cancels_);
   }
   for (Request* request : arriving_) {
-    request->arrived = true;
     next_deadline_ = std::min(next_deadline_, request->deadline);
     for (Sequence& s : request->samples) {
       s.arrival = arrivals_++;
@@ -57,6 +56,7 @@ void Engine::Impl::take_wishes() {
   {
     std::lock_guard lock(inbox_mutex_);
     seams_.swap(wished_seams_);
+    if (config_.ranks > 1 && !seams_.empty()) published_.switching = true;  // who drains waits for them
     if (wished_budget_) stall_budget_ms_ = *std::exchange(wished_budget_, std::nullopt);
     if (wished_policy_) {
       policy_ = std::move(wished_policy_);
@@ -202,7 +202,6 @@ StepResult Engine::Impl::run_step() {
   result.seconds = seconds_since(begin);
   ++step_;
   publish_stats();
-  events_.show();
   return result;
 }
 
@@ -511,7 +510,7 @@ void Engine::Impl::fail_everything(std::string_view why) {
     } catch (const std::bad_alloc&) {  // the next may still find room
     }
   };
-  if (switcher_.moving()) refuse(switcher_.target());
+  if (switcher_.moving()) refuse(switcher_.asked());
   for (; seams_begun_ < seams_.size(); ++seams_begun_) refuse(seams_[seams_begun_]);
   for (int32_t seam : wished_seams_) refuse(seam);
   wished_seams_.clear();

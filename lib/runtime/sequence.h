@@ -68,7 +68,6 @@ struct Request {
   Clock::time_point submitted{}, deadline = kNoDeadline;
   std::vector<Sequence> samples;              // never resized
   int32_t unfinished = 0;
-  bool arrived = false;                       // taken over from the inbox by a step
 };
 
 // Of positions that were computed before nothing is recorded: no part of such a request comes from the prefix cache.

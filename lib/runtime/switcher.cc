@@ -1,6 +1,7 @@
 #include "lib/runtime/switcher.h"
 
 #include <algorithm>
+#include <bit>
 #include <numeric>
 
 #include "lib/base/error.h"
@@ -61,12 +62,10 @@ bool Switcher::choose_homes(Reason* reason) {
   for (int i : order_) {
     const Sequence& s = *running[i];
     const int64_t pages = div_up(static_cast<int64_t>(s.tokens.size()) + 1, kv.page_tokens());
-    for (int h = 0; h < kv.num_homes(); ++h) {
-      candidates_[h].shared = 0;
-      for (int32_t b : s.blocks)
-        if (kv.block(b).users > 1 && (homes_of_block_[b] >> h & 1)) ++candidates_[h].shared;
-      candidates_[h].pages = std::max<int64_t>(pages, s.blocks.size()) - candidates_[h].shared;
-    }
+    for (HomeCandidate& c : candidates_) c.shared = 0;
+    for (int32_t b : s.blocks)
+      for (uint64_t homes = homes_of_block_[b]; homes != 0; homes &= homes - 1) ++candidates_[static_cast<size_t>(std::countr_zero(homes))].shared;
+    for (HomeCandidate& c : candidates_) c.pages = std::max<int64_t>(pages, s.blocks.size()) - c.shared;
     homes_[i] = choose_home(candidates_);
     if (homes_[i] < 0) {
       int nearest = 0;
@@ -186,17 +185,19 @@ void Switcher::open(Layout to) {
   if (to == Layout::kTp) {
     parts_.kv.open_tp();
   } else {
-    sequences_.clear();
-    for (size_t i = 0; i < running.size(); ++i) {
-      running[i]->home = homes_[i];
-      sequences_.push_back({running[i]->blocks, homes_[i]});
-    }
-    parts_.kv.open_ep(sequences_);
+    for (size_t i = 0; i < running.size(); ++i) running[i]->home = homes_[i];
+    parts_.kv.open_ep(blocks_of_running());
   }
   for (Sequence* s : running) parts_.scheduler.remake_tables(*s);
   forget_ahead();
   verify_tables();
   if (open_hook) open_hook();
+}
+
+std::span<const KvManager::SequenceBlocks> Switcher::blocks_of_running() {
+  sequences_.clear();
+  for (Sequence* s : parts_.scheduler.running()) sequences_.push_back({s->blocks, s->home});
+  return sequences_;
 }
 
 // Page lists are checked before anything is copied by them: no two blocks may write one page.
@@ -213,7 +214,7 @@ void Switcher::verify_tables() {
 void Switcher::arrive() {
   const auto start = Clock::now();
   if (parts_.kv.phase() == Phase::kBoth && (seam_ == 0 || seam_ == num_layers_)) {
-    parts_.kv.close(seam_ == 0 ? Layout::kEp : Layout::kTp);
+    parts_.kv.close(seam_ == 0 ? Layout::kEp : Layout::kTp, blocks_of_running());
     for (Sequence* s : parts_.scheduler.running()) {
       if (seam_ == num_layers_) s->home = -1;
       parts_.scheduler.remake_tables(*s);
@@ -224,8 +225,7 @@ void Switcher::arrive() {
   seconds_ += seconds_since(start);
   Event event;
   event.type = undoing_ ? EventType::kRolledBack : EventType::kSwitchFinished;
-  const bool from_inside = origin_ > 0 && origin_ < num_layers_;
-  event.from = undoing_ || from_inside ? from_ : origin_ == 0 ? Layout::kEp : Layout::kTp;  // turns on the way do not count
+  event.from = undoing_ || began_inside() ? from_ : origin_ == 0 ? Layout::kEp : Layout::kTp;  // turns on the way do not count
   event.to = to_;
   event.seam = seam_;
   event.bytes = bytes_;
@@ -236,8 +236,8 @@ void Switcher::arrive() {
                                        plan_seconds_ * 1e3, mib(weights_part_.bytes), weights_part_.seconds * 1e3, mib(kv_part_.bytes),
                                        kv_part_.seconds * 1e3, seconds_since(started_) * 1e3);
   undoing_ = false;
-  origin_ = seam_;
   parts_.emit(std::move(event));
+  origin_ = seam_;
 }
 
 // ---- moving
@@ -263,6 +263,7 @@ bool Switcher::attempt(F&& f) {
 // Everyone has stopped (World::run says so): the item under way was not needed by anybody yet, the earlier ones go back.
 void Switcher::roll_back(std::string_view why) {
   fault_ = why;
+  undone_ = asked();
   undoing_ = true;
   target_ = origin_;
   to_ = moving() ? direction() : other(to_);

@@ -74,6 +74,8 @@ class Switcher {
   int num_layers() const { return num_layers_; }
   bool moving() const { return seam_ != target_; }
   int target() const { return target_; }
+  int asked() const { return undoing_ ? undone_ : target_; }                      // the target, also on the way back from it
+  bool began_inside() const { return origin_ > 0 && origin_ < num_layers_; }      // the move under way, or of an event of its arrival
 
   // Aims the seam at `target` (0 = EP, N = TP, between: hold). Under way already: turns where it stands. False: refused, or
   // rolled back because opening the other page tables failed; an event says why, and the layout is what it was.
@@ -119,6 +121,7 @@ class Switcher {
   Sequence& victim_for() const;
   void make_room();
   void open(Layout to);
+  std::span<const KvManager::SequenceBlocks> blocks_of_running();
   void verify_tables();
   void arrive();
   void move_towards(double budget_ms);
@@ -147,6 +150,7 @@ class Switcher {
   int seam_, target_;
   int origin_;                                          // where the move under way began: an end, or a seam that was held
   bool undoing_ = false;
+  int undone_ = 0;                                      // then the target that was given up
   Reason fault_;
   int64_t pieces_done_ = 0;                             // weight pieces of the next item that are copied ahead
   std::vector<int32_t> round_;                          // full blocks, those of the next item's last round; empty: none has begun

@@ -376,6 +376,20 @@ TEST_CASE("costs of both layouts and of switches are learned from what is run, w
     CHECK_THAT(text, Catch::Contains(line));
 }
 
+TEST_CASE("a move that began or ended at a seam inside teaches no price") {
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  submit_four(engine, 40);
+  run(engine, 3);
+  for (Layout end : {Layout::kEp, Layout::kTp}) {
+    engine.hold_seam(2);
+    run(engine, 2);
+    engine.request_switch(end);
+    run(engine, 2);
+    REQUIRE(engine.stats().seam == (end == Layout::kTp ? 4 : 0));
+  }
+  for (Layout layout : {Layout::kTp, Layout::kEp}) CHECK(of(engine.impl().costs().corrections(), layout) == 0);
+}
+
 TEST_CASE("measured switches where the other layout's steps cost less, says by which numbers, and changes no bit") {
   const Script script = decaying();
   const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);

@@ -451,6 +451,19 @@ TEST_CASE("a request that can never run is refused with the layout that is short
   CHECK_THAT(refusal(), Catch::Contains("20 KV pages of 16 tokens") && Catch::Contains("layout ep holds 16"));
 }
 
+TEST_CASE("draining waits for a switch that a step has only just taken up") {
+  EngineConfig config = small_config(2, 1, Layout::kTp);
+  config.stall_budget_ms = 1e-6;
+  Engine engine(kQwen, config);
+  bool drained = true;
+  engine.impl().switcher().open_hook = [&] { drained = engine.drain(0); };
+  engine.request_switch(Layout::kEp);
+  engine.step();
+  CHECK_FALSE(drained);
+  while (engine.stats().switching) engine.step();
+  CHECK(engine.drain(0));
+}
+
 TEST_CASE("a deadline ends a request with abort and its tokens so far") {
   Script script;
   script.requests.push_back({greedy_request("far", prompt_of(3, 5), 900)});

@@ -195,6 +195,7 @@ TEST_CASE("a second fault on the way back ends every request once with an error,
           std::map<uint64_t, std::string> ids;
           std::map<std::string, std::vector<int32_t>> tokens;
           std::map<std::string, int> ends;
+          std::vector<Layout> refused;
           std::vector<Event> events(256);
           for (const ScriptedRequest& r : script.requests) {
             RequestSpec spec = r.spec;
@@ -216,12 +217,14 @@ TEST_CASE("a second fault on the way back ends every request once with an error,
           for (size_t n; (n = engine.poll(events, 0)) > 0;)
             for (size_t i = 0; i < n; ++i) {
               if (events[i].type == EventType::kToken) tokens[ids.at(events[i].request)].push_back(events[i].token);
+              if (events[i].type == EventType::kSwitchRefused) refused.push_back(events[i].to);
               if (events[i].type != EventType::kFinished) continue;
               const std::string& id = ids.at(events[i].request);
               CHECK(events[i].finish_reason ==
                     (tokens[id] == expected.outputs.at(id).tokens ? FinishReason::kLength : FinishReason::kError));
               ++ends[id];
             }
+          CHECK(refused == std::vector{other(start)});  // as it was asked for
           for (const auto& [id, want] : expected.outputs) {
             CHECK(ends[id] == 1);
             CHECK(std::equal(tokens[id].begin(), tokens[id].end(), want.tokens.begin(),

@@ -357,6 +357,31 @@ TEST_CASE("a switch to TP fits when equal prefixes of several homes take one pag
   CHECK(needed);
 }
 
+TEST_CASE("samples of a prompt share their pages again after every switch to TP") {
+  const Script script = samples_of_a_prompt(97, 16, 4);  // 6 of 7 pages are full
+  const Outcome expected = run_script(kQwen, small_config(1, 1, Layout::kTp), script);
+  Engine engine(kQwen, small_config(2, 1, Layout::kTp));
+  std::vector<int32_t> tokens[4];
+  engine.submit(script.requests[0].spec);
+  for (int i = 0; i < 6; ++i) engine.step();  // all four decode
+  const int64_t in_tp = engine.impl().kv().blocks_in_use();
+  REQUIRE(in_tp < 4 * 7);
+  for (int turn = 0; turn < 4; ++turn) {
+    engine.request_switch(Layout::kEp);
+    engine.step();
+    CHECK(engine.impl().kv().tp_pages_needed() == in_tp);
+    engine.request_switch(Layout::kTp);
+    engine.step();
+    CHECK(engine.impl().kv().blocks_in_use() == in_tp);
+  }
+  while (engine.stats().running > 0) engine.step();
+  std::vector<Event> events(256);
+  const size_t n = engine.poll(events, 0);
+  for (size_t i = 0; i < n; ++i)
+    if (events[i].type == EventType::kToken) tokens[events[i].sample].push_back(events[i].token);
+  for (int i = 0; i < 4; ++i) CHECK(tokens[i] == expected.outputs.at(record_of(script.requests[0].spec, i)).tokens);
+}
+
 TEST_CASE("a switch may make room by preempting, and no token changes") {
   Script script;
   for (int i = 0; i < 9; ++i) script.requests.push_back({greedy_request("r" + std::to_string(i), prompt_of(i, 30), 30)});

@@ -24,6 +24,7 @@ void check_pages(const KvManager& kv) {
     if (kv.phase() != Phase::kEp) {
       REQUIRE(block.tp_page >= 0);
       ++tp[block.tp_page];
+      REQUIRE((kv.phase() == Phase::kBoth || tp[block.tp_page] == 1));
     } else {
       REQUIRE(block.tp_page == -1);
     }
@@ -118,15 +119,49 @@ TEST_CASE("a TP page shared by requests of several homes becomes one EP page per
   // A hit counts only for the home whose table holds the page.
   CHECK(kv.contains(key_of(7), 0));
   CHECK(kv.contains(key_of(7), 1));
-  kv.close(Layout::kEp);
+  kv.close(Layout::kEp, {});
   check_pages(kv);
   // Back: the two copies meet again on one TP page, filled from one of them.
   kv.open_tp();
   check_pages(kv);
   CHECK(kv.block(x[0]).tp_page == kv.block(y[0]).tp_page);
   CHECK(kv.leads_tp_page(x[0]) != kv.leads_tp_page(y[0]));
-  kv.close(Layout::kTp);
+  kv.close(Layout::kTp, sequences);
   check_pages(kv);
+  CHECK(x[0] == y[0]);  // one block again
+  CHECK(kv.block(x[0]).users == 3);
+  CHECK(kv.live_blocks().size() == 3);
+}
+
+TEST_CASE("equal prefixes take as many pages after many switches as after one, whoever's home is where") {
+  std::mt19937 random(1);
+  KvManager kv(64, {32, 32, 32, 32}, 16, true, Phase::kTp);
+  std::vector<std::vector<int32_t>> blocks(16);
+  for (size_t i = 0; i < blocks.size(); ++i)
+    for (int p = 0; p < 3; ++p) {  // two shared, one of its own
+      const int32_t known = p < 2 ? kv.find(key_of(p), -1) : -1;
+      blocks[i].push_back(known >= 0 ? known : kv.allocate(-1));
+      kv.set_full(blocks[i].back());
+      if (p < 2) kv.register_block(blocks[i].back(), key_of(p), 0);
+    }
+  for (int round = 0; round < 6; ++round) {
+    std::vector<KvManager::SequenceBlocks> sequences;
+    for (size_t i = 0; i < blocks.size(); ++i) sequences.push_back({blocks[i], static_cast<int32_t>(i % 4)});
+    std::shuffle(sequences.begin(), sequences.end(), random);
+    std::shuffle(blocks.begin(), blocks.end(), random);  // other homes in the next round
+    CHECK(kv.blocks_in_use() == 2 + 16);
+    kv.open_ep(sequences);
+    check_pages(kv);
+    kv.close(Layout::kEp, sequences);
+    CHECK(kv.blocks_in_use() == 2 * 4 + 16);
+    CHECK(kv.tp_pages_needed() == 2 + 16);
+    kv.open_tp();
+    kv.close(Layout::kTp, sequences);
+    check_pages(kv);
+  }
+  for (std::vector<int32_t>& sequence : blocks)
+    for (int32_t b : sequence) kv.release(b);
+  CHECK(kv.available(-1) == 64);
 }
 
 TEST_CASE("what TP needs counts equal prefixes of several homes once, and only what is in use") {
@@ -245,7 +280,7 @@ TEST_CASE("cached blocks follow their chain to its home, or are given up when th
   kv.open_ep(sequences);
   check_pages(kv);
   CHECK(kv.live_blocks().size() == 2);  // home 1 has two pages: one in use, one cached; the third is gone
-  kv.close(Layout::kEp);
+  kv.close(Layout::kEp, {});
   check_pages(kv);
 }
 
@@ -266,7 +301,7 @@ TEST_CASE("where cached blocks do not all fit behind a switch, those that were u
     if (from_tp) kv.open_ep({});
     else kv.open_tp();
     check_pages(kv);
-    kv.close(from_tp ? Layout::kEp : Layout::kTp);
+    kv.close(from_tp ? Layout::kEp : Layout::kTp, {});
     check_pages(kv);
     const auto kept = [&](int chain, int i) {
       const int32_t b = kv.find(key_of(100 * chain + i), from_tp ? home_of(chain) : -1);
@@ -295,7 +330,7 @@ TEST_CASE("behind a switch to TP the homes' cached blocks are one list by their 
     const int order[] = {4, 1, 0, 3, 5, 2};
     for (int i : order) kv.release(blocks[i]);
     kv.open_tp();
-    kv.close(Layout::kTp);
+    kv.close(Layout::kTp, {});
     check_pages(kv);
     for (int n = 0; n < 6; ++n) {
       for (int k = 0; k < 6; ++k) CHECK(kv.contains(key_of(order[k]), -1) == (k >= n));
@@ -348,11 +383,13 @@ TEST_CASE("random use over many switches keeps every invariant") {
         drop(static_cast<size_t>(pick(static_cast<int>(holders.size()))));
       } else if (kv.phase() == Phase::kBoth) {
         const Layout to = pick(2) ? Layout::kTp : Layout::kEp;
-        kv.close(to);
+        std::vector<KvManager::SequenceBlocks> sequences;
+        for (Holder& h : holders) sequences.push_back({h.blocks, h.home});
+        kv.close(to, sequences);
         if (to == Layout::kTp)
           for (Holder& h : holders) h.home = -1;
       } else if (kv.phase() == Phase::kEp) {
-        if (kv.blocks_in_use() <= kv.tp_capacity()) kv.open_tp();
+        if (kv.tp_pages_needed() <= kv.tp_capacity()) kv.open_tp();
       } else {
         std::vector<int64_t> room = ep;
         std::vector<KvManager::SequenceBlocks> sequences;
