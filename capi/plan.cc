@@ -88,6 +88,7 @@ moebius_plan_spec copy_spec(const moebius_plan_spec& given) {
 }
 
 MigrationSpec spec_of(const moebius_plan_spec& s, const moebius::EngineConfig& config) {
+  if (config.memory_bytes < 0) fail(Code::kInvalidArgument, "memory_bytes is {}, must be at least 0 (0: no bound)", config.memory_bytes);
   MigrationSpec spec;
   spec.ranks = config.ranks;
   spec.start = config.layout;

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "lib/device/buffer.h"
@@ -16,8 +17,13 @@
 namespace moebius::bench {
 namespace {
 
-// Per thread; several times any cache. Made once: first touch costs more than the measurement.
-constexpr int64_t kProbeBytes = 192 << 20;
+// Per core, several times any cache; more threads than cores share it. Made once: first touch costs more than the measurement.
+constexpr int64_t kProbeBytes = 192 << 20, kLeastProbeBytes = 8 << 20;
+
+int64_t probe_bytes(int threads) {
+  const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  return std::max(kLeastProbeBytes, kProbeBytes * std::min<int64_t>(threads, cores) / threads);
+}
 
 }  // namespace
 
@@ -63,20 +69,21 @@ double floor_seconds(const FloorInputs& w, const Rates& rates) {
 
 Rates measure_rates(World& world, const Ops& ops) {
   const int threads = world.ranks() * world.threads();
+  const int64_t bytes = probe_bytes(threads);
   static std::vector<HostBuffer> buffers;
-  if (static_cast<int>(buffers.size()) < threads) {
+  if (static_cast<int>(buffers.size()) < threads || static_cast<int64_t>(buffers[0].bytes()) < bytes) {
     buffers.clear();
-    for (int i = 0; i < threads; ++i) buffers.emplace_back(kProbeBytes);
-    world.run_long([&](int r, int t) { std::memset(buffers[static_cast<size_t>(r * world.threads() + t)].data(), 1, kProbeBytes); });
+    for (int i = 0; i < threads; ++i) buffers.emplace_back(bytes);
+    world.run_long([&](int r, int t) { std::memset(buffers[static_cast<size_t>(r * world.threads() + t)].data(), 1, static_cast<size_t>(bytes)); });
   }
   Rates rates;
   volatile uint64_t keep = 0;
   for (int round = 0; round < 2; ++round) {
     double begin = now();
     world.run_long([&](int r, int t) {
-      keep = keep + ops.probe_read(buffers[static_cast<size_t>(r * world.threads() + t)].data(), kProbeBytes);
+      keep = keep + ops.probe_read(buffers[static_cast<size_t>(r * world.threads() + t)].data(), static_cast<size_t>(bytes));
     });
-    rates.read = std::max(rates.read, static_cast<double>(kProbeBytes) * threads / (now() - begin));
+    rates.read = std::max(rates.read, static_cast<double>(bytes) * threads / (now() - begin));
     std::vector<double> flops(static_cast<size_t>(threads));
     constexpr int64_t kIterations = 400;  // some milliseconds
     begin = now();

@@ -71,7 +71,8 @@ static int take(struct host *h, const moebius_event *e, moebius_error **err) {
     return 1;
   }
   if (moebius_decoder_finish(h->streams[i].decoder, &text, &bytes, err) != MOEBIUS_OK) return 0;
-  printf("request %d: %.*s\nrequest %d ended: %s\n", i, (int)bytes, text, i, reasons[e->finish_reason]);
+  printf("request %d: %.*s\nrequest %d ended: %s\n", i, (int)bytes, text, i,
+         e->finish_reason <= MOEBIUS_FINISH_ERROR ? reasons[e->finish_reason] : "otherwise");
   --h->left;
   return 1;
 }

@@ -1,5 +1,6 @@
 #include "examples/common/strict_json.h"
 
+#include <charconv>
 #include <set>
 #include <vector>
 
@@ -10,6 +11,13 @@
 namespace moebius_examples {
 
 using nlohmann::json;
+
+std::optional<int32_t> token_id(const std::string& text) {
+  int32_t id = -1;
+  const char* const end = text.data() + text.size();
+  const auto [rest, error] = std::from_chars(text.data(), end, id);
+  return error == std::errc() && rest == end && id >= 0 ? std::optional(id) : std::nullopt;
+}
 
 json parse_strictly(const std::string& text, const std::string& where) {
   // Duplicate keys would be lost silently by the parser: they are looked for on the way.
@@ -22,6 +30,7 @@ json parse_strictly(const std::string& text, const std::string& where) {
       throw BadInput(fmt::format("{}: key '{}' is given twice", where, parsed.get<std::string>()));
     return true;
   };
+  if (text.find('\0') != std::string::npos) throw BadInput(where + " is not valid JSON: it holds a NUL");  // the parser's end of a text
   try {
     return json::parse(text, callback);
   } catch (const json::exception& e) {

@@ -54,7 +54,7 @@ void run(const moebius_cpp::Tokenizer& tokenizer, moebius_cpp::Engine& engine) {
         }
       } else {
         std::printf("request %d: %s\nrequest %d ended: %s\n", stream.number, std::string(stream.decoder.finish()).c_str(), stream.number,
-                    reasons[e.finish_reason]);
+                    e.finish_reason <= MOEBIUS_FINISH_ERROR ? reasons[e.finish_reason] : "otherwise");
         --left;
       }
     }

@@ -38,6 +38,9 @@ const char* const kFinish[] = {"none", "stop", "length", "abort", "error"};
 const char* const kEvents[] = {"", "arrived", "token", "finished", "preempted", "cancelled", "switch_started", "seam",
                                "switch_finished", "switch_refused", "rolled_back", "decision"};
 
+// A later library may have more of both.
+const char* finish_name(int32_t reason) { return static_cast<size_t>(reason) < std::size(kFinish) ? kFinish[reason] : "error"; }
+
 // What stands between commas; nothing of an empty text.
 std::vector<std::string> items_of(const std::string& text) {
   std::vector<std::string> items;
@@ -219,13 +222,14 @@ class Generate {
       }
       return;
     }
+    if (static_cast<size_t>(e.type) >= std::size(kEvents)) return;  // of a later library
     ordered_json row = {{"step", e.step}, {"type", kEvents[e.type]}};
     if (r != nullptr) row["id"] = r->prompt->id;
     if (e.type == MOEBIUS_EVENT_FINISHED) {
       r->finish = e.finish_reason;
       ++finished_;
       if (!o_.logits_out.empty()) r->logits = engine_->take_logits(e.request);
-      row["reason"] = kFinish[e.finish_reason];
+      row["reason"] = finish_name(e.finish_reason);
       if (e.finish_reason == MOEBIUS_FINISH_ERROR)
         complain("warning: request {} ended with an error: {}\n", r->prompt->id.dump(), e.reason);
     }
@@ -257,11 +261,11 @@ class Generate {
                                    {"prompt_ids", r.prompt->prompt_ids},
                                    {"token_ids", r.tokens},
                                    {"logprobs", r.prompt->wants_logprobs ? r.logprobs : json()},
-                                   {"finish_reason", kFinish[r.finish]}};
+                                   {"finish_reason", finish_name(r.finish)}};
       fmt::print("{}\n", line_of(record));
       return;
     }
-    if (prompts_.size() > 1) fmt::print("--- {} ({})\n", r.prompt->key, kFinish[r.finish]);
+    if (prompts_.size() > 1) fmt::print("--- {} ({})\n", r.prompt->key, finish_name(r.finish));
     if (tokenizer_) {
       std::vector<int32_t> ids = r.prompt->prompt_ids;
       ids.insert(ids.end(), r.tokens.begin(), r.tokens.end());

@@ -55,11 +55,9 @@ void set_sampling(PromptEntry& p, const std::string& key, const json& v) {
     } else if (key == "logit_bias") {
       if (!v.is_object()) bad(p.where, "logit_bias must be an object of token id and bias");
       for (const auto& [token, bias] : v.items()) {
-        char* end = nullptr;
-        const long id = std::strtol(token.c_str(), &end, 10);
-        if (token.empty() || *end != '\0' || id < 0 || id > INT32_MAX || !bias.is_number())
-          bad(p.where, fmt::format("logit_bias '{}': {} is no token id with a number", token, bias.dump()));
-        p.request.add_logit_bias(static_cast<int32_t>(id), bias.get<float>());
+        const std::optional<int32_t> id = token_id(token);
+        if (!id || !bias.is_number()) bad(p.where, fmt::format("logit_bias '{}': {} is no token id with a number", token, bias.dump()));
+        p.request.add_logit_bias(*id, bias.get<float>());
       }
     } else {
       p.request.set(key.c_str(), int64_t{0});  // the library says whether it is unsupported or unknown, and the nearest

@@ -45,13 +45,21 @@ func loadTokenizer(model string) (t tokenizer, err error) {
 func (t tokenizer) close() { C.moebius_tokenizer_destroy(t.handle) }
 
 func (t tokenizer) encode(text string) ([]C.int32_t, error) {
-	ids, count := make([]C.int32_t, len(text)+16), C.size_t(0)
+	var ids []C.int32_t
 	err := with(text, func(c *C.char) error {
-		return check(func(e **C.moebius_error) C.moebius_status {
-			return C.moebius_tokenizer_encode(t.handle, c, C.size_t(len(text)), 1, &ids[0], C.size_t(len(ids)), &count, e)
-		})
+		count := C.size_t(0)
+		encode := func(to *C.int32_t) error {
+			return check(func(e **C.moebius_error) C.moebius_status {
+				return C.moebius_tokenizer_encode(t.handle, c, C.size_t(len(text)), 1, to, count, &count, e)
+			})
+		}
+		if err := encode(nil); err != nil || count == 0 {
+			return err
+		}
+		ids = make([]C.int32_t, count)
+		return encode(&ids[0])
 	})
-	return ids[:count], err
+	return ids, err
 }
 
 // decoder turns tokens into text: whole characters, each as soon as it is certain.
@@ -261,7 +269,11 @@ func run(model string, out *output) error {
 					}
 				}
 			case C.MOEBIUS_EVENT_FINISHED:
-				streams[e.request] <- news{ended: reasons[e.finish_reason]}
+				ended := "otherwise"
+				if int(e.finish_reason) < len(reasons) {
+					ended = reasons[e.finish_reason]
+				}
+				streams[e.request] <- news{ended: ended}
 				close(streams[e.request])
 				left--
 			case C.MOEBIUS_EVENT_SWITCH_FINISHED:

@@ -14,6 +14,7 @@ moebius.h; config_keys() lists the engine's with their meaning. The library is M
 """
 from __future__ import annotations
 
+import array
 import ctypes
 import os
 import queue
@@ -147,6 +148,8 @@ class _Handle:
 
 def _set(kind: str, handle: _Handle, key: str, value) -> None:
     if isinstance(value, bool) or isinstance(value, int):
+        if not -2**63 <= value < 2**63:
+            raise OverflowError(f'{key} is {value}, which is no 64-bit integer')
         _call(f'{kind}_set_i64', handle.value, key.encode(), int(value))
     elif isinstance(value, float):
         _call(f'{kind}_set_f64', handle.value, key.encode(), value)
@@ -155,7 +158,7 @@ def _set(kind: str, handle: _Handle, key: str, value) -> None:
 
 
 def _ids(values: Sequence[int]):
-    return (c_int32 * len(values))(*values)
+    return (c_int32 * len(values))(*array.array('i', values))  # an array refuses what is no int32, which ctypes would cut
 
 
 def _memory(data):
@@ -163,8 +166,8 @@ def _memory(data):
     if not isinstance(data, bytes):
         view = memoryview(data).cast('B')
         if not view.readonly:
-            array = (c_char * len(view)).from_buffer(view)
-            return ctypes.cast(array, c_void_p), len(view), array
+            shared = (c_char * len(view)).from_buffer(view)
+            return ctypes.cast(shared, c_void_p), len(view), shared
         data = bytes(view)
     return ctypes.cast(c_char_p(data), c_void_p), len(data), data
 
@@ -233,10 +236,11 @@ class Tokenizer:
         self._handle = _Handle('tokenizer', 'tokenizer_load', os.fsencode(model))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        data, room, count = text.encode(), len(text.encode()) + 16, c_size_t()
-        out = (c_int32 * room)()
-        _call('tokenizer_encode', self._handle.value, data, len(data), int(add_special_tokens), out, room, byref(count))
-        return out[:count.value]
+        data, count = text.encode(), c_size_t()
+        _call('tokenizer_encode', self._handle.value, data, len(data), int(add_special_tokens), None, 0, byref(count))
+        out = (c_int32 * count.value)()
+        _call('tokenizer_encode', self._handle.value, data, len(data), int(add_special_tokens), out, len(out), byref(count))
+        return list(out)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         count = c_size_t()

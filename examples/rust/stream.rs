@@ -131,10 +131,10 @@ impl Tokenizer {
         Ok(Tokenizer(Owned::new(moebius_tokenizer_destroy, |out, e| unsafe { moebius_tokenizer_load(path.as_ptr(), out, e) })?))
     }
     fn encode(&self, prompt: &str) -> Result<Vec<i32>, Refusal> {
-        let mut ids = vec![0; prompt.len() + 16];
         let mut count = 0;
+        check(|e| unsafe { moebius_tokenizer_encode(self.0.handle, prompt.as_ptr().cast(), prompt.len(), 1, null_mut(), 0, &mut count, e) })?;
+        let mut ids = vec![0; count];
         check(|e| unsafe { moebius_tokenizer_encode(self.0.handle, prompt.as_ptr().cast(), prompt.len(), 1, ids.as_mut_ptr(), ids.len(), &mut count, e) })?;
-        ids.truncate(count);
         Ok(ids)
     }
 }
@@ -227,7 +227,7 @@ fn run(model: &str) -> Result<(), Refusal> {
                 FINISHED => {
                     left -= 1;
                     let (number, decoder) = &streams[&event.request];
-                    let reason = ["", "stop", "length", "abort", "error"][event.finish_reason as usize];
+                    let reason = ["", "stop", "length", "abort", "error"].get(event.finish_reason as usize).unwrap_or(&"otherwise");
                     println!("request {number}: {:?}\nrequest {number} ended: {reason}", decoder.finish()?);
                 }
                 SWITCH_FINISHED => println!("switched to expert parallelism: {} bytes in {:.2} ms", event.bytes, 1e3 * event.seconds),

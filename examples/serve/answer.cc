@@ -5,6 +5,8 @@
 
 #include <fmt/format.h>
 
+#include "examples/common/strict_json.h"
+
 namespace moebius_examples {
 namespace {
 
@@ -31,9 +33,7 @@ Answer::Answer(const GenerateRequest& r, const moebius_cpp::Tokenizer& tokenizer
       model_(std::move(model)),
       fingerprint_(std::move(fingerprint)),
       created_(std::time(nullptr)),
-      choices_(r.choices()) {
-  for (Choice& c : choices_) c.logprobs = empty_logprobs();
-}
+      choices_(r.choices()) {}
 
 json Answer::envelope(const char* object) const {
   json out = {{"id", id_}, {"object", object}, {"created", created_}, {"model", model_}, {"system_fingerprint", fingerprint_}};
@@ -128,24 +128,45 @@ json Answer::usage_chunk(int64_t completion_tokens) const {
 void Answer::add(const Piece& p) {
   Choice& c = choices_[static_cast<size_t>(p.choice)];
   c.text += p.text;
-  if (logprobs_ && p.token) add_logprobs(c.logprobs, *p.token);
+  if (logprobs_ && p.token) {
+    json one = empty_logprobs();
+    add_logprobs(one, *p.token);
+    for (const auto& [key, list] : one.items()) {
+      std::string& entries = c.logprobs[key];
+      if (!entries.empty()) entries += ',';
+      entries += line_of(list[0]);
+    }
+  }
   if (p.finish_reason != nullptr) c.finish_reason = p.finish_reason;
 }
 
-json Answer::whole(int64_t completion_tokens) const {
-  json out = envelope(chat_ ? "chat.completion" : "text_completion");
-  out["choices"] = json::array();
+std::string Answer::whole(int64_t completion_tokens) {
+  json envelope_only = envelope(chat_ ? "chat.completion" : "text_completion");
+  envelope_only["usage"] = usage(completion_tokens);
+  std::string out = line_of(envelope_only);
+  out.back() = ',';  // for its closing brace
+  out += "\"choices\":[";
+  const json lists = empty_logprobs();
   for (size_t i = 0; i < choices_.size(); ++i) {
-    const Choice& c = choices_[i];
-    json choice = {{"index", i}, {"logprobs", c.logprobs}, {"finish_reason", reason_or_null(c.finish_reason)}};
+    Choice& c = choices_[i];
+    json choice = {{"index", i}, {"finish_reason", reason_or_null(c.finish_reason)}};
     if (chat_)
       choice["message"] = {{"role", "assistant"}, {"content", c.text}};
     else
       choice["text"] = c.text;
-    out["choices"].push_back(std::move(choice));
+    out += (i > 0 ? "," : "") + line_of(choice);
+    out.back() = ',';
+    out += logprobs_ ? "\"logprobs\":{" : "\"logprobs\":null";
+    for (const auto& [key, list] : lists.items()) {
+      if (out.back() != '{') out += ',';
+      out += '"' + key + "\":[";
+      out += c.logprobs[key];
+      out += ']';
+    }
+    out += logprobs_ ? "}}" : "}";
+    c.logprobs.clear();
   }
-  out["usage"] = usage(completion_tokens);
-  return out;
+  return out += "]}";
 }
 
 }  // namespace moebius_examples

@@ -1,6 +1,7 @@
 // What comes back: pieces of text as chunks of a stream or, gathered, as one answer, in the shapes of OpenAI's two endpoints.
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -22,12 +23,12 @@ class Answer {
   nlohmann::json usage_chunk(int64_t completion_tokens) const;
 
   void add(const Piece& piece);
-  nlohmann::json whole(int64_t completion_tokens) const;
+  std::string whole(int64_t completion_tokens);  // once
 
  private:
   struct Choice {
     std::string text;
-    nlohmann::json logprobs;
+    std::map<std::string, std::string> logprobs;  // by key, a list's entries as they will be sent: as values they would take twenty times as much
     const char* finish_reason = nullptr;
   };
   nlohmann::json envelope(const char* object) const;

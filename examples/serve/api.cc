@@ -246,11 +246,10 @@ class Reader {
   static void set_logit_bias(moebius_cpp::Request& r, const json& v) {
     if (!v.is_object()) bad("logit_bias", " must be an object of token id and bias");
     for (const auto& [token, bias] : v.items()) {
-      char* end = nullptr;
-      const long id = std::strtol(token.c_str(), &end, 10);
-      if (token.empty() || *end != '\0' || id < 0 || id > INT32_MAX || !bias.is_number())
+      const std::optional<int32_t> id = token_id(token);
+      if (!id || !bias.is_number())
         bad("logit_bias", fmt::format(": '{}': {} is no token id with a number", token.substr(0, 40), shown(bias)));
-      set("logit_bias", [&] { r.add_logit_bias(static_cast<int32_t>(id), bias.get<float>()); });
+      set("logit_bias", [&] { r.add_logit_bias(*id, bias.get<float>()); });
     }
   }
 

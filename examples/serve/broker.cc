@@ -94,10 +94,17 @@ void Broker::dispatch() {
     {
       std::lock_guard lock(mutex_);
       if (ends_) return;
-      for (const moebius_event& e : events) hand_out(e);
+      for (const moebius_event& e : events) try {
+          hand_out(e);
+        } catch (const std::bad_alloc&) {
+          lose(e);
+        }
     }
     if (const auto now = std::chrono::steady_clock::now(); now >= next_sample) {
-      history_.sample(engine_.stats());
+      try {
+        history_.sample(engine_.stats());
+      } catch (const std::bad_alloc&) {  // one sample fewer
+      }
       next_sample = now + History::kInterval;
     }
   }
@@ -127,6 +134,18 @@ void Broker::hand_out(const moebius_event& e) {
     g.ids_[route.prompt] = 0;
     routes_.erase(it);
   }
+}
+
+// Under mutex_. For an event that there was no memory for: whoever it belongs to ends, as one that has not taken its events.
+void Broker::lose(const moebius_event& e) {
+  const auto it = routes_.find(e.request);
+  if (it == routes_.end()) return;
+  {
+    std::lock_guard lock(it->second.generation->mutex_);
+    it->second.generation->overran_ = true;
+  }
+  it->second.generation->filled_.notify_one();
+  if (e.type != MOEBIUS_EVENT_FINISHED) cancel(e.request);
 }
 
 // Under mutex_. A policy's switches have events, too: one that goes where the first of these goes counts as it.

@@ -99,6 +99,7 @@ class Broker {
 
   void dispatch();
   void hand_out(const moebius_event& event);
+  void lose(const moebius_event& event);
   void follow(const moebius_event& event);
   void settle(Switches::iterator which, SwitchOutcome::Kind kind, const moebius_event& event);
   void ask_for_next();

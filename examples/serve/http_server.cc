@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 #include <algorithm>
+#include <climits>
 #include <cstring>
 #include <system_error>
 
@@ -21,10 +22,11 @@ using Clock = std::chrono::steady_clock;
 constexpr int kBacklog = 512;  // connections that the system holds until they are accepted
 constexpr int kRequestsPerConnection = 1000;
 constexpr int kSendBuffer = 128 << 10;  // what a client that does not read can hold of the system's memory
-constexpr auto kRefusalLinger = 100ms;  // one thread refuses all
+constexpr auto kRefusalLinger = 100ms, kCrowdedLinger = 5ms;  // one thread refuses all
 
 thread_local Connection* current_connection = nullptr;
-thread_local bool overflowing = false;  // this thread serves connections beyond the limit
+thread_local bool overflowing = false;  // this thread serves connections beyond the limit,
+thread_local bool crowded = false;      // and others wait for it
 
 void set_option(int fd, int level, int name, int value) { setsockopt(fd, level, name, &value, sizeof value); }
 
@@ -33,9 +35,9 @@ bool wait_for(int fd, short events, Clock::time_point deadline) {
   for (;;) {
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(deadline - Clock::now()).count();
     pollfd p{fd, events, 0};
-    const int n = poll(&p, 1, static_cast<int>(std::max<int64_t>(0, left)));
+    const int n = poll(&p, 1, static_cast<int>(std::clamp<int64_t>(left, 0, INT_MAX)));
     if (n > 0) return (p.revents & (events | POLLHUP | POLLERR)) != 0;
-    if (n == 0 || errno != EINTR) return false;
+    if (n == 0 ? left <= INT_MAX : errno != EINTR) return false;
   }
 }
 
@@ -109,7 +111,13 @@ class ThreadPerConnection : public httplib::TaskQueue {
   }
   void refuse_all() {
     overflowing = true;
-    for (std::function<void()> task; take(beyond_, refuse_, task);) task();
+    for (std::function<void()> task; take(beyond_, refuse_, task);) {
+      {
+        std::lock_guard lock(mutex_);
+        crowded = !beyond_.empty();
+      }
+      task();
+    }
   }
 
   const size_t most_;
@@ -143,7 +151,7 @@ Connection::~Connection() {
 Connection* Connection::current() { return current_connection; }
 
 bool Connection::await_request() {
-  budget_ = limits_.request_bytes;
+  budget_ = limits_.header_bytes;
   if (begin_ == end_ && !fill(Clock::now() + limits_.idle)) return false;
   deadline_ = Clock::now() + limits_.read;
   return true;
@@ -208,14 +216,16 @@ int HttpServer::bind(const std::string& host, int port) {
   return bound;
 }
 
-void HttpServer::stop_all() {
+void HttpServer::stop_all(std::chrono::milliseconds most) {
   // httplib's stop() does nothing before listen_after_bind() has come to its loop, which then would not end.
   if (const socket_t listening = svr_sock_.exchange(INVALID_SOCKET); listening != INVALID_SOCKET) {
     ::shutdown(listening, SHUT_RDWR);
     close(listening);
   }
-  std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   for (int fd : open_) ::shutdown(fd, SHUT_RD);
+  all_closed_.wait_for(lock, most, [&] { return open_.empty(); });
+  for (int fd : open_) ::shutdown(fd, SHUT_RDWR);
 }
 
 size_t HttpServer::open_connections() {
@@ -243,6 +253,7 @@ bool HttpServer::process_and_close_socket(socket_t fd) {
   current_connection = nullptr;
   std::lock_guard lock(mutex_);
   open_.erase(fd);
+  if (open_.empty()) all_closed_.notify_all();
   return well;
 }
 
@@ -252,7 +263,7 @@ void HttpServer::refuse(Connection& connection) {
   connection.write(
       "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: " +
       std::to_string(body.size()) + "\r\n\r\n" + body);
-  connection.end_after_answer(svr_sock_ == INVALID_SOCKET ? 0ms : kRefusalLinger);  // once it ends nobody is waited for
+  connection.end_after_answer(svr_sock_ == INVALID_SOCKET ? 0ms : crowded ? kCrowdedLinger : kRefusalLinger);  // once it ends nobody is waited for
 }
 
 }  // namespace moebius_examples

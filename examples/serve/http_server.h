@@ -18,7 +18,8 @@ namespace moebius_examples {
 
 struct HttpLimits {
   size_t connections = 128;                // each has a thread while it is open
-  size_t request_bytes = 1 << 20;          // on the wire: headers and body
+  size_t header_bytes = 64 << 10;
+  size_t body_bytes = 1 << 20;             // on the wire
   std::chrono::milliseconds idle{5000};    // until the next request of a connection
   std::chrono::milliseconds read{30000};   // from a request's first byte to its last
   std::chrono::milliseconds write{10000};  // until the client takes something again
@@ -37,6 +38,8 @@ class Connection : public httplib::Stream {
 
   // Waits for a request's first byte and starts its deadline.
   bool await_request();
+  // The request's headers were taken: its body may come.
+  void allow_body() { budget_ += limits_.body_bytes; }
   // The client has closed the connection, or its sending half: it wants no answer.
   bool gone() const;
   // No request follows on it: what the client still sends, for so long, is not read as one.
@@ -73,8 +76,8 @@ class HttpServer : public httplib::Server {
   // The port; -1 where the address cannot be had.
   int bind(const std::string& host, int port);
   // After the last answer that matters: ends listen_after_bind(), also one that is yet to begin, and the connections that wait for another
-  // request.
-  void stop_all();
+  // request; those that write an answer have so long to end.
+  void stop_all(std::chrono::milliseconds most);
   size_t open_connections();
   uint64_t refused_connections() const { return refused_; }
 
@@ -85,6 +88,7 @@ class HttpServer : public httplib::Server {
   const HttpLimits limits_;
   std::mutex mutex_;
   std::set<int> open_;
+  std::condition_variable all_closed_;
   std::atomic<uint64_t> refused_{0};
 };
 

@@ -16,6 +16,7 @@ namespace {
 
 using namespace moebius_examples;
 
+constexpr std::chrono::seconds kLastWords{1};  // for clients to take an answer's end after --drain-s
 constexpr size_t kReserve = 32;            // connections beside those that generate: health, metrics, the page
 constexpr int64_t kMostChoices = 128;      // of one request, as OpenAI has it
 constexpr int64_t kMostConnections = 960;  // httplib takes no descriptor from 1,024 on
@@ -130,7 +131,7 @@ void serve(Options options) {
 
   HttpLimits limits;
   limits.connections = options.max_generations() + kReserve;
-  limits.request_bytes = 2 * service_options.max_body_bytes + (64 << 10);  // headers, and the frames of a chunked body
+  limits.body_bytes = 2 * service_options.max_body_bytes + (64 << 10);  // with the frames of a chunked one
   limits.read = milliseconds(options.read_timeout_s);
   limits.write = milliseconds(options.write_timeout_s);
   HttpServer server(limits);
@@ -164,7 +165,7 @@ void serve(Options options) {
   sigwait(&signals, &signal);
   complain("moebius-serve: stopping; running requests have {} s\n", options.drain_s);
   service.drain(milliseconds(options.drain_s));
-  server.stop_all();
+  server.stop_all(kLastWords);
   listener.join();
   if (lost) throw std::runtime_error("the listening socket failed");
 }

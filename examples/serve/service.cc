@@ -22,6 +22,8 @@ using httplib::Server;
 
 constexpr auto kLook = 100ms;     // at whether an answer is still wanted
 constexpr auto kHeartbeat = 1s;   // a comment in a stream in which nothing came
+constexpr auto kLastWords = 1s;   // for clients to be told that the server ends
+constexpr size_t kWriteBytes = 64 << 10;  // of a stream, until it is looked whether it may go on
 constexpr int kClientGone = 499;  // nobody reads it; it counts in the metrics
 constexpr const char* kModels = "/v1/models";
 constexpr const char* kLayout = "/v1/moebius/layout";
@@ -170,7 +172,7 @@ void Service::drain(std::chrono::milliseconds most) {
   const auto idle = [&] { return generations_ == 0; };
   idle_.wait_for(lock, most, idle);
   ending_ = true;  // also for who waits for a switch
-  idle_.wait(lock, idle);
+  idle_.wait_for(lock, kLastWords, idle);
 }
 
 // ---- the way in
@@ -180,12 +182,12 @@ void Service::attach(HttpServer& server) {
   server.set_pre_routing_handler([this](const Request& req, Response& res) { return admit(req, res); });
   const auto post = [&](const char* path, auto handler) {
     server.Post(path, [this, handler](const Request& req, Response& res, const httplib::ContentReader& reader) {
-      handler(expects_body(req) ? read_body(reader) : std::string(), res);
+      handler(req, expects_body(req) ? read_body(reader, res) : std::string(), res);
     });
   };
-  post(kCompletions, [this](const std::string& body, Response& res) { generate(false, body, res); });
-  post(kChat, [this](const std::string& body, Response& res) { generate(true, body, res); });
-  post(kLayout, [this](const std::string& body, Response& res) { switch_layout(body, res); });
+  post(kCompletions, [this](const Request& req, const std::string& body, Response& res) { generate(req, false, body, res); });
+  post(kChat, [this](const Request& req, const std::string& body, Response& res) { generate(req, true, body, res); });
+  post(kLayout, [this](const Request&, const std::string& body, Response& res) { switch_layout(body, res); });
 
   server.set_expect_100_continue_handler([this](const Request& req, Response& res) {
     try {
@@ -230,6 +232,7 @@ Server::HandlerResponse Service::admit(const Request& req, Response& res) {
       throw HttpError(401, "the API key is missing or wrong: send it as Authorization: Bearer KEY", "", "invalid_api_key");
     if (writes) {
       check_body_headers(req);
+      if (Connection* c = Connection::current()) c->allow_body();
       return Server::HandlerResponse::Unhandled;  // on to the handler, which reads the body
     }
     if (expects_body(req)) end_connection(res);  // of which nobody reads it
@@ -244,11 +247,20 @@ Server::HandlerResponse Service::admit(const Request& req, Response& res) {
 void Service::check_body_headers(const Request& req) const {
   // Other types can be sent by any web page without the browser asking first.
   if (!is_json(req.get_header_value("Content-Type"))) throw HttpError(415, "Content-Type must be application/json");
-  if (req.has_header("Content-Length") && req.get_header_value<uint64_t>("Content-Length") > options_.max_body_bytes)
+  // Who is in front of this server must find the same end of a body.
+  const size_t lengths = req.get_header_value_count("Content-Length"), codings = req.get_header_value_count("Transfer-Encoding");
+  const std::string length = req.get_header_value("Content-Length");
+  if (lengths + codings > 1 || (lengths == 1 && (length.empty() || length.find_first_not_of("0123456789") != std::string::npos)) ||
+      (codings == 1 && strcasecmp(req.get_header_value("Transfer-Encoding").c_str(), "chunked") != 0))
+    throw HttpError(400, "a body must have one Content-Length, or Transfer-Encoding: chunked, and not both");
+  if (const std::string packing = req.get_header_value("Content-Encoding");
+      !packing.empty() && strcasecmp(packing.c_str(), "identity") != 0 && strcasecmp(packing.c_str(), "gzip") != 0 && strcasecmp(packing.c_str(), "deflate") != 0)
+    throw HttpError(415, "Content-Encoding must be gzip, deflate or identity");
+  if (lengths == 1 && (length.size() > 18 || std::stoull(length) > options_.max_body_bytes))
     throw HttpError(413, fmt::format("the body has more than {} bytes (--max-body-bytes)", options_.max_body_bytes));
 }
 
-std::string Service::read_body(const httplib::ContentReader& reader) const {
+std::string Service::read_body(const httplib::ContentReader& reader, Response& res) const {
   std::string body;
   bool fits = true;
   const bool whole = reader([&](const char* data, size_t size) {
@@ -257,7 +269,7 @@ std::string Service::read_body(const httplib::ContentReader& reader) const {
     return fits;
   });
   if (whole) return body;
-  if (Connection* c = Connection::current()) c->end_after_answer();
+  end_connection(res);
   if (!fits) throw HttpError(413, fmt::format("the body has more than {} bytes (--max-body-bytes)", options_.max_body_bytes));
   throw HttpError(400, "the body did not come whole, or in time");
 }
@@ -291,18 +303,20 @@ void Service::get(const Request& req, Response& res) {
 
 // ---- generating
 
-void Service::generate(bool chat, const std::string& body, Response& res) {
+void Service::generate(const Request& req, bool chat, const std::string& body, Response& res) {
   const auto job = std::make_shared<Job>(*this, chat, body);
   if (!job->request.stream) return answer_whole(*job, res);
   res.status = 200;
   res.set_header("Cache-Control", "no-cache");
   ++streams_;
-  res.set_chunked_content_provider(
-      "text/event-stream", [this, job](size_t, httplib::DataSink& sink) { return stream_next(*job, sink); },
-      [this](bool success) {
-        --streams_;
-        if (!success) ++clients_gone_;
-      });
+  const auto next = [this, job](size_t, httplib::DataSink& sink) { return stream_next(*job, sink); };
+  const auto end = [this](bool success) {
+    --streams_;
+    if (!success) ++clients_gone_;
+  };
+  if (req.version != "HTTP/1.0") return res.set_chunked_content_provider("text/event-stream", next, end);
+  end_connection(res);  // it knows no chunks: the stream ends with the connection
+  res.set_content_provider("text/event-stream", next, end);
 }
 
 // Throws why an answer ends before its time.
@@ -321,33 +335,41 @@ void Service::answer_whole(Job& job, Response& res) {
     end_if_due(job);
     for (const Piece& piece : job.next()) job.answer.add(piece);
   }
-  set_json(res, 200, job.answer.whole(job.transcript.completion_tokens()));
+  res.status = 200;
+  res.body = job.answer.whole(job.transcript.completion_tokens()) + "\n";  // set_content would copy it
+  res.set_header("Content-Type", "application/json");
 }
 
 // Writes what has come, at least once in kHeartbeat; false: nobody reads it.
 bool Service::stream_next(Job& job, httplib::DataSink& sink) {
   std::string out;
   bool done = false;
+  const auto write = [&] { return sink.is_writable() && sink.write(out.data(), out.size()); };
   try {
     if (!std::exchange(job.began, true) && job.request.chat)
       for (size_t i = 0; i < job.request.choices(); ++i) out += event(job.answer.first_chunk(static_cast<int32_t>(i)));
     end_if_due(job);
-    for (const Piece& piece : job.next())
+    for (const Piece& piece : job.next()) {
       if (const json chunk = job.answer.chunk(piece); !chunk.is_null()) out += event(chunk);
+      if (out.size() < kWriteBytes) continue;
+      if (!write()) return false;
+      out.clear();
+      end_if_due(job);  // however slowly it is read
+    }
     done = job.transcript.all_ended();
     if (done && job.request.include_usage) out += event(job.answer.usage_chunk(job.transcript.completion_tokens()));
   } catch (const HttpError& e) {  // the status has been sent: the error is an event
     out += event(e.body());
     done = true;
+  } catch (const std::exception&) {  // no memory: the stream breaks off
+    return false;
   }
   if (done) out += "data: [DONE]\n\n";
-  if (!sink.is_writable()) return false;
   const auto now = Clock::now();
   if (out.empty() && now >= job.heartbeat) out = ": waiting\n\n";
-  if (!out.empty()) {
-    job.heartbeat = now + kHeartbeat;
-    if (!sink.write(out.data(), out.size())) return false;
-  }
+  if (out.empty()) return sink.is_writable();
+  job.heartbeat = now + kHeartbeat;
+  if (!write()) return false;
   if (done) sink.done();
   return true;
 }
@@ -396,12 +418,17 @@ void Service::switch_layout(const std::string& text, Response& res) {
 }
 
 json Service::layout() const {
-  const moebius_stats s = engine_.stats();
-  const char* const present = s.seam == s.num_layers ? "tp" : s.seam == 0 ? "ep" : "mixed";
-  const moebius_layout other = s.seam == 0 ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
+  moebius_stats s;
   moebius_switch_estimate estimate{};
-  estimate.struct_size = sizeof estimate;
-  moebius_cpp::check([&](moebius_error** e) { return moebius_engine_estimate_switch(engine_.get(), other, &estimate, e); });
+  moebius_layout other;
+  for (int look = 0; look < 3; ++look) {  // an estimate waits for the step under way, which may switch
+    s = engine_.stats();
+    other = s.seam == 0 ? MOEBIUS_LAYOUT_TP : MOEBIUS_LAYOUT_EP;
+    estimate.struct_size = sizeof estimate;
+    moebius_cpp::check([&](moebius_error** e) { return moebius_engine_estimate_switch(engine_.get(), other, &estimate, e); });
+    if (engine_.stats().seam == s.seam) break;
+  }
+  const char* const present = s.seam == s.num_layers ? "tp" : s.seam == 0 ? "ep" : "mixed";
   return {{"model", serving_.model_name},
           {"layout", present},
           {"seam", s.seam},
@@ -437,7 +464,9 @@ json Service::models() const {
 void Service::health(Response& res) const {
   if (draining_) return set_json(res, 503, {{"status", "draining"}});
   try {
-    engine_.validate(moebius_cpp::Request({0}));  // refused by an engine that has failed, and only by it
+    moebius_cpp::Request least({0});
+    least.set("max_tokens", int64_t{1});
+    engine_.validate(least);  // refused by an engine that has failed, and only by it
     set_json(res, 200, {{"status", "ok"}});
   } catch (const moebius_cpp::Error& e) {
     set_json(res, 503, {{"status", "failed"}, {"reason", e.what()}});

@@ -48,10 +48,10 @@ class Service {
 
   httplib::Server::HandlerResponse admit(const Request& request, Response& response);
   void check_body_headers(const Request& request) const;
-  std::string read_body(const httplib::ContentReader& reader) const;
+  std::string read_body(const httplib::ContentReader& reader, Response& response) const;
   void get(const Request& request, Response& response);
 
-  void generate(bool chat, const std::string& body, Response& response);
+  void generate(const Request& request, bool chat, const std::string& body, Response& response);
   void answer_whole(Job& job, Response& response);
   bool stream_next(Job& job, httplib::DataSink& sink);
   void end_if_due(const Job& job) const;

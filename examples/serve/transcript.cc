@@ -75,7 +75,7 @@ std::optional<Piece> Transcript::take(const Item& item) {
       return piece;
     }
     piece.text += c.matcher.finish();
-    end(c, piece, kReasons[item.finish_reason]);
+    end(c, piece, static_cast<size_t>(item.finish_reason) < std::size(kReasons) ? kReasons[item.finish_reason] : "error");
     return piece;
   }
   ++c.tokens;

@@ -20,6 +20,7 @@ JsonTree parse_json(std::string_view text, const std::string& file) {
       fail(Code::kCorruptModel, "{}: key '{}' is given twice", file, parsed.get_ref<const std::string&>());
     return true;
   };
+  if (text.find('\0') != std::string_view::npos) fail(Code::kCorruptModel, "{}: not valid JSON: it holds a NUL", file);  // the parser's end of a text
   try {
     return JsonTree(json::parse(text.begin(), text.end(), watch));
   } catch (const json::exception& e) {

@@ -6,6 +6,7 @@
 #include <unordered_set>
 
 #include "lib/base/error.h"
+#include "lib/base/fixed_text.h"
 #include "lib/base/json_tree.h"
 #include "lib/model/config_keys.h"
 
@@ -49,8 +50,7 @@ constexpr std::string_view kMultipliers[] = {"embedding_multiplier", "attention_
 
 std::string shown(const json& value) {
   std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
-  if (text.size() > 80) text = text.substr(0, 77) + "...";
-  return text;
+  return text.size() <= 80 ? text : text.substr(0, utf8_prefix(text, 77)) + "...";
 }
 
 // One config object with its file's name for messages. Null counts as absent.

@@ -173,7 +173,7 @@ void require_contiguous(const std::string& file, const std::map<std::string, Ten
 
 std::map<std::string, TensorInfo> parse_safetensors_header(const std::string& file, std::string_view text, uint64_t data_bytes) {
   const size_t first = text.find_first_not_of(" \t\r\n");
-  if (first == std::string_view::npos || text[first] != '{') fail(Code::kCorruptModel, "{}: the header is no JSON object", file);
+  if (first == std::string_view::npos || text[first] != '{' || text.find('\0') != std::string_view::npos) fail(Code::kCorruptModel, "{}: the header is no JSON object", file);
   std::map<std::string, TensorInfo> tensors;
   HeaderHandler handler(file, tensors);
   if (!json::sax_parse(text.begin(), text.end(), &handler) || !handler.complete())

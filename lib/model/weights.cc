@@ -344,7 +344,8 @@ int64_t layer_of(std::string_view name) {
   if (name.substr(0, kPrefix.size()) != kPrefix) return -1;
   int64_t layer = -1;
   const auto [end, error] = std::from_chars(name.data() + kPrefix.size(), name.data() + name.size(), layer);
-  return error == std::errc() && end != name.data() + name.size() && *end == '.' ? layer : -1;
+  if (error == std::errc::invalid_argument || end == name.data() + name.size() || *end != '.') return -1;
+  return error == std::errc() ? layer : INT64_MAX;
 }
 
 // Would this tensor, which the model does not read, have changed what it computes? Inside a layer everything would, but for

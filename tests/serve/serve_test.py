@@ -195,7 +195,8 @@ class Endpoints(unittest.TestCase):
 
     def test_malformed_requests(self):
         for body in (b'', b'{', b'[]', b'{"prompt": "x"} x', b'{"prompt": "\xff"}', b'[' * 50000, b'{"prompt":"a","prompt":"b"}', b'nul',
-                     b'{"prompt": 1e999}'):
+                     b'{"prompt": 1e999}', b'{"prompt": "x"}\0 and more', b'{"prompt": "x", "logit_bias": {" 5": 1}}',
+                     b'{"prompt": "x", "logit_bias": {"5\\u0000x": 1}}'):
             with self.subTest(body=body[:40]):
                 self.refused(400, TEXT, body)
         self.refused(404, '/v1/nothing', None)
@@ -238,6 +239,42 @@ class Endpoints(unittest.TestCase):
         small = gzip.compress(json.dumps(GREEDY).encode())
         status, _, answer = self.server.ask(TEXT, small, {'Content-Encoding': 'gzip'})
         self.assertEqual((status, answer['choices'][0]['text']), (200, self.text))
+
+    def raw(self, request):
+        with self.server.socket() as s:
+            s.settimeout(10)
+            answer = b''
+            try:
+                s.sendall(request)
+                while part := s.recv(65536):
+                    answer += part
+            except ConnectionError:  # it need not read all that was sent
+                pass
+            return answer
+
+    def test_a_body_that_ends_in_two_places_is_refused(self):
+        body = json.dumps(GREEDY).encode()
+        right = b'Content-Length: %d' % len(body)
+        for headers in (b'Content-Length: 0\r\n' + right, b'Content-Length: abc', b'Content-Length: +5', right + b'\r\nTransfer-Encoding: chunked',
+                        b'Transfer-Encoding: gzip, chunked', right + b'\r\nContent-Encoding: foo'):
+            with self.subTest(headers=headers):
+                answer = self.raw(b'POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n' + headers + b'\r\n\r\n' + body)
+                self.assertRegex(answer, rb'^HTTP/1\.1 4')
+                self.assertIn(b'Connection: close', answer)
+                self.assertEqual(answer.count(b'HTTP/1.1'), 1)  # what came behind is no request
+
+    def test_headers_without_end_are_given_up_before_they_weigh_much(self):
+        begun = time.monotonic()
+        self.assertRegex(self.raw(b'GET /health HTTP/1.1\r\n' + b'a:b\r\n' * 100000), rb'^(HTTP/1\.1 4|$)')
+        self.assertLess(time.monotonic() - begun, 1)  # not --read-timeout-s
+
+    def test_http_1_0_gets_a_stream_without_chunks(self):
+        body = json.dumps({**GREEDY, 'stream': True}).encode()
+        answer = self.raw(b'POST /v1/completions HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b' % (len(body), body))
+        head, stream = answer.split(b'\r\n\r\n', 1)
+        self.assertNotIn(b'chunked', head)
+        self.assertRegex(stream, rb'^data: \{')
+        self.assertTrue(stream.endswith(b'data: [DONE]\n\n'), stream[-40:])
 
     def test_a_request_that_does_not_come_whole_is_given_up(self):
         with self.server.socket() as slow, self.server.socket() as short:
@@ -561,6 +598,29 @@ class Draining(unittest.TestCase):
             server.signal()
             self.assertEqual(list(stream)[-1]['error']['code'], 'draining')
             self.assertEqual(server.stop(), 0)
+
+
+    def test_a_client_that_reads_slowly_holds_nothing_up(self):
+        with Server(PROGRAM, MODEL, '--threads', 1, '--max-batch', 16, '--request-timeout-s', 60, '--drain-s', 0.1) as server:
+            slow = server.begin({**LONG, 'n': 16, 'logprobs': 20, 'stream': True}, receive_buffer=4096)
+            server.until('it runs', lambda: server.metric('num_requests_running') == 16)
+            reads = True
+
+            def read():
+                slow.settimeout(1)
+                try:
+                    while reads and slow.recv(500):
+                        time.sleep(0.05)
+                except OSError:
+                    pass
+            reader = threading.Thread(target=read)
+            reader.start()
+            time.sleep(1)
+            begun = time.monotonic()
+            self.assertEqual(server.stop(), 0)
+            self.assertLess(time.monotonic() - begun, 6)  # with what waits for it, it would take minutes
+            reads = False
+            reader.join()
 
 
 class Program(unittest.TestCase):

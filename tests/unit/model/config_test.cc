@@ -107,6 +107,13 @@ TEST_CASE("a value that changes the arithmetic and is not implemented is refused
   CHECK_THAT(refusal(qwen, {{"architectures", {"OtherModel"}}}), Contains("OtherModel"));
 }
 
+TEST_CASE("a text that goes on behind a NUL is no JSON, and a value's text is cut between two characters") {
+  CHECK_THROWS_WITH(parse_config(config_json("tiny-qwen3-moe").dump() + std::string("\0}", 2), "c"), Contains("NUL"));
+  std::string umlauts = "a";
+  for (int i = 0; i < 60; ++i) umlauts += "\u00e9";
+  CHECK_THAT(refusal(config_json("tiny-qwen3-moe"), {{"hidden_act", umlauts}}), Contains("\u00e9...") || Contains("a..."));
+}
+
 TEST_CASE("values that change nothing are taken, and keys that nobody knows are told") {
   for (const char* model : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral", "tiny-granite-moe"}) CHECK(read_config(kData + "/" + model).unknown_keys.empty());
   json config = config_json("tiny-qwen3-moe");

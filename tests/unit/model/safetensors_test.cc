@@ -60,6 +60,7 @@ TEST_CASE("1: impossible header lengths") {
 }
 
 TEST_CASE("2: headers that are no JSON object, or nested, or followed by something") {
+  CHECK_THAT(refusal_of_header("{" + entry("a", "U8", "1", "0,1") + "}" + std::string(1, '\0') + "{}", 1), Contains("JSON"));
   CHECK_THAT(refusal_of_header("", 0), Contains("header length 0"));
   CHECK_THAT(refusal_of_header("[]", 0), Contains("no JSON object"));
   CHECK_THAT(refusal_of_header("{", 0), Contains("JSON"));

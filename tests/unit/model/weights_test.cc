@@ -221,6 +221,14 @@ TEST_CASE("a checkpoint with more layers than config.json says is refused by the
   }
 }
 
+TEST_CASE("a tensor of a layer whose number is past counting is refused as one beyond the last") {
+  const TempFolder folder;
+  Tensors tensors = read_tensors_of(kData + "/tiny-qwen3-moe");
+  tensors["model.layers.99999999999999999999.foo"] = {"F32", {1}, std::string(4, '\0')};
+  write_tensors(folder / "model.safetensors", tensors);
+  CHECK_THROWS_WITH(open_checkpoint(folder.path(), read_config(kData + "/tiny-qwen3-moe"), nullptr), Contains("99999999999999999999.foo"));
+}
+
 TEST_CASE("10: a tensor of a dtype that is not read is refused by name where it is needed, and passes where it is not") {
   const TempFolder folder;
   const ModelConfig config = read_config(kData + "/tiny-qwen3-moe");
