@@ -141,9 +141,9 @@ void Answer::add(const Piece& p) {
 }
 
 std::string Answer::whole(int64_t completion_tokens) {
-  json envelope_only = envelope(chat_ ? "chat.completion" : "text_completion");
-  envelope_only["usage"] = usage(completion_tokens);
-  std::string out = line_of(envelope_only);
+  json head = envelope(chat_ ? "chat.completion" : "text_completion");
+  head["usage"] = usage(completion_tokens);
+  std::string out = line_of(head);
   out.back() = ',';  // for its closing brace
   out += "\"choices\":[";
   const json lists = empty_logprobs();
