@@ -27,7 +27,8 @@ void check_version(const JsonNode& root) {
   }
 }
 
-// Settings of the BPE model that we read only at the value that turns them off.
+// Settings of the BPE model that we read only at the value that turns them off. (unk_token never comes up: text is bytes, and one without a
+// token is refused when it is met.)
 void check_model_settings(const JsonNode& model) {
   if (const auto type = model.find("type"); type && type->as_string() != "BPE") {
     fail(Code::kUnsupported, "model type \"{}\" is not supported, BPE is", type->as_string());
@@ -36,10 +37,6 @@ void check_model_settings(const JsonNode& model) {
     const auto text = model.find(key);
     if (text && !text->as_string().empty())
       fail(Code::kUnsupported, "model.{} \"{}\" is not supported", key, text->as_string());
-  }
-  if (const auto unk = model.find("unk_token")) {
-    fail(Code::kUnsupported, "model.unk_token \"{}\" is not supported: a byte-level vocabulary knows every byte",
-         unk->as_string());
   }
   if (model.bool_or("byte_fallback", false)) fail(Code::kUnsupported, "model.byte_fallback is not supported");
   if (const auto dropout = model.find("dropout"); dropout && dropout->value() != 0.0) {

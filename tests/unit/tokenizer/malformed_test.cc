@@ -156,7 +156,6 @@ TEST_CASE("what this tokenizer does not do is refused by name") {
              t["padding"] = {{"strategy", "BatchLongest"}};
            }},
           {"model type \"Unigram\"", [](json& t) { t["model"]["type"] = "Unigram"; }},
-          {"unk_token \"<unk>\"", [](json& t) { t["model"]["unk_token"] = "<unk>"; }},
           {"byte_fallback", [](json& t) { t["model"]["byte_fallback"] = true; }},
           {"dropout 0.5", [](json& t) { t["model"]["dropout"] = 0.5; }},
           {"continuing_subword_prefix \"##\"", [](json& t) { t["model"]["continuing_subword_prefix"] = "##"; }},
@@ -215,11 +214,13 @@ TEST_CASE("defaults spelled out are accepted") {
   json tokenizer = byte_tokenizer();
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) tokenizer["model"][key] = "";
   tokenizer["model"]["dropout"] = 0.0;
-  tokenizer["model"]["unk_token"] = nullptr;
   tokenizer["model"]["fuse_unk"] = false;
   tokenizer["model"].erase("type");
   tokenizer["padding"] = nullptr;
-  CHECK(make_tokenizer(tokenizer).encode("ok") == Ids{'o', 'k'});
+  for (const json& unknown : {json(nullptr), json("<unk>")}) {  // every byte is known
+    tokenizer["model"]["unk_token"] = unknown;
+    CHECK(make_tokenizer(tokenizer).encode("ok") == Ids{'o', 'k'});
+  }
 }
 
 TEST_CASE("text that is not JSON, names a key twice or nests without end is corrupt") {
