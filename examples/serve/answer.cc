@@ -33,7 +33,12 @@ Answer::Answer(const GenerateRequest& r, const moebius_cpp::Tokenizer& tokenizer
       model_(std::move(model)),
       fingerprint_(std::move(fingerprint)),
       created_(std::time(nullptr)),
-      choices_(r.choices()) {}
+      choices_(r.choices()) {
+  if (!logprobs_) return;
+  const std::vector<const char*> keys = chat_ ? std::vector{"content"} : std::vector{"tokens", "token_logprobs", "top_logprobs", "text_offset"};
+  for (Choice& c : choices_)
+    for (const char* key : keys) c.logprobs[key];
+}
 
 json Answer::envelope(const char* object) const {
   json out = {{"id", id_}, {"object", object}, {"created", created_}, {"model", model_}, {"system_fingerprint", fingerprint_}};
@@ -54,12 +59,6 @@ std::string Answer::text_of(int32_t token) const {
   }
 }
 
-json Answer::empty_logprobs() const {
-  if (!logprobs_) return nullptr;
-  if (chat_) return {{"content", json::array()}};
-  return {{"tokens", json::array()}, {"token_logprobs", json::array()}, {"top_logprobs", json::array()}, {"text_offset", json::array()}};
-}
-
 // The bytes of a token that is no whole character are not known here: null, as OpenAI's schema allows.
 json Answer::chat_logprob(int32_t token, float logprob) const {
   const std::string text = text_of(token);
@@ -77,30 +76,29 @@ std::string Answer::name_of(int32_t token) const {
   return text.empty() || text.find(kReplacement) != std::string::npos ? fmt::format("token_id:{}", token) : text;
 }
 
-void Answer::add_logprobs(json& out, const TokenRecord& t) const {
+// Lists of one entry, by key.
+json Answer::logprobs_of(const TokenRecord& t) const {
   if (chat_) {
     json entry = chat_logprob(t.token, t.logprob);
     entry["top_logprobs"] = json::array();
     for (const auto& [token, logprob] : t.top) entry["top_logprobs"].push_back(chat_logprob(token, logprob));
-    out["content"].push_back(std::move(entry));
-    return;
+    return {{"content", json::array({std::move(entry)})}};
   }
   json top = json::object();
   for (const auto& [token, logprob] : t.top) top[name_of(token)] = finite(logprob);
   const std::string name = name_of(t.token);
   top[name] = finite(t.logprob);
-  out["tokens"].push_back(name);
-  out["token_logprobs"].push_back(finite(t.logprob));
-  out["top_logprobs"].push_back(std::move(top));
-  out["text_offset"].push_back(t.offset);
+  return {{"tokens", json::array({name})},
+          {"token_logprobs", json::array({finite(t.logprob)})},
+          {"top_logprobs", json::array({std::move(top)})},
+          {"text_offset", json::array({t.offset})}};
 }
 
 json Answer::chunk(const Piece& p) {
   Choice& c = choices_[static_cast<size_t>(p.choice)];
   const bool says_logprobs = logprobs_ && p.token;
   if (p.text.empty() && p.finish_reason == nullptr && !says_logprobs) return nullptr;
-  json logprobs = says_logprobs ? empty_logprobs() : json();
-  if (says_logprobs) add_logprobs(logprobs, *p.token);
+  json logprobs = says_logprobs ? logprobs_of(*p.token) : json();
   json choice = {{"index", p.choice}, {"logprobs", std::move(logprobs)}, {"finish_reason", reason_or_null(p.finish_reason)}};
   if (chat_)
     choice["delta"] = p.text.empty() ? json::object() : json{{"content", p.text}};
@@ -129,8 +127,7 @@ void Answer::add(const Piece& p) {
   Choice& c = choices_[static_cast<size_t>(p.choice)];
   c.text += p.text;
   if (logprobs_ && p.token) {
-    json one = empty_logprobs();
-    add_logprobs(one, *p.token);
+    const json one = logprobs_of(*p.token);
     for (const auto& [key, list] : one.items()) {
       std::string& entries = c.logprobs[key];
       if (!entries.empty()) entries += ',';
@@ -146,7 +143,6 @@ std::string Answer::whole(int64_t completion_tokens) {
   std::string out = line_of(head);
   out.back() = ',';  // for its closing brace
   out += "\"choices\":[";
-  const json lists = empty_logprobs();
   for (size_t i = 0; i < choices_.size(); ++i) {
     Choice& c = choices_[i];
     json choice = {{"index", i}, {"finish_reason", reason_or_null(c.finish_reason)}};
@@ -157,11 +153,9 @@ std::string Answer::whole(int64_t completion_tokens) {
     out += (i > 0 ? "," : "") + line_of(choice);
     out.back() = ',';
     out += logprobs_ ? "\"logprobs\":{" : "\"logprobs\":null";
-    for (const auto& [key, list] : lists.items()) {
+    for (const auto& [key, entries] : c.logprobs) {
       if (out.back() != '{') out += ',';
-      out += '"' + key + "\":[";
-      out += c.logprobs[key];
-      out += ']';
+      out.append("\"").append(key).append("\":[").append(entries).append("]");
     }
     out += logprobs_ ? "}}" : "}";
     c.logprobs.clear();

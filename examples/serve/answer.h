@@ -35,8 +35,7 @@ class Answer {
   nlohmann::json usage(int64_t completion_tokens) const;
   nlohmann::json chat_logprob(int32_t token, float logprob) const;
   std::string name_of(int32_t token) const;
-  nlohmann::json empty_logprobs() const;
-  void add_logprobs(nlohmann::json& logprobs, const TokenRecord& token) const;
+  nlohmann::json logprobs_of(const TokenRecord& token) const;
   std::string text_of(int32_t token) const;
 
   const bool chat_, stream_, include_usage_, logprobs_;

@@ -216,7 +216,7 @@ int HttpServer::bind(const std::string& host, int port) {
   return bound;
 }
 
-void HttpServer::stop_all(std::chrono::milliseconds most) {
+void HttpServer::stop_all() {
   // httplib's stop() does nothing before listen_after_bind() has come to its loop, which then would not end.
   if (const socket_t listening = svr_sock_.exchange(INVALID_SOCKET); listening != INVALID_SOCKET) {
     ::shutdown(listening, SHUT_RDWR);
@@ -224,7 +224,7 @@ void HttpServer::stop_all(std::chrono::milliseconds most) {
   }
   std::unique_lock lock(mutex_);
   for (int fd : open_) ::shutdown(fd, SHUT_RD);
-  all_closed_.wait_for(lock, most, [&] { return open_.empty(); });
+  all_closed_.wait_for(lock, kLastWords, [&] { return open_.empty(); });
   for (int fd : open_) ::shutdown(fd, SHUT_RDWR);
 }
 

@@ -16,6 +16,9 @@
 
 namespace moebius_examples {
 
+// For clients to be told that the server ends, and again to take what they were told.
+inline constexpr std::chrono::seconds kLastWords{1};
+
 struct HttpLimits {
   size_t connections = 128;                // each has a thread while it is open
   size_t header_bytes = 64 << 10;
@@ -76,8 +79,8 @@ class HttpServer : public httplib::Server {
   // The port; -1 where the address cannot be had.
   int bind(const std::string& host, int port);
   // After the last answer that matters: ends listen_after_bind(), also one that is yet to begin, and the connections that wait for another
-  // request; those that write an answer have so long to end.
-  void stop_all(std::chrono::milliseconds most);
+  // request; those that write an answer have kLastWords to end.
+  void stop_all();
   size_t open_connections();
   uint64_t refused_connections() const { return refused_; }
 

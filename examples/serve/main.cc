@@ -16,7 +16,6 @@ namespace {
 
 using namespace moebius_examples;
 
-constexpr std::chrono::seconds kLastWords{1};  // for clients to take an answer's end after --drain-s
 constexpr size_t kReserve = 32;            // connections beside those that generate: health, metrics, the page
 constexpr int64_t kMostChoices = 128;      // of one request, as OpenAI has it
 constexpr int64_t kMostConnections = 960;  // httplib takes no descriptor from 1,024 on
@@ -165,7 +164,7 @@ void serve(Options options) {
   sigwait(&signals, &signal);
   complain("moebius-serve: stopping; running requests have {} s\n", options.drain_s);
   service.drain(milliseconds(options.drain_s));
-  server.stop_all(kLastWords);
+  server.stop_all();
   listener.join();
   if (lost) throw std::runtime_error("the listening socket failed");
 }

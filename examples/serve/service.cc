@@ -22,7 +22,6 @@ using httplib::Server;
 
 constexpr auto kLook = 100ms;     // at whether an answer is still wanted
 constexpr auto kHeartbeat = 1s;   // a comment in a stream in which nothing came
-constexpr auto kLastWords = 1s;   // for clients to be told that the server ends
 constexpr size_t kWriteBytes = 64 << 10;  // of a stream, until it is looked whether it may go on
 constexpr int kClientGone = 499;  // nobody reads it; it counts in the metrics
 constexpr const char* kModels = "/v1/models";

@@ -46,7 +46,16 @@ constexpr FamilyDescriptor kFamilies[] = {
      .fused_gate_up = {"block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"},
      .fused_down = {"block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"}},
 };
-constexpr std::string_view kMultipliers[] = {"embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"};
+
+// What FamilyDescriptor::has_multipliers asks for.
+struct Multiplier {
+  const char* key;
+  float ModelConfig::*value;
+};
+constexpr Multiplier kMultipliers[] = {{"embedding_multiplier", &ModelConfig::embedding_multiplier},
+                                       {"attention_multiplier", &ModelConfig::softmax_scale},
+                                       {"residual_multiplier", &ModelConfig::residual_multiplier},
+                                       {"logits_scaling", &ModelConfig::logits_scaling}};
 
 std::string shown(const json& value) {
   std::string text = value.dump(-1, ' ', false, json::error_handler_t::replace);
@@ -128,7 +137,8 @@ const FamilyDescriptor& family_of(const Reader& c) {
 
 void refuse_other_arithmetic(const Reader& c, const FamilyDescriptor& family) {
   for (const NeutralKey& k : kNeutralKeys) {
-    if (!c.has(k.key) || (family.has_multipliers && std::find(std::begin(kMultipliers), std::end(kMultipliers), k.key) != std::end(kMultipliers))) continue;
+    const auto is_read = [&](const Multiplier& m) { return std::string_view(m.key) == k.key; };
+    if (!c.has(k.key) || (family.has_multipliers && std::any_of(std::begin(kMultipliers), std::end(kMultipliers), is_read))) continue;
     const JsonTree neutral(json::parse(k.neutral));
     if (std::find(neutral.root().begin(), neutral.root().end(), c.at(k.key)) == neutral.root().end()) c.refuse(k.key, c.at(k.key));
   }
@@ -262,10 +272,8 @@ ModelConfig parse_config(std::string_view json_text, const std::string& file_nam
     m.norm_topk_prob = c.flag_or("norm_topk_prob", false);
   }
   m.softmax_scale = 1.0f / std::sqrt(static_cast<float>(m.shape.head_dim));
-  if (family.has_multipliers) {
-    float* const values[] = {&m.embedding_multiplier, &m.softmax_scale, &m.residual_multiplier, &m.logits_scaling};
-    for (size_t i = 0; i < std::size(kMultipliers); ++i) *values[i] = static_cast<float>(c.positive(kMultipliers[i].data()));
-  }
+  if (family.has_multipliers)
+    for (const Multiplier& x : kMultipliers) m.*x.value = static_cast<float>(c.positive(x.key));
   read_eos(c, m.vocab_size, m.eos_token_ids);
   m.unknown_keys = unknown_keys(c);
   return m;
@@ -303,10 +311,7 @@ void require_same_model(const ModelConfig& served, const ModelConfig& other, con
   same("tie_word_embeddings", served.tie_word_embeddings, other.tie_word_embeddings);
   same("num_experts_per_tok", served.top_k, other.top_k);
   same("norm_topk_prob", served.norm_topk_prob, other.norm_topk_prob);
-  same("attention_multiplier", served.softmax_scale, other.softmax_scale);
-  same("embedding_multiplier", served.embedding_multiplier, other.embedding_multiplier);
-  same("residual_multiplier", served.residual_multiplier, other.residual_multiplier);
-  same("logits_scaling", served.logits_scaling, other.logits_scaling);
+  for (const Multiplier& x : kMultipliers) same(x.key, served.*x.value, other.*x.value);
 }
 
 }  // namespace moebius

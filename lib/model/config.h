@@ -33,7 +33,7 @@ struct ModelConfig {
   std::vector<std::string> unknown_keys;  // "key = value": neither read nor known to change nothing; worth a warning
 };
 
-// A family as data: how its keys and tensors are called, and its rules. {l}: layer, {e}: expert. Of two spellings a model has either: that of
+// A family as data: how its keys and a layer's tensors are called, and its rules. {e}: expert. Of two spellings a model has either: that of
 // checkpoints, and the one that transformers 5 has in memory.
 struct FamilyDescriptor {
   const char* model_type;

@@ -316,9 +316,8 @@ std::unordered_set<std::string> check_tensors(const CheckpointSource& source, co
   want("model.norm.weight", {s.hidden});
   if (!model.tie_word_embeddings) want("lm_head.weight", {model.vocab_size, s.hidden});
   for (int l = 0; l < s.num_layers(); ++l) {
-    const std::string prefix = layer_name(l, "");
-    want(prefix + "input_layernorm.weight", {s.hidden});
-    want(prefix + "post_attention_layernorm.weight", {s.hidden});
+    want(layer_name(l, "input_layernorm.weight"), {s.hidden});
+    want(layer_name(l, "post_attention_layernorm.weight"), {s.hidden});
     const int64_t q = int64_t{s.num_heads} * s.head_dim, kv = int64_t{s.num_kv_heads} * s.head_dim;
     want(attention_name(l, "q_proj.weight"), {q, s.hidden});
     want(attention_name(l, "k_proj.weight"), {kv, s.hidden});
@@ -524,10 +523,9 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers, st
   float* const norms = reinterpret_cast<float*>(memory + norms_);
   if (worker == 0) copy("model.norm.weight", s.hidden, norms, model_.logits_scaling);  // logits are linear in it
   for (int l = worker; l < s.num_layers(); l += workers) {
-    const std::string prefix = layer_name(l, "");
     float* base = norms + s.hidden + l * norm_stride();
-    copy(prefix + "input_layernorm.weight", s.hidden, base);
-    copy(prefix + "post_attention_layernorm.weight", s.hidden, base + s.hidden);
+    copy(layer_name(l, "input_layernorm.weight"), s.hidden, base);
+    copy(layer_name(l, "post_attention_layernorm.weight"), s.hidden, base + s.hidden);
     if (model_.qk_norm) {
       copy(attention_name(l, "q_norm.weight"), s.head_dim, base + 2 * s.hidden);
       copy(attention_name(l, "k_norm.weight"), s.head_dim, base + 2 * s.hidden + s.head_dim);

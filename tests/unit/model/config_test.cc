@@ -109,9 +109,9 @@ TEST_CASE("a value that changes the arithmetic and is not implemented is refused
 
 TEST_CASE("a text that goes on behind a NUL is no JSON, and a value's text is cut between two characters") {
   CHECK_THROWS_WITH(parse_config(config_json("tiny-qwen3-moe").dump() + std::string("\0}", 2), "c"), Contains("NUL"));
-  std::string umlauts = "a";
-  for (int i = 0; i < 60; ++i) umlauts += "\u00e9";
-  CHECK_THAT(refusal(config_json("tiny-qwen3-moe"), {{"hidden_act", umlauts}}), Contains("\u00e9...") || Contains("a..."));
+  std::string accents = "a";
+  for (int i = 0; i < 60; ++i) accents += "\u00e9";
+  CHECK_THAT(refusal(config_json("tiny-qwen3-moe"), {{"hidden_act", accents}}), Contains("\u00e9..."));
 }
 
 TEST_CASE("values that change nothing are taken, and keys that nobody knows are told") {
