@@ -260,6 +260,7 @@ std::byte* CudaDevice::ipc_open(int rank, const IpcHandle* handle, ModuleStatus&
 int32_t CudaDevice::begin_capture(int rank, ModuleStatus& status) {
   Rank& r = on(rank);
   if (checked(cudaStreamBeginCapture(r.stream, cudaStreamCaptureModeRelaxed), "beginning a capture", rank, status) < 0) return status.code;
+  starts_late = true;
   if (!captures_together()) return 0;
   r.shares_capture = true;
   ++shared_captures;

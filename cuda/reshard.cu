@@ -126,6 +126,15 @@ cudaError_t BlockCopies::add(void* to, const void* from, int64_t bytes) {
   return cudaSuccess;
 }
 
+namespace {
+
+void copy_on(cudaStream_t stream, const CopyEntry* table, int64_t num, int64_t begin, int64_t end) {
+  launch(copy_blocks_kernel, grid_of(div_up(end - begin, kPieceBytes)), kWarps * 32, 0, stream, table, num, begin, end);
+  starts_late = true;  // an early start reads weights before what is ahead of it has ended, and these may be some
+}
+
+}  // namespace
+
 cudaError_t BlockCopies::flush(cudaStream_t stream) {
   if (num_ == 0) return cudaSuccess;
   Table& t = tables_[now_];
@@ -138,7 +147,7 @@ cudaError_t BlockCopies::flush(cudaStream_t stream) {
   if (const cudaError_t e = cudaMemcpyAsync(t.device, t.host, static_cast<size_t>(num + 1) * sizeof(CopyEntry), cudaMemcpyHostToDevice, stream);
       e != cudaSuccess)
     return e;
-  launch(copy_blocks_kernel, grid_of(div_up(bytes, kPieceBytes)), kWarps * 32, 0, stream, t.device, num, int64_t{0}, bytes);
+  copy_on(stream, t.device, num, 0, bytes);
   return cudaEventRecord(t.read, stream);
 }
 
@@ -162,13 +171,14 @@ KeptBlocks::~KeptBlocks() {
 }
 
 void KeptBlocks::copy(int64_t begin, int64_t end, cudaStream_t stream) const {
-  if (end > begin) launch(copy_blocks_kernel, grid_of(div_up(end - begin, kPieceBytes)), kWarps * 32, 0, stream, table_, num_, begin, end);
+  if (end > begin) copy_on(stream, table_, num_, begin, end);
 }
 
 void copy_pages(const CopyPagesArgs& args, const Lane& lane) {
   Pools pools{};
   for (int r = 0; r < args.num_ranks; ++r) pools.of[r] = args.from[r];
   launch(copy_pages_kernel, grid_of(args.num * args.num_kv_heads), kWarps * 32, 0, lane.queue, args, pools);
+  starts_late = true;
 }
 
 }  // namespace moebius::cuda

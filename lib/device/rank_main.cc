@@ -68,8 +68,7 @@ class RankProcess {
 
   struct Peer {
     int64_t bytes = 0;
-    IpcHandle handle;
-    std::byte* mapped = nullptr;
+    std::byte* mapped = nullptr;  // in this process
   };
 
   // What an address of a rank's process is in this one; null, and the status says why, where it is not known here.
@@ -79,13 +78,13 @@ class RankProcess {
     auto* const p = reinterpret_cast<const std::byte*>(address);
     auto it = shared_.upper_bound({rank, p});
     if (it == shared_.begin() || (--it)->first.first != rank || p >= it->first.second + it->second.bytes) {
-      status_.code = static_cast<int32_t>(Code::kInternal);
-      std::snprintf(status_.text, sizeof status_.text, "an address of rank %d that it has not shared", rank);
+      if (status_.code >= 0) {  // else it is known why
+        status_.code = static_cast<int32_t>(Code::kInternal);
+        std::snprintf(status_.text, sizeof status_.text, "an address of rank %d that it has not shared", rank);
+      }
       return nullptr;
     }
-    Peer& peer = it->second;
-    if (peer.mapped == nullptr) peer.mapped = module_->ipc_open(device_, 0, &peer.handle, status_);
-    return peer.mapped == nullptr ? nullptr : reinterpret_cast<T*>(const_cast<std::byte*>(peer.mapped + (p - it->first.second)));
+    return reinterpret_cast<T*>(it->second.mapped + (p - it->first.second));
   }
 
   // Points arguments to the arrays that came with them.
@@ -139,6 +138,7 @@ class RankProcess {
       device_ = module_->open(options, status_);
       if (device_ != nullptr) {
         out.values[0] = module_->place(device_, 0);
+        module_->pin(device_, read_room(), kReadBytes, status_);  // or each read would hold up the commands behind it
         if (shares_) {
           marks_ = module_->allocate(device_, 0, kMarkBytes, status_);
           if (marks_ != nullptr) module_->ipc_handle(device_, marks_, &out.handle, status_);
@@ -163,20 +163,22 @@ class RankProcess {
         return answer(out);
       case Command::kForgetAll:
         wait_until_idle();
-        for (auto& [address, peer] : shared_) forget(peer);
+        for (auto& [address, peer] : shared_) module_->ipc_close(device_, peer.mapped);
         for (std::byte* memory : others_marks_) module_->ipc_close(device_, memory);
         shared_.clear(), others_marks_.clear();
         return answer(out);
       case Command::kImport: {
         const Shared& shared = next<Shared>();
-        shared_[{shared.rank, shared.address}] = {shared.bytes, shared.handle, nullptr};
+        // At once: where an op first needs it, a capture may be open.
+        if (std::byte* memory = module_->ipc_open(device_, 0, &shared.handle, s); memory != nullptr)
+          shared_[{shared.rank, shared.address}] = {shared.bytes, memory};
         return;
       }
       case Command::kForget: {
         const Shared& gone = next<Shared>();
         const auto it = shared_.find({gone.rank, gone.address});
         if (it != shared_.end()) {
-          forget(it->second);
+          module_->ipc_close(device_, it->second.mapped);
           shared_.erase(it);
         }
         return answer(out);
@@ -196,7 +198,7 @@ class RankProcess {
       }
       case Command::kRead: {
         const Read r = next<Read>();
-        module_->read(device_, 0, memory_ + kControlBytes + kRingBytes + r.to, r.to_pitch, r.from, r.from_pitch, r.width, r.height, s);
+        module_->read(device_, 0, read_room() + r.to, r.to_pitch, r.from, r.from_pitch, r.width, r.height, s);
         return;
       }
       case Command::kCopy:
@@ -253,11 +255,8 @@ class RankProcess {
     }
   }
 
-  void forget(const Peer& peer) {
-    if (peer.mapped != nullptr) module_->ipc_close(device_, peer.mapped);
-  }
-
   const Ops& ops() const { return *module_->ops(device_); }
+  std::byte* read_room() const { return memory_ + kControlBytes + kRingBytes; }
 
   std::byte* memory_;
   Control& control_;

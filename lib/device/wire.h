@@ -18,7 +18,7 @@ namespace moebius::wire {
 inline constexpr int kDescriptor = 3;                 // of the shared memory, in the rank's process
 inline constexpr int64_t kRingBytes = 16 << 20;       // a power of two
 inline constexpr int64_t kMaxCommand = kRingBytes / 4;
-inline constexpr int64_t kReadBytes = 64 << 20;       // room for what is read until the rank is idle; more waits for it
+inline constexpr int64_t kReadBytes = 16 << 20;       // room, pinned, for what is read until the rank is idle; more waits for it
 inline constexpr int64_t kAlign = 16;
 
 enum class Command : int32_t {
