@@ -351,7 +351,9 @@ __device__ __forceinline__ void rope_queries(const RopeStoreArgs& args, const Un
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (r == 0 || u.num_m > 8) {
-      x.load(args.q + (static_cast<int64_t>(u.first_row) * args.num_heads + u.head_of(WeightStream::lane_g() + 8 * r)) * kDim, kHalf);
+      const int64_t head = u.head_of(WeightStream::lane_g() + 8 * r);
+      x.load(args.q + (static_cast<int64_t>(u.first_row) * args.num_heads + head) * kDim, kHalf);
+      if (args.q_bias != nullptr) x.add(args.q_bias + head * kDim, kHalf);
       x.norm_and_rotate(args.q_norm, args.eps, rope, kHalf);
     }
 #pragma unroll
@@ -370,6 +372,11 @@ __device__ __forceinline__ void rope_key(const RopeStoreArgs& args, const Unit& 
   RopeHalves<kGroups> k, v;
   k.load(args.k + at, kHalf);
   v.load(args.v + at, kHalf);
+  if (args.q_bias != nullptr) {
+    const int64_t head = static_cast<int64_t>(u.kv_head) * 2 * kHalf;
+    k.add(args.k_bias + head, kHalf);
+    v.add(args.v_bias + head, kHalf);
+  }
   k.norm_and_rotate(args.k_norm, args.eps, rope, kHalf);
   if (threadIdx.x % 32 < 4) store_kv(args.kv, u.pages, u.first_position, u.kv_head, k, v, args.value_scale, kHalf);
   __syncwarp();  // who reads them next

@@ -46,6 +46,16 @@ struct RopeHalves {
     });
   }
 
+  // bias: [dim], aligned to 8 bytes.
+  __device__ __forceinline__ void add(const float* bias, int half) {
+    RopeHalves other;
+    other.template load<8>(bias, half);
+    for_pieces<kGroups>(half, [&](int n, int s, int) {
+#pragma unroll
+      for (int e = s; e < s + 4; ++e) low[n][e] += other.low[n][e], high[n][e] += other.high[n][e];
+    });
+  }
+
   __device__ __forceinline__ void fill(float v) {
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)

@@ -41,44 +41,54 @@ __device__ __forceinline__ void add_pair_lanes(float (&sum)[kRows][4], int lane)
   }
 }
 
-// Softmax and the top_k of row i of args.rows by one warp; lane l has experts l, l + 32, …. values: room for those of the chosen, in order.
+// For comparing: larger for larger numbers, 1 for NaN, which comes after all numbers.
+__device__ __forceinline__ unsigned order_of(float v) {
+  const unsigned bits = __float_as_uint(v);
+  return v != v ? 1 : (bits >> 31 != 0 ? ~bits : bits | 0x80000000u);
+}
+
+__device__ __forceinline__ float sigmoid_of(float x) { return __fdiv_rn(1.0f, 1.0f + exp_of(-x)); }
+
+// The experts of row i of args.rows by one warp; lane l has experts l, l + 32, …. logits: of tiles of experts and then of what gates_shared.
+// values: room for the scores of the chosen, in order.
 template <int kPerLane>
 __device__ __forceinline__ void warp_choose_experts(const RouteArgs& args, int64_t i, const float* logits, float* values) {
+  const RouteRule& rule = args.rule;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const float infinity = __uint_as_float(0x7f800000u);
-  float p[kPerLane], most = -infinity, sum = 0;
+  float score[kPerLane], most = -infinity, sum = rule.sigmoid ? 1.0f : 0.0f;
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
     const int e = n * 32 + lane;
-    p[n] = e < args.num_experts ? logits[e] : -infinity;
-    most = larger(p[n], most);
+    score[n] = e < rule.num_experts ? logits[e] : -infinity;
+    most = larger(score[n], most);
   }
   most = warp_max(most);
-  // Keys for choosing, in the order of probabilities: their bits from 2 on; 1 for NaN, which comes after all numbers; 0 for what does not exist or
-  // has been taken.
-  unsigned key[kPerLane];
+  unsigned key[kPerLane];  // 0 for what does not exist or has been taken
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
-    const bool exists = n * 32 + lane < args.num_experts;
-    const float likely = exists ? exp_of(p[n] - most) : 0;
-    key[n] = !exists ? 0 : likely >= 0 ? __float_as_uint(likely) + 2 : 1;
-    sum += likely;
+    const int e = n * 32 + lane;
+    const bool exists = e < rule.num_experts;
+    score[n] = !exists ? 0 : rule.sigmoid ? sigmoid_of(score[n]) : exp_of(score[n] - most);
+    key[n] = !exists ? 0 : order_of(args.bias != nullptr ? score[n] + args.bias[e] : score[n]);
+    if (!rule.sigmoid) sum += score[n];
   }
-  sum = warp_sum(sum);
+  if (!rule.sigmoid) sum = warp_sum(sum);
 
-  const int64_t out = (args.rows.begin + i) * args.top_k;
+  const int64_t out = (args.rows.begin + i) * rule.choices();
   float chosen = 0;
-  for (int k = 0; k < args.top_k; ++k) {
+  for (int k = 0; k < rule.top_k; ++k) {
     unsigned best = 0, id = 0;
 #pragma unroll
     for (int n = 0; n < kPerLane; ++n)
       if (key[n] > best) best = key[n], id = static_cast<unsigned>(n * 32 + lane);  // the lowest of the lane's
     const unsigned top = __reduce_max_sync(kAllLanes, best);
     id = __reduce_min_sync(kAllLanes, best == top ? id : static_cast<unsigned>(kGpuMaxExperts));
+    float value = 0;  // the lane's that has it
 #pragma unroll
     for (int n = 0; n < kPerLane; ++n)
-      if (static_cast<unsigned>(n * 32 + lane) == id) key[n] = 0;
-    const float value = __uint_as_float(top >= 2 ? top - 2 : 0x7fc00000u);
+      if (static_cast<unsigned>(n * 32 + lane) == id) key[n] = 0, value = score[n];
+    value = __shfl_sync(kAllLanes, value, static_cast<int>(id) % 32);
     chosen += value;
     if (lane == 0) {
       args.ids[out + k] = static_cast<int32_t>(id);
@@ -86,23 +96,29 @@ __device__ __forceinline__ void warp_choose_experts(const RouteArgs& args, int64
     }
   }
   __syncwarp();
-  for (int k = lane; k < args.top_k; k += 32) {
+  for (int k = lane; k < rule.top_k; k += 32) {
     const float weight = __fdiv_rn(values[k], sum);
-    args.weights[out + k] = args.renormalise ? __fdiv_rn(weight * sum, chosen) : weight;
+    args.weights[out + k] = (rule.renormalise ? __fdiv_rn(weight * sum, chosen) : weight) * rule.scale;
+  }
+  for (int k = lane; k < rule.num_shared; k += 32) {
+    args.ids[out + rule.top_k + k] = rule.num_experts + k;
+    args.weights[out + rule.top_k + k] = rule.gates_shared ? sigmoid_of(logits[div_up(rule.num_experts, kTile) * kTile]) : 1.0f;
   }
 }
 
 // local number of choice i, or num_experts when it is not one of the rank's, or of no row.
 __device__ int local_of(const GroupArgs& args, int64_t i) {
-  const int token = args.tokens != nullptr ? args.tokens[args.rows.begin + i / args.top_k] : 0;
-  const int id = args.ids[args.rows.begin * args.top_k + i];  // both on their way together
-  const int local = token >= 0 ? args.local_of_expert[id] : -1;
+  const int64_t row = args.rows.begin + i / args.choices;
+  const int token = args.tokens != nullptr ? args.tokens[row] : 0;
+  const int id = args.ids[args.rows.begin * args.choices + i];  // both on their way together
+  const bool counts = token >= 0 && (id < args.num_routed || args.shared_rows.contains(row));
+  const int local = counts ? args.local_of_expert[id] : -1;
   return local >= 0 ? local : args.num_experts;
 }
 
 __device__ void put_pair(const GroupArgs& args, int64_t to, int64_t choice) {
-  const int64_t i = args.rows.begin * args.top_k + choice;
-  args.pair_rows[to] = static_cast<int32_t>(i / args.top_k);
+  const int64_t i = args.rows.begin * args.choices + choice;
+  args.pair_rows[to] = static_cast<int32_t>(i / args.choices);
   args.pair_weights[to] = args.weights[i];
 }
 
@@ -118,7 +134,7 @@ __device__ void block_group(const GroupArgs& args, Groups<kMost>& groups) {
   int *const counts = groups.counts, *const begins = groups.begins;
   int16_t* const locals = groups.locals;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int num = static_cast<int>(args.rows.size()) * args.top_k;
+  const int num = static_cast<int>(args.rows.size()) * args.choices;
   for (int e = thread; e <= args.num_experts; e += kThreads) counts[e] = 0;
   __syncthreads();
   for (int i = thread; i < num; i += kThreads) {
@@ -201,12 +217,11 @@ __global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs a
     for (int e = 0; e < 4; ++e) of_warp[warp][lane * 4 + e] = sum[0][e];
   }
   __syncthreads();
-  const int64_t expert = tile * kTile + thread % kTile;
-  if (thread / kTile < num && expert < args.num_experts) {
+  if (thread / kTile < num) {
     float total = of_warp[0][thread];
 #pragma unroll
     for (int other = 1; other < kRouterWarps; ++other) total += of_warp[other][thread];
-    logits[(first + thread / kTile) * stride + expert] = total;
+    logits[(first + thread / kTile) * stride + tile * kTile + thread % kTile] = total;
   }
   __syncthreads();
   if (thread == 0) last = comes_last(counters + blockIdx.x, static_cast<int>(gridDim.y));
@@ -283,15 +298,15 @@ static_assert(kFewRows < kCounters);
 
 template <int kPerLane>
 void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane) {
-  const int64_t tiles = div_up(args.num_experts, kTile);
+  const int64_t tiles = div_up(args.rule.num_experts, kTile) + args.rule.gates_shared;
   if (args.rows.size() < kFewRows) launch_route<1, kPerLane>(args, group, tiles, lane);
   else launch_route<kManyRows, kPerLane>(args, group, tiles, lane);
 }
 
 // group: of fewer than kFewRows rows and at most kFewChoices choices, or none.
 void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane) {
-  if (args.num_experts <= 128) launch_route<4>(args, group, lane);
-  else if (args.num_experts <= 256) launch_route<8>(args, group, lane);
+  if (args.rule.num_experts <= 128) launch_route<4>(args, group, lane);
+  else if (args.rule.num_experts <= 256) launch_route<8>(args, group, lane);
   else launch_route<kGpuMaxExperts / 32>(args, group, lane);
 }
 
@@ -300,14 +315,14 @@ void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lan
 void route(const RouteArgs& args, const Lane& lane) { launch_route(args, {}, lane); }
 
 void route_group(const RouteGroupArgs& args, const Lane& lane) {
-  const bool few = !args.route.rows.empty() && args.route.rows.size() < kFewRows && args.route.rows.size() * args.route.top_k <= kFewChoices;
+  const bool few = !args.route.rows.empty() && args.route.rows.size() < kFewRows && args.route.rows.size() * args.route.rule.choices() <= kFewChoices;
   launch_route(args.route, few ? args.group : GroupArgs{}, lane);
   if (!few) group_experts(args.group, lane);
 }
 
 void group_experts(const GroupArgs& args, const Lane& lane) {
   constexpr int kThreads = 256;
-  const int64_t num = args.rows.size() * args.top_k;
+  const int64_t num = args.rows.size() * args.choices;
   const auto blocks = [](int64_t n) { return static_cast<unsigned>(div_up(n, kThreads)); };
   if (args.local_of_expert == nullptr) {
     launch(group_dense_kernel, blocks(std::max<int64_t>(1, args.rows.size())), kThreads, 0, lane.queue, args);
@@ -325,7 +340,7 @@ void group_experts(const GroupArgs& args, const Lane& lane) {
 
 size_t scratch_bytes_route(const OpLimits& limits) {
   const int64_t logits = limits.max_rows * round_up(limits.num_experts, kTile) * static_cast<int64_t>(sizeof(float));
-  return static_cast<size_t>(std::max(logits, SortScratch::bytes(limits.max_rows * limits.top_k)));
+  return static_cast<size_t>(std::max(logits, SortScratch::bytes(limits.max_rows * limits.choices)));
 }
 
 }  // namespace moebius::cuda

@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kRowThreads) fetch_rows_kernel(FetchRowsArgs a
   if (home == homes.own) return;
   block_copy_row(homes.x, homes.own, home, row, args.hidden);
   if (homes.ids[0] == nullptr) return;
-  block_copy_row(homes.ids, homes.own, home, row, args.top_k);
-  block_copy_row(homes.weights, homes.own, home, row, args.top_k);
+  block_copy_row(homes.ids, homes.own, home, row, args.choices);
+  block_copy_row(homes.weights, homes.own, home, row, args.choices);
 }
 
 constexpr int kRopeThreads = 128;
@@ -207,6 +207,10 @@ __global__ void __launch_bounds__(kRopeThreads) rope_store_kernel(RopeStoreArgs 
   RopeHalves<kGroups> x, v;
   x.load(is_key ? args.k + (row * kv_heads + j) * dim : args.q + (row * args.num_heads + head) * dim, half);
   if (is_key) v.load(args.v + (row * kv_heads + j) * dim, half);
+  if (args.q_bias != nullptr) {
+    x.add(is_key ? args.k_bias + j * dim : args.q_bias + head * dim, half);
+    if (is_key) v.add(args.v_bias + j * dim, half);
+  }
   x.norm_and_rotate(is_key ? args.k_norm : args.q_norm, args.eps, args.rope + static_cast<int64_t>(place.position) * dim, half);
   if (!exists || (is_key && place.pages == nullptr)) return;  // without pages: a row that only fills a step up
   if (is_key) return store_kv(args.kv, place.pages, place.position, static_cast<int>(j), x, v, args.value_scale, half);

@@ -28,7 +28,7 @@ Work work_of(const LinearArgs& a) {
 Work work_of(const ExactLinearArgs& a) {
   return product(static_cast<double>(a.rows.size()), static_cast<double>(a.hidden), static_cast<double>(a.k * a.num_parts));
 }
-Work work_of(const RouteArgs& a) { return product(static_cast<double>(a.rows.size()), a.num_experts, static_cast<double>(a.hidden)); }
+Work work_of(const RouteArgs& a) { return product(static_cast<double>(a.rows.size()), a.rule.num_experts, static_cast<double>(a.hidden)); }
 Work work_of(const ExpertsArgs& a) {  // of one matrix of an expert; gate and up are two
   Work w;
   const double neurons = static_cast<double>(MlpCut{a.neurons_per_cut, a.hidden}.padded() * a.num_cuts);

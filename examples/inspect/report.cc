@@ -14,6 +14,7 @@ namespace {
 const char* name_of(SliceKind kind) {
   switch (kind) {
     case SliceKind::kExpertCut: return "expert cut";
+    case SliceKind::kSharedCut: return "shared cut";
     case SliceKind::kDenseCut: return "dense cut";
     case SliceKind::kAttentionGroup: return "attention group";
     case SliceKind::kKvProjection: return "K/V projection";

@@ -19,6 +19,7 @@ struct Range {
   int64_t begin = 0, end = 0;
   MOEBIUS_INLINE constexpr int64_t size() const { return end - begin; }
   MOEBIUS_INLINE constexpr bool empty() const { return end <= begin; }
+  MOEBIUS_INLINE constexpr bool contains(int64_t i) const { return begin <= i && i < end; }
 };
 
 // The part-th of `parts` nearly equal consecutive shares of [0, n), in units of `unit` (the last share takes the rest).

@@ -51,8 +51,8 @@ void CollectiveCommunicator::swap_rows(T* rows, const Range* homes, int64_t widt
 
 void CollectiveCommunicator::dispatch(const Range* homes, const Lane&) {
   swap_rows(mine_.x, homes, widths_.hidden);
-  swap_rows(mine_.expert_ids, homes, widths_.top_k);
-  swap_rows(mine_.expert_weights, homes, widths_.top_k);
+  swap_rows(mine_.expert_ids, homes, widths_.choices);
+  swap_rows(mine_.expert_weights, homes, widths_.choices);
   exchange();
 }
 

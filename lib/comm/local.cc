@@ -65,7 +65,7 @@ void LocalCommunicator::dispatch(const Range* homes, const Lane& lane) { fetch(h
 void LocalCommunicator::fetch(const Range* homes, bool choices, const Lane& lane) {
   meet();
   if (const Ops& ops = device_.ops(); ops.fetch_rows != nullptr) {
-    ops.fetch_rows({size(), rank_, homes, widths_.hidden, widths_.top_k, x_.data(), choices ? ids_.data() : nullptr, choices ? weights_.data() : nullptr}, lane);
+    ops.fetch_rows({size(), rank_, homes, widths_.hidden, widths_.choices, x_.data(), choices ? ids_.data() : nullptr, choices ? weights_.data() : nullptr}, lane);
     return;
   }
   const ExchangeBuffers& mine = buffers_[rank_];
@@ -73,8 +73,8 @@ void LocalCommunicator::fetch(const Range* homes, bool choices, const Lane& lane
     if (r == rank_) continue;
     copy_rows(mine.x, r, buffers_[r].x, homes[r], widths_.hidden, lane);
     if (!choices) continue;
-    copy_rows(mine.expert_ids, r, buffers_[r].expert_ids, homes[r], widths_.top_k, lane);
-    copy_rows(mine.expert_weights, r, buffers_[r].expert_weights, homes[r], widths_.top_k, lane);
+    copy_rows(mine.expert_ids, r, buffers_[r].expert_ids, homes[r], widths_.choices, lane);
+    copy_rows(mine.expert_weights, r, buffers_[r].expert_weights, homes[r], widths_.choices, lane);
   }
   rank_barrier();
 }

@@ -24,6 +24,9 @@ MOEBIUS_INLINE F exp_of(F x) {
   return Vec::scale_by_power(p, n);
 }
 
+// 1 / (1 + e⁻ˣ)
+MOEBIUS_INLINE F sigmoid(F x) { return Vec::div(Vec::set1(1.0f), Vec::add(Vec::set1(1.0f), exp_of(Vec::sub(Vec::zero(), x)))); }
+
 MOEBIUS_INLINE float exp_of(float x) {
   float out[16];
   Vec::store(out, exp_of(Vec::set1(x)));

@@ -89,17 +89,27 @@ MOEBIUS_INLINE void round_row(const float* in, int64_t n, bf16* out) {
   for (; i < n; ++i) out[i] = to_bf16(in[i]);
 }
 
+// in + bias, in `room`; where there is none, as it lies.
+MOEBIUS_INLINE const float* with_bias(const float* in, const float* bias, int64_t n, float* room) {
+  if (bias == nullptr) return in;
+  for (int64_t i = 0; i < n; ++i) room[i] = in[i] + bias[i];
+  return room;
+}
+
 void rope_store(const RopeStoreArgs& args, const Lane& lane) {
   const int64_t dim = args.kv.head_dim, kv_heads = args.kv.num_kv_heads, heads = args.num_heads + kv_heads;
   const KvSlice slice{args.kv.page_tokens, dim};
   const Range units = share_of(args.rows.size() * heads, lane.thread, lane.num_threads);
-  float* rotated = reinterpret_cast<float*>(lane.scratch);
+  float* const rotated = reinterpret_cast<float*>(lane.scratch);
+  bf16* const keys = reinterpret_cast<bf16*>(rotated + dim);
+  float* const room = rotated + 2 * dim;
   for (int64_t u = units.begin; u < units.end; ++u) {
     const int64_t row = args.rows.begin + u / heads, head = u % heads;
     const RowPlace& place = args.places[row];
     const float* rope = args.rope + static_cast<int64_t>(place.position) * dim;
     if (head < args.num_heads) {
-      norm_and_rotate(args.q + (row * args.num_heads + head) * dim, dim, args.q_norm, args.eps, rope, rotated);
+      const float* const in = with_bias(args.q + (row * args.num_heads + head) * dim, args.q_bias == nullptr ? nullptr : args.q_bias + head * dim, dim, room);
+      norm_and_rotate(in, dim, args.q_norm, args.eps, rope, rotated);
       bf16* q = args.q_out + (row * args.num_heads + head) * dim;
       round_row(rotated, dim, q);
       continue;
@@ -107,12 +117,12 @@ void rope_store(const RopeStoreArgs& args, const Lane& lane) {
     const int64_t j = head - args.num_heads, slot = place.position % args.kv.page_tokens;
     const int64_t page = place.pages[place.position / args.kv.page_tokens];
     bf16* kv = reinterpret_cast<bf16*>(args.kv.base + (page * kv_heads + j) * slice.bytes());
-    norm_and_rotate(args.k + (row * kv_heads + j) * dim, dim, args.k_norm, args.eps, rope, rotated);
-    bf16* keys = reinterpret_cast<bf16*>(rotated + dim);
+    const float* const k = with_bias(args.k + (row * kv_heads + j) * dim, args.k_bias == nullptr ? nullptr : args.k_bias + j * dim, dim, room);
+    norm_and_rotate(k, dim, args.k_norm, args.eps, rope, rotated);
     round_row(rotated, dim, keys);
     Pair* column = reinterpret_cast<Pair*>(kv + slice.k_index(slot, 0));
     for (int64_t p = 0; p < dim / 2; ++p) column[p * kTile] = reinterpret_cast<const Pair*>(keys)[p];
-    const float* v = args.v + (row * kv_heads + j) * dim;
+    const float* const v = with_bias(args.v + (row * kv_heads + j) * dim, args.v_bias == nullptr ? nullptr : args.v_bias + j * dim, dim, room);
     f16* values = kv + slice.v_index(slot, 0);
     int64_t i = 0;
     for (; i + kTile <= dim; i += kTile) Vec::store_half(values + i, Vec::mul(Vec::load(v + i), Vec::set1(args.value_scale)));
@@ -149,28 +159,47 @@ MOEBIUS_INLINE void router_tiles(const float* x, const bf16* w, int64_t tile_ele
     for (int c = 0; c < C; ++c) Vec::store(logits + r * stride + c * kTile, acc[r][c]);
 }
 
-// The top_k of p [num_experts] = softmax(p), padded to whole tiles; p is used up.
-MOEBIUS_INLINE void choose_experts(const RouteArgs& args, float* p, int32_t* ids, float* weights) {
-  const int tiles = static_cast<int>(div_up(args.num_experts, kTile)), last = args.num_experts - (tiles - 1) * kTile;
-  const auto load = [&](int t) MOEBIUS_INLINE_LAMBDA { return Vec::load_n(p + t * kTile, t + 1 < tiles ? kTile : last, -kInfinity); };
-  F most = Vec::set1(-kInfinity);
-  for (int t = 0; t < tiles; ++t) most = Vec::max(load(t), most);  // NaN never wins
-  const F shift = Vec::set1(Vec::max_of(most));
-  F sums = Vec::zero();
-  for (int t = 0; t < tiles; ++t) {
-    const int n = t + 1 < tiles ? kTile : last;
-    F v = exp_of(Vec::sub(load(t), shift));
-    Vec::store(p + t * kTile, Vec::select_first(n, v, Vec::set1(-1.0f)));
-    sums = Vec::add(sums, Vec::select_first(n, v, Vec::zero()));
+// A row's experts from its logits p, padded to whole tiles, those of experts and then those of what gates_shared; p is used up. room: of as many
+// tiles.
+MOEBIUS_INLINE void choose_experts(const RouteArgs& args, float* p, float* room, int32_t* ids, float* weights) {
+  const RouteRule& rule = args.rule;
+  const int tiles = static_cast<int>(div_up(rule.num_experts, kTile)), last = rule.num_experts - (tiles - 1) * kTile;
+  for (int i = 0; i < rule.num_shared; ++i) {
+    Vec::store(room, rule.gates_shared ? sigmoid(Vec::load(p + tiles * kTile)) : Vec::set1(1.0f));
+    ids[rule.top_k + i] = rule.num_experts + i;
+    weights[rule.top_k + i] = room[0];
   }
-  const float sum = Vec::sum(sums);
+  const auto size_of = [&](int t) MOEBIUS_INLINE_LAMBDA { return t + 1 < tiles ? kTile : last; };
+  const auto load = [&](int t) MOEBIUS_INLINE_LAMBDA { return Vec::load_n(p + t * kTile, size_of(t), -kInfinity); };
+  // p becomes what is compared, −∞ where nothing is or is left; scores are p where nothing else is asked for.
+  float* const scores = rule.sigmoid || args.bias != nullptr ? room : p;
+  float sum = 1;
+  if (rule.sigmoid) {
+    for (int t = 0; t < tiles; ++t) Vec::store(scores + t * kTile, sigmoid(load(t)));
+  } else {
+    F most = Vec::set1(-kInfinity);
+    for (int t = 0; t < tiles; ++t) most = Vec::max(load(t), most);  // NaN never wins
+    const F shift = Vec::set1(Vec::max_of(most));
+    F sums = Vec::zero();
+    for (int t = 0; t < tiles; ++t) {
+      const F v = exp_of(Vec::sub(load(t), shift));
+      Vec::store(scores + t * kTile, v);
+      sums = Vec::add(sums, Vec::select_first(size_of(t), v, Vec::zero()));
+    }
+    sum = Vec::sum(sums);
+  }
+  for (int t = 0; t < tiles; ++t) {
+    F v = Vec::load(scores + t * kTile);
+    if (args.bias != nullptr) v = Vec::add(v, Vec::load_n(args.bias + t * kTile, size_of(t), 0));
+    Vec::store(p + t * kTile, Vec::select_first(size_of(t), v, Vec::set1(-kInfinity)));
+  }
   float chosen = 0;
-  for (int i = 0; i < args.top_k; ++i) {
-    F best = Vec::set1(-1.0f);
+  for (int i = 0; i < rule.top_k; ++i) {
+    F best = Vec::set1(-kInfinity);
     for (int t = 0; t < tiles; ++t) best = Vec::max(Vec::load(p + t * kTile), best);
     const float value = Vec::max_of(best);
     int id = 0;
-    if (value >= 0) {  // the lower index wins a tie; NaN and taken ones (−1) are not ≥ 0
+    if (value > -kInfinity) {  // the lower index wins a tie; NaN and −∞ are not greater
       for (int t = 0;; ++t)
         if (const uint32_t hit = Vec::equal(Vec::load(p + t * kTile), Vec::set1(value)); hit != 0) {
           id = t * kTile + __builtin_ctz(hit);
@@ -180,20 +209,20 @@ MOEBIUS_INLINE void choose_experts(const RouteArgs& args, float* p, int32_t* ids
       for (int j = 0; j < i; ++j)
         if (ids[j] == id) ++id, j = -1;
     }
+    const float score = scores[id];
     ids[i] = id;
-    weights[i] = p[id] / sum;
-    chosen += p[id];
-    p[id] = -1;
+    weights[i] = score / sum;
+    chosen += score;
+    p[id] = -kInfinity;
   }
-  if (args.renormalise)
-    for (int i = 0; i < args.top_k; ++i) weights[i] = weights[i] * sum / chosen;
+  for (int i = 0; i < rule.top_k; ++i) weights[i] = (rule.renormalise ? weights[i] * sum / chosen : weights[i]) * rule.scale;
 }
 
 void route(const RouteArgs& args, const Lane& lane) {
-  const PackedMatrix m{args.num_experts, args.hidden};
+  const PackedMatrix m{args.rule.num_experts, args.hidden};
   const Range share = share_of(args.rows.size(), lane.thread, lane.num_threads);
-  const int64_t tiles = m.tiles(), stride = tiles * kTile;
-  float* p = reinterpret_cast<float*>(lane.scratch);  // [kRouterRows, stride]
+  const int64_t tiles = m.tiles() + args.rule.gates_shared, stride = tiles * kTile, choices = args.rule.choices();
+  float* const p = reinterpret_cast<float*>(lane.scratch);  // [kRouterRows + 1, stride]
   for (int64_t row = args.rows.begin + share.begin, n; row < args.rows.begin + share.end; row += n) {
     const int64_t left = args.rows.begin + share.end - row;
     n = left < kRouterRows ? left : kRouterRows;
@@ -205,7 +234,7 @@ void route(const RouteArgs& args, const Lane& lane) {
       for (; t < tiles; ++t) router_tiles<R, 1>(x, args.w + t * m.tile_elements(), m.tile_elements(), args.hidden, p + t * kTile, stride);
     });
     for (int64_t r = 0; r < n; ++r)
-      choose_experts(args, p + r * stride, args.ids + (row + r) * args.top_k, args.weights + (row + r) * args.top_k);
+      choose_experts(args, p + r * stride, p + n * stride, args.ids + (row + r) * choices, args.weights + (row + r) * choices);
   }
 }
 
@@ -222,9 +251,11 @@ void group_experts(const GroupArgs& args, const Lane& lane) {
   }
   // begins[e + 1] counts the pairs of e, then holds where its next pair goes, and so ends where those of e do.
   for (int32_t e = 0; e <= args.num_experts; ++e) args.begins[e] = 0;
-  const int64_t first = args.rows.begin * args.top_k, last = args.rows.end * args.top_k;
+  const int64_t first = args.rows.begin * args.choices, last = args.rows.end * args.choices;
   const auto local_of = [&](int64_t i) MOEBIUS_INLINE_LAMBDA {
-    return args.tokens != nullptr && args.tokens[i / args.top_k] < 0 ? -1 : args.local_of_expert[args.ids[i]];
+    const int32_t id = args.ids[i];
+    const bool counts = (args.tokens == nullptr || args.tokens[i / args.choices] >= 0) && (id < args.num_routed || args.shared_rows.contains(i / args.choices));
+    return counts ? args.local_of_expert[id] : -1;
   };
   for (int64_t i = first; i < last; ++i)
     if (const int32_t local = local_of(i); local >= 0) ++args.begins[local + 1];
@@ -238,7 +269,7 @@ void group_experts(const GroupArgs& args, const Lane& lane) {
   for (int64_t i = first; i < last; ++i)
     if (const int32_t local = local_of(i); local >= 0) {
       const int32_t to = args.begins[local + 1]++;
-      args.pair_rows[to] = static_cast<int32_t>(i / args.top_k);
+      args.pair_rows[to] = static_cast<int32_t>(i / args.choices);
       args.pair_weights[to] = args.weights[i];
     }
 }

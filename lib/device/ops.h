@@ -32,8 +32,8 @@ struct OpLimits {
   int64_t hidden = 0;
   int64_t head_dim = 0;
   int64_t num_heads = 0;       // query heads
-  int64_t num_experts = 0;
-  int64_t top_k = 1;
+  int64_t num_experts = 0;     // and logits of the router
+  int64_t choices = 1;         // experts of a row
   bool row_major = false;      // LinearArgs::row_major will be asked for
 };
 
@@ -109,7 +109,7 @@ struct KvView {
   int32_t head_dim = 0;
 };
 
-// Per-head RMS norm (if any) and rotary embedding (halves rotated, as Hugging Face's rotate_half) of q and k;
+// Biases (if any), per-head RMS norm (if any) and rotary embedding (halves rotated, as Hugging Face's rotate_half) of q and k;
 // q is rounded to bf16; k as bf16 and v·value_scale as f16 are stored in their pages. Shares: (row, head) units.
 // (On a GPU a row without pages, which fills a step up, stores nothing.)
 struct RopeStoreArgs {
@@ -126,6 +126,9 @@ struct RopeStoreArgs {
   bf16* q_out = nullptr;             // [rows, num_heads·head_dim]
   float value_scale = 1;             // a power of two that keeps every value inside f16's range
   KvView kv;
+  const float* q_bias = nullptr;     // [num_heads·head_dim], k_bias and v_bias [num_kv_heads·head_dim]: all of them or null
+  const float* k_bias = nullptr;
+  const float* v_bias = nullptr;
 };
 
 // Causal attention over paged KV, prefill and decode alike: row r of a chunk sees positions 0 … first_position + r.
@@ -176,32 +179,47 @@ struct ExactLinearArgs {
   ExactSum out;
 };
 
-// Router: softmax over all experts of x·Wᵀ in float, the top_k largest (ties and NaN: the lower index), their weights
-// renormalised to sum 1 where asked. ids are descending by probability. Shares: rows.
-struct RouteArgs {
-  Range rows;
-  const float* x = nullptr;  // [rows, hidden]
-  const bf16* w = nullptr;   // packed matrix n = num_experts, k = hidden
-  int64_t hidden = 0;
+// How a row's experts are chosen, from logits in float: the top_k of the largest score + bias (ties and NaN: the lower index) and, behind them,
+// the shared experts, which are numbered from num_experts on.
+struct RouteRule {
   int32_t num_experts = 0;
   int32_t top_k = 0;
-  bool renormalise = false;
-  int32_t* ids = nullptr;     // [rows, top_k]
-  float* weights = nullptr;   // [rows, top_k]
+  int32_t num_shared = 0;
+  bool gates_shared = false;  // a shared expert's weight is the sigmoid of one more logit, else 1
+  bool sigmoid = false;       // scores are the logits' sigmoids, else their softmax over all experts
+  bool renormalise = false;   // weights, which are the scores of the chosen, are made to sum to 1,
+  float scale = 1;            // and then multiplied by this
+
+  constexpr int32_t choices() const { return top_k + num_shared; }
 };
 
-// Token permutation: the choices of `rows` grouped by the local expert they name; pairs of one expert keep the order of rows.
+// Router: experts and their weights of each row, the chosen ones descending by score + bias. Shares: rows.
+struct RouteArgs {
+  Range rows;
+  const float* x = nullptr;     // [rows, hidden]
+  const bf16* w = nullptr;      // packed matrix n = num_experts, k = hidden; where the rule gates_shared another follows, n = 1
+  int64_t hidden = 0;
+  RouteRule rule;
+  const float* bias = nullptr;  // [num_experts] or null
+  int32_t* ids = nullptr;       // [rows, choices]
+  float* weights = nullptr;     // [rows, choices]
+};
+
+// Token permutation: the choices of `rows` grouped by the local expert they name; pairs of one expert keep the order of rows. Of the shared
+// experts, which every rank may have, only for shared_rows.
 struct GroupArgs {
   Range rows;
-  int32_t top_k = 0;
+  int32_t choices = 0;                       // of a row
+  int32_t num_routed = 0;                    // experts from this on are shared
+  Range shared_rows;
   const int32_t* tokens = nullptr;           // [rows] null, or rows whose token is −1 choose nobody
-  const int32_t* ids = nullptr;              // [rows, top_k]
-  const float* weights = nullptr;            // [rows, top_k]
+  const int32_t* ids = nullptr;              // [rows, choices]
+  const float* weights = nullptr;            // [rows, choices]
   int32_t num_experts = 0;                   // local ones
   const int32_t* local_of_expert = nullptr;  // [experts] local number or −1 (left out); null: one dense MLP, every row once, weight 1
   int32_t* begins = nullptr;                 // out [num_experts + 1] pairs [begins[e], begins[e + 1]) are those of expert e
-  int32_t* pair_rows = nullptr;              // out [rows·top_k] the step's row of each pair
-  float* pair_weights = nullptr;             // out [rows·top_k]
+  int32_t* pair_rows = nullptr;              // out [rows·choices] the step's row of each pair
+  float* pair_weights = nullptr;             // out [rows·choices]
   int32_t* experts_reached = nullptr;        // += local experts that have pairs
 };
 
@@ -251,9 +269,9 @@ struct AddPartialsArgs {
 struct FetchRowsArgs {
   int num_homes = 0, own = 0;
   const Range* homes = nullptr;              // host [num_homes] rows of each, end to end
-  int64_t hidden = 0, top_k = 0;
+  int64_t hidden = 0, choices = 0;
   bf16* const* x = nullptr;                  // host [num_homes] each [rows, hidden]
-  int32_t* const* ids = nullptr;             // host [num_homes] each [rows, top_k], or null
+  int32_t* const* ids = nullptr;             // host [num_homes] each [rows, choices], or null
   float* const* weights = nullptr;           // likewise
 };
 

@@ -94,13 +94,14 @@ SliceTable::SliceTable(const ModelShape& model, SliceCounts counts, const SliceB
 }
 
 void SliceTable::add_layer(int l, const SliceBytes& bytes) {
-  const int experts = model_.mlps[static_cast<size_t>(l)].num_experts;
+  const MlpShape& mlp = model_.mlps[static_cast<size_t>(l)];
   std::vector<Slice>& slices = layers_.emplace_back();
   for (int a = 0; a < counts_.head_groups; ++a) slices.push_back({SliceKind::kAttentionGroup, l, a, 0, bytes.attention_group});
   for (int h = 0; h < model_.num_kv_heads; ++h) slices.push_back({SliceKind::kKvProjection, l, h, 0, bytes.kv_projection});
-  const SliceKind kind = experts > 0 ? SliceKind::kExpertCut : SliceKind::kDenseCut;
-  for (int e = 0; e < std::max(1, experts); ++e)
-    for (int s = 0; s < counts_.cuts; ++s) slices.push_back({kind, l, e, s, experts > 0 ? bytes.expert_cut : bytes.dense_cut});
+  for (int e = 0; e < std::max(1, mlp.all_experts()); ++e) {
+    const SliceKind kind = mlp.num_experts == 0 ? SliceKind::kDenseCut : e < mlp.num_experts ? SliceKind::kExpertCut : SliceKind::kSharedCut;
+    for (int s = 0; s < counts_.cuts; ++s) slices.push_back({kind, l, e, s, kind == SliceKind::kDenseCut ? bytes.dense_cut : bytes.expert_cut});
+  }
   for (const Slice& s : slices) MOEBIUS_ASSERT(s.bytes % 64 == 0);
 }
 

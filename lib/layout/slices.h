@@ -12,12 +12,12 @@ namespace moebius {
 using RankSet = uint64_t;  // bit r: rank r
 inline constexpr int kMaxRanks = 64;
 
-enum class SliceKind : uint8_t { kExpertCut, kDenseCut, kAttentionGroup, kKvProjection };
+enum class SliceKind : uint8_t { kExpertCut, kSharedCut, kDenseCut, kAttentionGroup, kKvProjection };
 
 struct Slice {
   SliceKind kind;
   int32_t layer;
-  int32_t index;  // expert, 0, head group or KV head
+  int32_t index;  // expert (shared ones follow the others), 0, head group or KV head
   int32_t cut;    // of the MLP's intermediate neurons; 0 otherwise
   int64_t bytes;  // geometry: lib/tensor/packed.h; a multiple of 64
 };
@@ -36,7 +36,7 @@ SliceCounts slice_counts(const ModelShape& model, int slices_per_expert);
 // help.
 void check_ranks(const ModelShape& model, SliceCounts counts, int ranks);
 
-// Bytes of a slice by kind, multiples of 64.
+// Bytes of a slice by kind, multiples of 64; a shared cut has an expert's.
 struct SliceBytes {
   int64_t attention_group = 0, kv_projection = 0, expert_cut = 0, dense_cut = 0;
 };

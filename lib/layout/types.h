@@ -16,10 +16,14 @@ inline Layout layout_towards(int seam, int target, int num_layers) {
 }
 inline const char* name_of(Layout layout) { return layout == Layout::kTp ? "tp" : "ep"; }
 
-// The MLP of one layer: num_experts experts of `intermediate` neurons each, or one dense MLP (num_experts = 0).
+// The MLP of one layer: num_experts experts of `intermediate` neurons each, and num_shared more that every row goes through (a shared MLP of
+// so many times the width, cut into experts); or one dense MLP (num_experts = 0).
 struct MlpShape {
   int num_experts = 0;
   int intermediate = 0;
+  int num_shared = 0;
+
+  int all_experts() const { return num_experts + num_shared; }
 };
 
 // Everything about a model that fixes its slices and their sizes.

@@ -20,13 +20,28 @@ constexpr FamilyDescriptor kFamilies[] = {
      .architecture = "Qwen3MoeForCausalLM",
      .expert_count_keys = {"num_experts", "num_local_experts"},
      .expert_width_key = "moe_intermediate_size",
-     .has_dense_layers = true,
-     .qk_norm = true,
+     .dense = FamilyDescriptor::Dense::kByStep,
+     .qk_norm = FamilyDescriptor::QkNorm::kAlways,
      .sliding_window_has_switch = true,
      .router = {"mlp.gate.weight"},
      .experts = {"mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", "mlp.experts.{e}.down_proj.weight"},
      .fused_gate_up = {"mlp.experts.gate_up_proj"},
      .fused_down = {"mlp.experts.down_proj"}},
+    {.model_type = "qwen2_moe",
+     .architecture = "Qwen2MoeForCausalLM",
+     .expert_count_keys = {"num_experts", "num_local_experts"},
+     .expert_width_key = "moe_intermediate_size",
+     .dense = FamilyDescriptor::Dense::kByStep,
+     .shared = FamilyDescriptor::Shared::kWidth,
+     .qkv_bias_key = "qkv_bias",
+     .qkv_bias_absent = true,
+     .sliding_window_has_switch = true,
+     .router = {"mlp.gate.weight"},
+     .experts = {"mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", "mlp.experts.{e}.down_proj.weight"},
+     .fused_gate_up = {"mlp.experts.gate_up_proj"},
+     .fused_down = {"mlp.experts.down_proj"},
+     .shared_mlp = {"mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight", "mlp.shared_expert.down_proj.weight"},
+     .shared_gate = "mlp.shared_expert_gate.weight"},
     {.model_type = "mixtral",
      .architecture = "MixtralForCausalLM",
      .expert_count_keys = {"num_local_experts", "num_experts"},
@@ -36,6 +51,22 @@ constexpr FamilyDescriptor kFamilies[] = {
      .experts = {"block_sparse_moe.experts.{e}.w1.weight", "block_sparse_moe.experts.{e}.w3.weight", "block_sparse_moe.experts.{e}.w2.weight"},
      .fused_gate_up = {"mlp.experts.gate_up_proj"},
      .fused_down = {"mlp.experts.down_proj"}},
+    {.model_type = "glm4_moe",
+     .architecture = "Glm4MoeForCausalLM",
+     .expert_count_keys = {"n_routed_experts", "num_local_experts"},
+     .expert_width_key = "moe_intermediate_size",
+     .dense = FamilyDescriptor::Dense::kFirst,
+     .shared = FamilyDescriptor::Shared::kCount,
+     .qk_norm = FamilyDescriptor::QkNorm::kSwitch,
+     .qkv_bias_key = "attention_bias",
+     .has_partial_rotary = true,
+     .has_prediction_layers = true,
+     .router = {"mlp.gate.weight"},
+     .router_bias = "mlp.gate.e_score_correction_bias",
+     .experts = {"mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", "mlp.experts.{e}.down_proj.weight"},
+     .fused_gate_up = {"mlp.experts.gate_up_proj"},
+     .fused_down = {"mlp.experts.down_proj"},
+     .shared_mlp = {"mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.down_proj.weight"}},
     {.model_type = "granitemoe",
      .architecture = "GraniteMoeForCausalLM",
      .expert_count_keys = {"num_local_experts", "num_experts"},
@@ -135,14 +166,26 @@ const FamilyDescriptor& family_of(const Reader& c) {
   fail(Code::kUnsupported, "{}: model_type '{}' is not supported; supported are {}", c.file(), type, known_families());
 }
 
+// Of the keys that are refused elsewhere.
+bool reads(const FamilyDescriptor& family, std::string_view key) {
+  using F = FamilyDescriptor;
+  const auto is = [&](const Multiplier& m) { return key == m.key; };
+  if (family.has_multipliers && std::any_of(std::begin(kMultipliers), std::end(kMultipliers), is)) return true;
+  if (family.qkv_bias_key != nullptr && key == family.qkv_bias_key) return true;
+  return key == family.expert_count_keys[0] || (family.dense == F::Dense::kFirst && key == "first_k_dense_replace") ||
+         (family.shared == F::Shared::kWidth && key == "shared_expert_intermediate_size") ||
+         (family.shared == F::Shared::kCount && key == "n_shared_experts") || (family.has_partial_rotary && key == "partial_rotary_factor") ||
+         (family.has_prediction_layers && key == "num_nextn_predict_layers") || (family.router_bias != nullptr && key == "routed_scaling_factor");
+}
+
 void refuse_other_arithmetic(const Reader& c, const FamilyDescriptor& family) {
   for (const NeutralKey& k : kNeutralKeys) {
-    const auto is_read = [&](const Multiplier& m) { return std::string_view(m.key) == k.key; };
-    if (!c.has(k.key) || (family.has_multipliers && std::any_of(std::begin(kMultipliers), std::end(kMultipliers), is_read))) continue;
+    if (!c.has(k.key) || reads(family, k.key)) continue;
     const JsonTree neutral(json::parse(k.neutral));
     if (std::find(neutral.root().begin(), neutral.root().end(), c.at(k.key)) == neutral.root().end()) c.refuse(k.key, c.at(k.key));
   }
-  for (const char* key : {"use_qk_norm", "qk_layernorm"}) c.refuse_unless(key, family.qk_norm);
+  if (family.qk_norm != FamilyDescriptor::QkNorm::kSwitch)
+    for (const char* key : {"use_qk_norm", "qk_layernorm"}) c.refuse_unless(key, family.qk_norm == FamilyDescriptor::QkNorm::kAlways);
   if (c.has("layer_types"))
     for (const json& t : c.at("layer_types"))
       if (!is_text(t, "full_attention")) c.refuse("layer_types", c.at("layer_types"));
@@ -166,7 +209,18 @@ std::vector<std::string> unknown_keys(const Reader& c) {
   return out;
 }
 
-double rope_theta(const Reader& c) {
+// Either spelling may hold it, or both the same one; 0: neither does.
+double rope_value(const Reader& c, const char* key) {
+  std::vector<double> found;
+  if (c.has(key)) found.push_back(c.positive(key));
+  for (const char* place : {"rope_parameters", "rope_scaling"})
+    if (c.has(place) && c.at(place).contains(key)) found.push_back(c.positive(c.at(place)[key], key));
+  for (double value : found)
+    if (value != found[0]) fail(Code::kCorruptModel, "{}: {} is {} in one place and {} in another", c.file(), key, found[0], value);
+  return found.empty() ? 0 : found[0];
+}
+
+void read_rope(const Reader& c, const FamilyDescriptor& family, ModelConfig& m) {
   const auto refuse_scaling = [&](const char* key) {
     if (!c.has(key)) return;
     const json& r = c.at(key);
@@ -174,21 +228,22 @@ double rope_theta(const Reader& c) {
     for (const auto& [name, value] : r.items()) {
       const bool type = name == "rope_type" || name == "type";
       if (type && is_text(value, "default")) continue;
-      if (name == "rope_theta" || value.is_null() || (name == "factor" && value == 1.0) || (name == "partial_rotary_factor" && value == 1.0)) continue;
+      if (name == "rope_theta" || value.is_null() || (name == "factor" && value == 1.0)) continue;
+      if (name == "partial_rotary_factor" && (family.has_partial_rotary || value == 1.0)) continue;
       fail(Code::kUnsupported, "{}: {}.{} = {} is not implemented", c.file(), key, name, shown(value));
     }
   };
   refuse_scaling("rope_scaling");
   refuse_scaling("rope_parameters");
-  // Either spelling may hold the base, or both the same one.
-  std::vector<double> found;
-  if (c.has("rope_theta")) found.push_back(c.positive("rope_theta"));
-  for (const char* key : {"rope_parameters", "rope_scaling"})
-    if (c.has(key) && c.at(key).contains("rope_theta")) found.push_back(c.positive(c.at(key)["rope_theta"], "rope_theta"));
-  if (found.empty()) fail(Code::kCorruptModel, "{}: rope_theta is missing", c.file());
-  for (double theta : found)
-    if (theta != found[0]) fail(Code::kCorruptModel, "{}: rope_theta is {} in one place and {} in another", c.file(), found[0], theta);
-  return found[0];
+  m.rope_theta = rope_value(c, "rope_theta");
+  if (m.rope_theta == 0) fail(Code::kCorruptModel, "{}: rope_theta is missing", c.file());
+  double factor = 1;
+  if (family.has_partial_rotary)
+    if (factor = rope_value(c, "partial_rotary_factor"); factor == 0) factor = 0.5;
+  m.rotary_dim = static_cast<int>(m.shape.head_dim * std::min(factor, 2.0));
+  if (factor > 1 || m.rotary_dim < 2 || m.rotary_dim % 2 != 0)
+    fail(Code::kUnsupported, "{}: partial_rotary_factor {} turns {} of a head's {} dimensions, which must be an even number of them", c.file(), factor,
+         m.rotary_dim, m.shape.head_dim);
 }
 
 void read_eos(const Reader& c, int32_t vocab, std::vector<int32_t>& out) {
@@ -209,10 +264,26 @@ void read_eos(const Reader& c, int32_t vocab, std::vector<int32_t>& out) {
 constexpr int64_t kMaxLayers = 4096, kMaxExperts = 65536, kMaxWidth = 1 << 20, kMaxHeads = 8192, kMaxVocab = 1 << 24,
                   kMaxContext = int64_t{1} << 31, kMaxTopK = 64;
 
+// Shared experts of a layer, each as wide as its others.
+int num_shared_of(const Reader& c, const FamilyDescriptor& family) {
+  constexpr int64_t kMaxShared = 64;
+  if (family.shared == FamilyDescriptor::Shared::kNone) return 0;
+  if (family.shared == FamilyDescriptor::Shared::kCount) return static_cast<int>(c.integer("n_shared_experts", 1, kMaxShared));
+  const int64_t each = c.integer(family.expert_width_key, 1, kMaxWidth), all = c.integer("shared_expert_intermediate_size", 1, kMaxWidth);
+  if (all % each != 0 || all / each > kMaxShared)
+    fail(Code::kUnsupported, "{}: shared_expert_intermediate_size {} is not 1 to {} times {} {}", c.file(), all, kMaxShared, family.expert_width_key, each);
+  return static_cast<int>(all / each);
+}
+
 std::vector<MlpShape> mlps_of(const Reader& c, const FamilyDescriptor& family, int64_t layers, int experts) {
   const auto width = static_cast<int>(c.integer(family.expert_width_key, 1, kMaxWidth));
-  std::vector<MlpShape> out(static_cast<size_t>(layers), MlpShape{experts, width});
-  if (!family.has_dense_layers) return out;
+  std::vector<MlpShape> out(static_cast<size_t>(layers), MlpShape{experts, width, num_shared_of(c, family)});
+  const auto dense_width = [&] { return static_cast<int>(c.integer("intermediate_size", 1, kMaxWidth)); };
+  if (family.dense == FamilyDescriptor::Dense::kFirst) {
+    const int64_t first = c.integer("first_k_dense_replace", 0, kMaxLayers);
+    for (int64_t l = 0; l < std::min(first, layers); ++l) out[static_cast<size_t>(l)] = {0, dense_width()};
+  }
+  if (family.dense != FamilyDescriptor::Dense::kByStep) return out;
   const int64_t step = c.integer_or("decoder_sparse_step", 1, 1, kMaxLayers);
   std::vector<bool> dense(static_cast<size_t>(layers), false);
   if (c.has("mlp_only_layers")) {
@@ -226,7 +297,7 @@ std::vector<MlpShape> mlps_of(const Reader& c, const FamilyDescriptor& family, i
   }
   for (int64_t l = 0; l < layers; ++l)
     if (dense[static_cast<size_t>(l)] || (l + 1) % step != 0 || experts == 0)
-      out[static_cast<size_t>(l)] = {0, static_cast<int>(c.integer("intermediate_size", 1, kMaxWidth))};
+      out[static_cast<size_t>(l)] = {0, dense_width()};
   return out;
 }
 
@@ -260,9 +331,13 @@ ModelConfig parse_config(std::string_view json_text, const std::string& file_nam
   m.vocab_size = static_cast<int32_t>(c.integer("vocab_size", 1, kMaxVocab));
   m.max_position_embeddings = c.integer("max_position_embeddings", 1, kMaxContext);
   m.rms_norm_eps = c.positive("rms_norm_eps");
-  m.rope_theta = rope_theta(c);
+  read_rope(c, family, m);
   m.tie_word_embeddings = c.flag_or("tie_word_embeddings", false);
-  m.qk_norm = family.qk_norm;
+  m.qk_norm = family.qk_norm == FamilyDescriptor::QkNorm::kSwitch ? c.flag_or("use_qk_norm", false) : family.qk_norm == FamilyDescriptor::QkNorm::kAlways;
+  if (family.has_prediction_layers) m.num_prediction_layers = static_cast<int>(c.integer_or("num_nextn_predict_layers", 0, 0, kMaxLayers));
+  if (family.qkv_bias_key != nullptr) m.qkv_bias = c.flag_or(family.qkv_bias_key, family.qkv_bias_absent);
+  for (const MlpShape& mlp : m.shape.mlps) m.num_shared = std::max(m.num_shared, mlp.num_shared);
+  if (family.router_bias != nullptr) m.routed_scaling_factor = static_cast<float>(c.positive("routed_scaling_factor"));
   if (experts > 0) m.top_k = static_cast<int32_t>(c.integer("num_experts_per_tok", 1, std::min<int64_t>(experts, kMaxTopK)));
   if (family.always_renormalise) {
     c.refuse_unless("norm_topk_prob", true);
@@ -303,11 +378,16 @@ void require_same_model(const ModelConfig& served, const ModelConfig& other, con
   for (size_t l = 0; l < served.shape.mlps.size(); ++l) {
     same(fmt::format("the number of layer {}'s experts", l), served.shape.mlps[l].num_experts, other.shape.mlps[l].num_experts);
     same(fmt::format("layer {}'s intermediate size", l), served.shape.mlps[l].intermediate, other.shape.mlps[l].intermediate);
+    same(fmt::format("the number of layer {}'s shared experts", l), served.shape.mlps[l].num_shared, other.shape.mlps[l].num_shared);
   }
   same("vocab_size", served.vocab_size, other.vocab_size);
   same("max_position_embeddings", served.max_position_embeddings, other.max_position_embeddings);
   same("rms_norm_eps", served.rms_norm_eps, other.rms_norm_eps);
   same("rope_theta", served.rope_theta, other.rope_theta);
+  same("the number of dimensions that are turned", served.rotary_dim, other.rotary_dim);
+  same("whether q, k and v have biases", served.qkv_bias, other.qkv_bias);
+  same("whether q and k are normed", served.qk_norm, other.qk_norm);
+  same("routed_scaling_factor", served.routed_scaling_factor, other.routed_scaling_factor);
   same("tie_word_embeddings", served.tie_word_embeddings, other.tie_word_embeddings);
   same("num_experts_per_tok", served.top_k, other.top_k);
   same("norm_topk_prob", served.norm_topk_prob, other.norm_topk_prob);

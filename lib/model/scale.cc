@@ -34,16 +34,16 @@ int mlp_exponent(const SliceMaxima& maxima, const ModelConfig& model, int layer)
   return exponent_for(maxima.down * std::min(1.0, gate) * up * std::sqrt(neurons) / 8);
 }
 
-int attention_exponent(const SliceMaxima& maxima, const ModelConfig& model, int) {
-  // The attention output is an average of values: v·x of the same size; O sums a group's heads.
+int attention_exponent(const SliceMaxima& maxima, const ModelConfig& model, float largest_bias) {
+  // The attention output is an average of values: v·x and its bias of the same size; O sums a group's heads.
   const double width = std::sqrt(static_cast<double>(model.shape.hidden)) / 8;
-  return exponent_for(maxima.down * maxima.up * width * std::sqrt(static_cast<double>(model.shape.head_dim)) / 8);
+  return exponent_for(maxima.down * (maxima.up * width + largest_bias) * std::sqrt(static_cast<double>(model.shape.head_dim)) / 8);
 }
 
-// A normed row x̂ has Σ x̂² ≤ H, so Σ|x̂| ≤ H, and |v| ≤ max|w|·max|norm|·H: a bound, not an estimate. Below 2^15 it leaves f16
+// A normed row x̂ has Σ x̂² ≤ H, so Σ|x̂| ≤ H, and |v| ≤ max|w|·max|norm|·H + max|bias|: a bound, not an estimate. Below 2^15 it leaves f16
 // (65,504) a factor of two for rounding.
-int value_exponent(const SliceMaxima& maxima, const ModelConfig& model, float largest_norm) {
-  const double bound = double{maxima.up} * largest_norm * static_cast<double>(model.shape.hidden);
+int value_exponent(const SliceMaxima& maxima, const ModelConfig& model, float largest_norm, float largest_bias) {
+  const double bound = double{maxima.up} * largest_norm * static_cast<double>(model.shape.hidden) + largest_bias;
   if (!(bound > 0) || !std::isfinite(bound)) return 0;
   return std::clamp(14 - std::ilogb(bound), -126, 126);
 }

@@ -74,13 +74,51 @@ std::string spelled(const WeightSource& source, int layer, const char* const (&s
 }
 
 // Cuts first.cut, first.cut + 1, … of one MLP.
+// As WeightSource::expert numbers it.
+int expert_of(const Slice& slice) { return slice.kind == SliceKind::kDenseCut ? -1 : slice.index; }
+
+// The order in which a head's dimensions of q and k are kept. Kernels turn dimension i with dim/2 + i, all of them; where a model turns only the
+// first `turned`, i with turned/2 + i, those lie as the kernels want them, and the others have angle 0. Products of q and k are the same in any order.
+struct HeadOrder {
+  int64_t dim, turned;
+  int64_t source(int64_t i) const {
+    const bool upper = i >= dim / 2;
+    if (i - upper * (dim / 2) < turned / 2) return upper ? i - dim / 2 + turned / 2 : i;
+    return upper ? i : i + turned / 2;
+  }
+};
+
+// Rows of heads in that order.
+class HeadRows final : public MatrixReader {
+ public:
+  HeadRows(std::unique_ptr<MatrixReader> rows, HeadOrder order) : rows_(std::move(rows)), order_(order) {}
+  void read(Range rows, Range columns, bf16* out) const override {
+    const auto source = [&](int64_t r) { return r / order_.dim * order_.dim + order_.source(r % order_.dim); };
+    for (int64_t r = rows.begin, end; r < rows.end; r = end) {
+      for (end = r + 1; end < rows.end && source(end) == source(end - 1) + 1;) ++end;
+      rows_->read({source(r), source(r) + end - r}, columns, out + (r - rows.begin) * columns.size());
+    }
+  }
+
+ private:
+  std::unique_ptr<MatrixReader> rows_;
+  HeadOrder order_;
+};
+
+// q_proj or k_proj of a layer, as it is kept.
+std::unique_ptr<MatrixReader> turned_rows(const WeightSource& source, const ModelConfig& model, int layer, const char* what, int64_t rows) {
+  std::unique_ptr<MatrixReader> m = source.matrix(attention_name(layer, what), rows, model.shape.hidden);
+  if (m == nullptr || model.rotary_dim == model.shape.head_dim) return m;
+  return std::make_unique<HeadRows>(std::move(m), HeadOrder{model.shape.head_dim, model.rotary_dim});
+}
+
 SliceMaxima pack_mlp(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& first,
                      std::span<std::byte* const> outs) {
   const MlpCut cut{model.shape.mlps[static_cast<size_t>(first.layer)].intermediate / table.counts().cuts, model.shape.hidden};
   const auto num_cuts = static_cast<int64_t>(outs.size());
   const Range neurons{first.cut * cut.neurons, (first.cut + num_cuts) * cut.neurons}, hidden{0, cut.hidden};
   using Part = WeightSource::ExpertPart;
-  const int expert = first.kind == SliceKind::kExpertCut ? first.index : -1;  // −1: the dense MLP
+  const int expert = expert_of(first);
   const auto gate = source.expert(first.layer, expert, Part::kGate), up = source.expert(first.layer, expert, Part::kUp),
              down = source.expert(first.layer, expert, Part::kDown);
   SliceMaxima most;
@@ -119,7 +157,7 @@ bool has_any(const WeightSource& source, const Slice& slice) {
   if (slice.kind == SliceKind::kAttentionGroup) return has("q_proj.weight") || has("o_proj.weight");
   if (slice.kind == SliceKind::kKvProjection) return has("k_proj.weight") || has("v_proj.weight");
   for (auto part : {WeightSource::ExpertPart::kGate, WeightSource::ExpertPart::kUp, WeightSource::ExpertPart::kDown})
-    if (source.expert(slice.layer, slice.kind == SliceKind::kExpertCut ? slice.index : -1, part) != nullptr) return true;
+    if (source.expert(slice.layer, expert_of(slice), part) != nullptr) return true;
   return false;
 }
 
@@ -133,7 +171,7 @@ SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, co
     const int64_t width = group.heads * s.head_dim, total = int64_t{s.num_heads} * s.head_dim;
     const Range heads{slice.index * width, (slice.index + 1) * width};
     SliceMaxima most;
-    const auto q = source.matrix(attention_name(slice.layer, "q_proj.weight"), total, s.hidden);
+    const auto q = turned_rows(source, model, slice.layer, "q_proj.weight", total);
     const auto o = source.matrix(attention_name(slice.layer, "o_proj.weight"), s.hidden, total);
     most.gate = pack_matrix(q.get(), heads, all, out);
     most.down = pack_matrix(o.get(), all, heads, out + group.q().elements());
@@ -144,7 +182,7 @@ SliceMaxima pack_slices(const WeightSource& source, const ModelConfig& model, co
     const Range head{slice.index * int64_t{s.head_dim}, (slice.index + 1) * int64_t{s.head_dim}};
     const int64_t total = int64_t{s.num_kv_heads} * s.head_dim;
     SliceMaxima most;
-    const auto k = source.matrix(attention_name(slice.layer, "k_proj.weight"), total, s.hidden);
+    const auto k = turned_rows(source, model, slice.layer, "k_proj.weight", total);
     const auto v = source.matrix(attention_name(slice.layer, "v_proj.weight"), total, s.hidden);
     most.gate = pack_matrix(k.get(), head, all, out);
     most.up = pack_matrix(v.get(), head, all, out + projection.k().elements());
@@ -258,7 +296,7 @@ class CheckpointSource final : public WeightSource {
     return located.name.empty() ? nullptr : std::make_unique<StoredReader>(located.matrix);
   }
 
-  // Where a part of an expert lies, checked against the config; expert −1 is the dense MLP. Without a name: a partial source lacks it.
+  // Where a part of an expert lies, checked against the config; shared ones are parts of one MLP, expert −1 is the dense MLP. Without a name: a partial source lacks it.
   struct Located {
     std::string name;
     StoredMatrix matrix;
@@ -268,6 +306,13 @@ class CheckpointSource final : public WeightSource {
     const MlpShape& mlp = model_.shape.mlps[static_cast<size_t>(layer)];
     const bool down = part == ExpertPart::kDown;
     const int64_t rows = down ? hidden : mlp.intermediate, columns = down ? mlp.intermediate : hidden;
+    if (expert >= mlp.num_experts) {
+      const std::string name = layer_name(layer, model_.names->shared_mlp[static_cast<int>(part)]);
+      if (lacks(name)) return {};
+      const int64_t first = int64_t{expert - mlp.num_experts} * mlp.intermediate, width = int64_t{mlp.num_shared} * mlp.intermediate;
+      const Checkpoint::Tensor& t = down ? require(name, {hidden, width}) : require(name, {width, hidden});
+      return {name, {t, down ? first : first * hidden, down ? width : hidden}};
+    }
     const char* const dense[] = {"mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"};
     const char* const pattern = expert < 0 ? nullptr : model_.names->experts[static_cast<int>(part)];
     const std::string fused = spelled(*this, layer, down ? model_.names->fused_down : model_.names->fused_gate_up);
@@ -323,13 +368,22 @@ std::unordered_set<std::string> check_tensors(const CheckpointSource& source, co
     want(attention_name(l, "k_proj.weight"), {kv, s.hidden});
     want(attention_name(l, "v_proj.weight"), {kv, s.hidden});
     want(attention_name(l, "o_proj.weight"), {s.hidden, q});
+    if (model.qkv_bias) {
+      want(attention_name(l, "q_proj.bias"), {q});
+      want(attention_name(l, "k_proj.bias"), {kv});
+      want(attention_name(l, "v_proj.bias"), {kv});
+    }
     if (model.qk_norm) {
       want(attention_name(l, "q_norm.weight"), {s.head_dim});
       want(attention_name(l, "k_norm.weight"), {s.head_dim});
     }
     const MlpShape& mlp = s.mlps[static_cast<size_t>(l)];
-    if (mlp.num_experts > 0) want(spelled(source, l, model.names->router), {mlp.num_experts, s.hidden});
-    for (int e = 0; e < std::max(1, mlp.num_experts); ++e)
+    if (mlp.num_experts > 0) {
+      want(spelled(source, l, model.names->router), {mlp.num_experts, s.hidden});
+      if (model.names->router_bias != nullptr) want(layer_name(l, model.names->router_bias), {mlp.num_experts});
+      if (model.names->shared_gate != nullptr) want(layer_name(l, model.names->shared_gate), {1, s.hidden});
+    }
+    for (int e = 0; e < std::max(1, mlp.all_experts()); ++e)
       for (auto part : {WeightSource::ExpertPart::kGate, WeightSource::ExpertPart::kUp, WeightSource::ExpertPart::kDown})
         used.insert(source.locate(l, mlp.num_experts > 0 ? e : -1, part).name);
   }
@@ -363,10 +417,10 @@ void report_unused(const Checkpoint& checkpoint, const std::unordered_set<std::s
   size_t unused = 0;
   for (const auto& [name, tensor] : checkpoint.tensors()) {
     if (used.count(name) || (model.tie_word_embeddings && name == "lm_head.weight")) continue;
-    if (layer_of(name) >= model.shape.num_layers())
+    if (layer_of(name) >= model.shape.num_layers() + model.num_prediction_layers)
       fail(Code::kUnsupported, "{}: tensor '{}' belongs to layer {}, config.json's num_hidden_layers is {}", tensor.file->name(), name,
            layer_of(name), model.shape.num_layers());
-    if (changes_arithmetic(name))
+    if (changes_arithmetic(name) && layer_of(name) < model.shape.num_layers())
       fail(Code::kUnsupported, "{}: tensor '{}' [{}] would change what the model computes, and {} with {} layers of its config.json does not use it",
            tensor.file->name(), name, fmt::join(tensor.info->shape, ", "), model.family, model.shape.num_layers());
     if (++unused <= kShown) some.push_back(name);
@@ -446,7 +500,9 @@ class DummySource final : public WeightSource {
     const int64_t columns = part == ExpertPart::kDown ? model_.shape.mlps[static_cast<size_t>(layer)].intermediate : model_.shape.hidden;
     return matrix(fmt::format("{}.{}.{}", layer, expert, static_cast<int>(part)), 0, columns);
   }
-  std::vector<float> vector(const std::string&, int64_t size) const override { return std::vector<float>(static_cast<size_t>(size), 1.0f); }
+  std::vector<float> vector(const std::string& name, int64_t size) const override {  // of norms, or a bias
+    return std::vector<float>(static_cast<size_t>(size), name.ends_with("bias") ? 0.0f : 1.0f);
+  }
 
  private:
   ModelConfig model_;
@@ -461,20 +517,32 @@ std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& model, uint64
 
 namespace {
 
+// Of the router and what gates shared experts.
 int64_t router_elements(const ModelConfig& model, int layer) {
   const int experts = model.shape.mlps[static_cast<size_t>(layer)].num_experts;
-  return experts > 0 ? PackedMatrix{experts, model.shape.hidden}.elements() : 0;
+  if (experts == 0) return 0;
+  return PackedMatrix{experts, model.shape.hidden}.elements() + (model.names->shared_gate != nullptr ? PackedMatrix{1, model.shape.hidden}.elements() : 0);
+}
+
+int64_t most_experts(const ModelConfig& model) {
+  int most = 0;
+  for (const MlpShape& mlp : model.shape.mlps) most = std::max(most, mlp.num_experts);
+  return most;
 }
 
 }  // namespace
 
 SharedWeights::SharedWeights(const ModelConfig& model, bool row_major) : model_(model), row_major_(row_major) {
   const auto place = [&](int64_t bytes) { return std::exchange(bytes_, bytes_ + round_up(bytes, 64)); };  // cache lines
-  const int64_t rows_bytes = int64_t{model.vocab_size} * model.shape.hidden * 2;
-  place(row_major ? rows_bytes : PackedMatrix{model.vocab_size, model.shape.hidden}.bytes());
+  const ModelShape& s = model.shape;
+  const int64_t rows_bytes = int64_t{model.vocab_size} * s.hidden * 2;
+  place(row_major ? rows_bytes : PackedMatrix{model.vocab_size, s.hidden}.bytes());
   if (!model.tie_word_embeddings) embedding_ = place(rows_bytes);
-  norms_ = place((model.shape.hidden + model.shape.num_layers() * norm_stride()) * 4);
-  for (int l = 0; l < model.shape.num_layers(); ++l) {
+  q_bias_ = 2 * s.hidden + 2 * s.head_dim;
+  router_bias_ = q_bias_ + (model.qkv_bias ? (s.num_heads + 2 * int64_t{s.num_kv_heads}) * s.head_dim : 0);
+  stride_ = round_up(router_bias_ + (model.names->router_bias != nullptr ? most_experts(model) : 0), 4);
+  norms_ = place((s.hidden + s.num_layers() * stride_) * 4);
+  for (int l = 0; l < s.num_layers(); ++l) {
     const int64_t elements = router_elements(model, l);
     routers_.push_back(elements > 0 ? place(elements * 2) : -1);
   }
@@ -486,7 +554,8 @@ const bf16* SharedWeights::embedding(const std::byte* base) const {
 }
 
 SharedLayer SharedWeights::layer(const std::byte* base, int l) const {
-  const float* norms = final_norm(base) + model_.shape.hidden + l * norm_stride();
+  const ModelShape& s = model_.shape;
+  const float* norms = final_norm(base) + s.hidden + l * stride_;
   SharedLayer out;
   out.input_norm = norms;
   out.post_attention_norm = norms + model_.shape.hidden;
@@ -494,7 +563,15 @@ SharedLayer SharedWeights::layer(const std::byte* base, int l) const {
     out.q_norm = norms + 2 * model_.shape.hidden;
     out.k_norm = out.q_norm + model_.shape.head_dim;
   }
-  if (const int64_t router = routers_[static_cast<size_t>(l)]; router >= 0) out.router = reinterpret_cast<const bf16*>(base + router);
+  if (model_.qkv_bias) {
+    out.q_bias = norms + q_bias_;
+    out.k_bias = out.q_bias + int64_t{s.num_heads} * s.head_dim;
+    out.v_bias = out.k_bias + int64_t{s.num_kv_heads} * s.head_dim;
+  }
+  if (const int64_t router = routers_[static_cast<size_t>(l)]; router >= 0) {
+    out.router = reinterpret_cast<const bf16*>(base + router);
+    if (model_.names->router_bias != nullptr) out.router_bias = norms + router_bias_;
+  }
   return out;
 }
 
@@ -520,20 +597,38 @@ void SharedWeights::load(const WeightSource& source, int worker, int workers, st
   const auto copy = [&](const std::string& name, int64_t size, float* out, float divisor = 1) {
     for (const float v : source.vector(name, size)) *out++ = v / divisor;
   };
+  const auto copy_heads = [&](const std::string& name, int64_t heads, float* out) {  // in the order of q and k
+    const std::vector<float> values = source.vector(name, heads * s.head_dim);
+    const HeadOrder order{s.head_dim, model_.rotary_dim};
+    for (size_t i = 0; i < values.size(); ++i) {
+      const int64_t d = static_cast<int64_t>(i) % s.head_dim;
+      out[i] = values[i - static_cast<size_t>(d) + static_cast<size_t>(order.source(d))];
+    }
+  };
   float* const norms = reinterpret_cast<float*>(memory + norms_);
   if (worker == 0) copy("model.norm.weight", s.hidden, norms, model_.logits_scaling);  // logits are linear in it
   for (int l = worker; l < s.num_layers(); l += workers) {
-    float* base = norms + s.hidden + l * norm_stride();
+    float* base = norms + s.hidden + l * stride_;
     copy(layer_name(l, "input_layernorm.weight"), s.hidden, base);
     copy(layer_name(l, "post_attention_layernorm.weight"), s.hidden, base + s.hidden);
     if (model_.qk_norm) {
-      copy(attention_name(l, "q_norm.weight"), s.head_dim, base + 2 * s.hidden);
-      copy(attention_name(l, "k_norm.weight"), s.head_dim, base + 2 * s.hidden + s.head_dim);
+      copy_heads(attention_name(l, "q_norm.weight"), 1, base + 2 * s.hidden);
+      copy_heads(attention_name(l, "k_norm.weight"), 1, base + 2 * s.hidden + s.head_dim);
+    }
+    if (model_.qkv_bias) {
+      float* const k_bias = base + q_bias_ + int64_t{s.num_heads} * s.head_dim;
+      copy_heads(attention_name(l, "q_proj.bias"), s.num_heads, base + q_bias_);
+      copy_heads(attention_name(l, "k_proj.bias"), s.num_kv_heads, k_bias);
+      copy(attention_name(l, "v_proj.bias"), int64_t{s.num_kv_heads} * s.head_dim, k_bias + int64_t{s.num_kv_heads} * s.head_dim);
     }
     const int experts = s.mlps[static_cast<size_t>(l)].num_experts;
-    if (experts > 0)
-      pack_matrix(source.matrix(spelled(source, l, model_.names->router), experts, s.hidden).get(), {0, experts}, {0, s.hidden},
-                  reinterpret_cast<bf16*>(memory + routers_[static_cast<size_t>(l)]));
+    if (experts == 0) continue;
+    const FamilyDescriptor& names = *model_.names;
+    bf16* const router = reinterpret_cast<bf16*>(memory + routers_[static_cast<size_t>(l)]);
+    pack_matrix(source.matrix(spelled(source, l, names.router), experts, s.hidden).get(), {0, experts}, {0, s.hidden}, router);
+    if (names.shared_gate != nullptr)
+      pack_matrix(source.matrix(layer_name(l, names.shared_gate), 1, s.hidden).get(), {0, 1}, {0, s.hidden}, router + PackedMatrix{experts, s.hidden}.elements());
+    if (names.router_bias != nullptr) copy(layer_name(l, names.router_bias), experts, base + router_bias_);
   }
 }
 

@@ -31,7 +31,7 @@ class WeightSource {
   virtual bool partial() const { return false; }
   // `name` as on disk, of the given shape [rows, columns].
   virtual std::unique_ptr<MatrixReader> matrix(const std::string& name, int64_t rows, int64_t columns) const = 0;
-  // Expert e's gate, up ([I, H]) or down ([H, I]) of layer l; the source knows how they are stored.
+  // Expert e's gate, up ([I, H]) or down ([H, I]) of layer l, shared ones behind the others, −1 the dense MLP; the source knows how they are stored.
   enum class ExpertPart { kGate, kUp, kDown };
   virtual std::unique_ptr<MatrixReader> expert(int layer, int expert, ExpertPart part) const = 0;
   virtual std::vector<float> vector(const std::string& name, int64_t size) const = 0;
@@ -73,10 +73,14 @@ struct SharedLayer {
   const float* post_attention_norm = nullptr;  // [hidden]
   const float* q_norm = nullptr;               // [head_dim] or null
   const float* k_norm = nullptr;
-  const bf16* router = nullptr;                // packed n = num_experts, k = hidden; null for a dense layer
+  const float* q_bias = nullptr;               // of all heads, [heads·head_dim], and of all KV heads; or null
+  const float* k_bias = nullptr;
+  const float* v_bias = nullptr;
+  const bf16* router = nullptr;                // as RouteArgs::w; null for a dense layer
+  const float* router_bias = nullptr;          // [num_experts] or null
 };
 
-// What every rank needs whole: embedding, LM head, norms, routers. One block of memory, read-only, of which ranks that share memory
+// What every rank needs whole: embedding, LM head, norms, biases, routers. One block of memory, read-only, of which ranks that share memory
 // share one copy; this says what lies where in it.
 class SharedWeights {
  public:
@@ -97,11 +101,10 @@ class SharedWeights {
   SharedLayer layer(const std::byte* base, int l) const;
 
  private:
-  int64_t norm_stride() const { return 2 * model_.shape.hidden + 2 * model_.shape.head_dim; }  // floats of one layer
-
   const ModelConfig& model_;
   const bool row_major_;
   int64_t embedding_ = -1, norms_ = 0, bytes_ = 0;  // offsets; −1: tied
+  int64_t q_bias_ = 0, router_bias_ = 0, stride_ = 0;  // floats of one layer: where biases begin behind the norms, and all of them
   std::vector<int64_t> routers_;                    // [layers] offsets; −1: dense
 };
 

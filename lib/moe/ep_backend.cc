@@ -13,14 +13,14 @@ class EpBackend final : public LayerBackend {
 
   PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range* homes, int64_t num_rows,
                       const Lane& lane) const override {
-    if (layer.dense()) {  // every rank owns a dense MLP whole
-      group_rows(rank, layer, rows, lane);
+    if (layer.dense()) {  // every rank owns a dense MLP whole, and shared experts
+      group_rows(rank, layer, rows, rows, lane);
       run_experts(rank, layer, rows, Accumulator::kLocal, lane);
       return rank.comm->local_sum(Accumulator::kLocal);
     }
     route_rows(rank, layer, rows, lane);
     rank.comm->dispatch(homes, lane);
-    group_rows(rank, layer, {0, num_rows}, lane);
+    group_rows(rank, layer, {0, num_rows}, rows, lane);
     run_experts(rank, layer, {0, num_rows}, Accumulator::kMlp, lane);
     return rank.comm->combine(Accumulator::kMlp, homes);
   }

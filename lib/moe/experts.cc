@@ -9,20 +9,21 @@ RouteArgs route_args(const RankContext& rank, const LayerWeights& layer, Range r
   args.rows = rows;
   args.x = b.x_float;
   args.w = layer.router;
-  args.hidden = rank.dims.hidden;
-  args.num_experts = rank.dims.num_experts;
-  args.top_k = rank.dims.top_k;
-  args.renormalise = rank.dims.renormalise;
+  args.hidden = rank.hidden;
+  args.rule = rank.rule;
+  args.bias = layer.router_bias;
   args.ids = b.expert_ids;
   args.weights = b.expert_weights;
   return args;
 }
 
-GroupArgs group_args(const RankContext& rank, const LayerWeights& layer, Range rows) {
+GroupArgs group_args(const RankContext& rank, const LayerWeights& layer, Range rows, Range own) {
   const RankBuffers& b = *rank.buffers;
   GroupArgs args;
   args.rows = rows;
-  args.top_k = rank.dims.top_k;
+  args.choices = rank.rule.choices();
+  args.num_routed = rank.rule.num_experts;
+  args.shared_rows = own;
   args.tokens = rank.tokens;
   args.ids = b.expert_ids;
   args.weights = b.expert_weights;
@@ -41,28 +42,28 @@ void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const 
   rank.ops->route(route_args(rank, layer, rows), lane);
 }
 
-void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
-  rank.ops->group_experts(group_args(rank, layer, rows), lane);
+void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, Range own, const Lane& lane) {
+  rank.ops->group_experts(group_args(rank, layer, rows, own), lane);
 }
 
 void route_and_group(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
-  if (rank.ops->route_group != nullptr) return rank.ops->route_group({route_args(rank, layer, rows), group_args(rank, layer, rows)}, lane);
+  if (rank.ops->route_group != nullptr) return rank.ops->route_group({route_args(rank, layer, rows), group_args(rank, layer, rows, rows)}, lane);
   route_rows(rank, layer, rows, lane);
   rank.comm->rank_barrier();
-  group_rows(rank, layer, rows, lane);
+  group_rows(rank, layer, rows, rows, lane);
 }
 
 void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accumulator sum, const Lane& lane) {
   const RankBuffers& b = *rank.buffers;
   rank.comm->rank_barrier();  // the pairs before every thread's use of them
   ExpertsArgs args;
-  args.hidden = rank.dims.hidden;
+  args.hidden = rank.hidden;
   args.neurons_per_cut = layer.neurons_per_cut;
   args.num_cuts = layer.num_cuts;
   args.num_experts = layer.num_local_experts;
   args.begins = b.begins;
   args.cuts = layer.cuts;
-  args.max_pairs = rows.size() * (layer.dense() ? 1 : rank.dims.top_k);
+  args.max_pairs = rows.size() * (layer.dense() ? 1 : rank.rule.choices());
   args.pair_rows = b.pair_rows;
   args.pair_weights = b.pair_weights;
   args.x = b.x;

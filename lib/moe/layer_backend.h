@@ -19,12 +19,12 @@ struct RankBuffers {
   float* qkv = nullptr;           // q [max_rows, heads·head_dim], then k and v [max_rows, kv_heads·head_dim]
   bf16* q = nullptr;              // [max_rows, heads·head_dim]
   bf16* attention = nullptr;      // [max_rows, heads·head_dim]
-  int32_t* expert_ids = nullptr;  // [max_rows, top_k]
+  int32_t* expert_ids = nullptr;  // [max_rows, choices]
   float* expert_weights = nullptr;
   int32_t* begins = nullptr;      // [experts + 1] and
-  int32_t* pair_rows = nullptr;   // [max_rows·top_k] and
-  float* pair_weights = nullptr;  // [max_rows·top_k]: pairs grouped by local expert
-  std::byte* act = nullptr;       // [max_rows·top_k, local padded neurons] as Ops::act_bytes has it
+  int32_t* pair_rows = nullptr;   // [max_rows·choices] and
+  float* pair_weights = nullptr;  // [max_rows·choices]: pairs grouped by local expert
+  std::byte* act = nullptr;       // [max_rows·choices, local padded neurons] as Ops::act_bytes has it
   bf16* head_x = nullptr;         // [max_logit_rows, hidden]
   ExactSum sums[kNumAccumulators];               // by Accumulator; scale and limit are set per layer
   // Cleared when a step begins: the flags of all sums, and
@@ -33,18 +33,13 @@ struct RankBuffers {
   int32_t* experts_reached = nullptr;            // local experts with rows, summed over layers
 };
 
-struct MlpDims {
-  int64_t hidden = 0;
-  int32_t num_experts = 0, top_k = 0;
-  bool renormalise = false;
-};
-
 // What a backend needs of its rank.
 struct RankContext {
   const Ops* ops = nullptr;
   Communicator* comm = nullptr;
   RankBuffers* buffers = nullptr;
-  MlpDims dims;
+  int64_t hidden = 0;
+  RouteRule rule;
   Device* device = nullptr;
   int32_t* routes = nullptr;        // [layers, max_rows, top_k] of the host's, where rank 0 leaves every row's experts; else null
   const int32_t* tokens = nullptr;  // of a step that is filled up, whose rows of token −1 choose no experts; else null
@@ -68,9 +63,9 @@ const LayerBackend& ep_backend();
 
 // Pieces both use.
 void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
-// By expert, or as one dense MLP; once every row's choices are there.
-void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
-// Both, where no choices of other ranks come between.
+// By expert, or as one dense MLP; once every row's choices are there. own: the rows that go through shared experts here.
+void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, Range own, const Lane& lane);
+// Both, of the rank's own rows, where no choices of other ranks come between.
 void route_and_group(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
 // Adds the MLP outputs of `rows`, which were grouped, into the sum, cleared over `rows` first.
 void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accumulator sum, const Lane& lane);

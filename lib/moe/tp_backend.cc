@@ -14,7 +14,7 @@ class TpBackend final : public LayerBackend {
 
   PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range*, int64_t num_rows,
                       const Lane& lane) const override {
-    if (layer.dense()) group_rows(rank, layer, rows, lane);
+    if (layer.dense()) group_rows(rank, layer, rows, rows, lane);
     else route_and_group(rank, layer, rows, lane);
     run_experts(rank, layer, rows, Accumulator::kMlp, lane);
     return rank.comm->all_reduce(Accumulator::kMlp, num_rows);

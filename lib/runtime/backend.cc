@@ -20,7 +20,7 @@ void check_for_gpu(const EngineConfig& config, const ModelConfig& model) {
   at_most("num_key_value_heads", s.num_kv_heads, kGpuMaxKvHeads);
   at_most("vocab_size", model.vocab_size, kGpuMaxVocab);
   at_most("max_context", config.max_context, kGpuMaxContext);
-  for (const MlpShape& mlp : s.mlps) at_most("num_experts", mlp.num_experts, kGpuMaxExperts);
+  for (const MlpShape& mlp : s.mlps) at_most("the number of a layer's experts", mlp.all_experts(), kGpuMaxExperts);
 }
 
 }  // namespace

@@ -50,7 +50,7 @@ int64_t Readings::place(const WorkspaceShape& shape, int64_t vocab, int ranks, s
   };
   take(logits, shape.max_logit_rows * vocab);
   take(chosen, shape.max_logit_rows);
-  take(choices, shape.max_rows * shape.top_k);
+  take(choices, shape.max_rows * shape.choices);
   take(experts_reached, ranks);
   return at;
 }
@@ -86,7 +86,7 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
     tables_.emplace_back(*device_, r, step_limits(shape_, config_));
     exchange_.push_back(workspaces_.back()->exchange());
   }
-  const ExchangeWidths widths{shape_.hidden, shape_.top_k, shape_.logit_columns, config_.fast(), config_.two_shot_bytes};
+  const ExchangeWidths widths{shape_.hidden, shape_.choices, shape_.logit_columns, config_.fast(), config_.two_shot_bytes};
   for (int r = 0; r < config_.ranks; ++r) {
     if (device_->collectives() == nullptr) comms_.push_back(std::make_unique<LocalCommunicator>(world_, *device_, r, exchange_, widths));
     else comms_.push_back(std::make_unique<CollectiveCommunicator>(world_, *device_, r, exchange_[static_cast<size_t>(r)], widths));
@@ -95,7 +95,8 @@ Engine::Impl::Impl(const ModelFiles& files, const EngineConfig& config)
     context.comm = comms_.back().get();
     context.buffers = &workspaces_[r]->buffers;
     context.device = device_.get();
-    context.dims = {shape_.hidden, static_cast<int32_t>(shape_.num_experts), model_.top_k, model_.norm_topk_prob};
+    context.hidden = shape_.hidden;
+    context.rule = route_rule(model_, shape_);
     executors_.push_back(std::make_unique<RankExecutor>(store_.forward(r), store_.tables(r), context));
   }
   compare_ranks();

@@ -74,18 +74,19 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   s.num_heads = model.shape.num_heads;
   s.num_kv_heads = model.shape.num_kv_heads;
   s.head_dim = model.shape.head_dim;
-  s.top_k = std::max(1, model.top_k);
-  OpLimits limits{s.max_rows, s.hidden, s.head_dim, s.num_heads, 1, s.top_k};
+  s.choices = std::max(1, model.top_k + model.num_shared);
+  OpLimits limits{s.max_rows, s.hidden, s.head_dim, s.num_heads, 1, s.choices};
   for (const MlpShape& mlp : model.shape.mlps) {
     const int64_t width = MlpCut{mlp.intermediate / counts.cuts, s.hidden}.padded() * counts.cuts;
-    const int64_t pairs = s.max_rows * (mlp.num_experts > 0 ? s.top_k : 1);
+    const int64_t pairs = s.max_rows * (mlp.num_experts > 0 ? s.choices : 1);
     s.max_act_bytes = std::max(s.max_act_bytes, ops.act_bytes(pairs, width));
     s.max_pairs = std::max(s.max_pairs, pairs);
     s.num_experts = std::max<int64_t>(s.num_experts, mlp.num_experts);
+    s.all_experts = std::max<int64_t>(s.all_experts, mlp.all_experts());
   }
-  limits.num_experts = std::max<int64_t>(1, s.num_experts);
+  limits.num_experts = s.all_experts + 1;  // a shared expert's gate
   limits.row_major = row_major_head(config);
-  s.mlp_addends = s.top_k * counts.cuts;
+  s.mlp_addends = s.choices * counts.cuts;
   s.attention_addends = counts.head_groups;
   s.threads = threads;
   s.scratch_bytes = ops.scratch_bytes(limits);
@@ -93,6 +94,18 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   if (!device.host_memory()) s.logit_columns = div_up(div_up(model.vocab_size, kTile), config.ranks) * kTile;
   if (device.collectives() != nullptr) s.collected_rows = div_up(s.max_logit_rows, config.ranks) * config.ranks;
   return s;
+}
+
+RouteRule route_rule(const ModelConfig& model, const WorkspaceShape& shape) {
+  RouteRule rule;
+  rule.num_experts = static_cast<int32_t>(shape.num_experts);
+  rule.top_k = model.top_k;
+  rule.num_shared = model.num_shared;
+  rule.gates_shared = model.names->shared_gate != nullptr;
+  rule.sigmoid = model.names->router_bias != nullptr;
+  rule.renormalise = model.norm_topk_prob;
+  rule.scale = model.routed_scaling_factor;
+  return rule;
 }
 
 StepLimits step_limits(const WorkspaceShape& shape, const EngineConfig& config) {

@@ -33,6 +33,7 @@ EngineConfig complete(EngineConfig config, const ModelConfig& model);           
 PolicyLimits policy_limits(const EngineConfig& config);
 int threads_per_rank(const EngineConfig& config, const ModelConfig& model);      // of a complete config; checks the ranks
 WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& config, int threads, Device& device);
+RouteRule route_rule(const ModelConfig& model, const WorkspaceShape& shape);
 StepLimits step_limits(const WorkspaceShape& shape, const EngineConfig& config);
 int64_t workspace_bytes(const Device& device, const WorkspaceShape& shape, const ModelConfig& model, const EngineConfig& config);
 
@@ -47,7 +48,7 @@ class Readings {
 
   float* logits = nullptr;             // [logit group, vocab]
   int32_t* chosen = nullptr;           // [logit group] tokens that the device chose
-  int32_t* choices = nullptr;          // [rows, top_k] experts, of the last MoE layer
+  int32_t* choices = nullptr;          // [rows, choices] experts, of the last MoE layer
   int32_t* experts_reached = nullptr;  // [ranks]
 
  private:
@@ -153,7 +154,7 @@ class Engine::Impl {
   Sequence& sequence_that_keeps(uint64_t request, int32_t sample, const char* key, bool RequestSpec::*wanted);
   void make_records();
   void keep_routes(const ScheduledChunk& chunk);
-  int64_t route_width() const { return model_.shape.num_layers() * int64_t{shape_.top_k}; }
+  int64_t route_width() const { return model_.shape.num_layers() * int64_t{model_.top_k}; }
   void fail_everything(std::string_view why);
   void count_moved(const Event& event);
   void emit(Event&& event);

@@ -261,7 +261,7 @@ void Engine::Impl::count_prompt_tokens() {
 void Engine::Impl::measure_exchanges() {
   const int64_t row_pairs = plan_.num_rows() * (config_.ranks - 1);
   const int64_t sum = shape_.hidden * static_cast<int64_t>(config_.fast() ? sizeof(float) : sizeof(int64_t));
-  const int64_t row = shape_.hidden * static_cast<int64_t>(sizeof(bf16)) + shape_.top_k * static_cast<int64_t>(sizeof(int32_t) + sizeof(float));
+  const int64_t row = shape_.hidden * static_cast<int64_t>(sizeof(bf16)) + shape_.choices * static_cast<int64_t>(sizeof(int32_t) + sizeof(float));
   int64_t all_reduce = 0, all_to_all = 0;
   for (int l = 0; l < model_.shape.num_layers(); ++l)
     if (l < plan_.shape.seam) all_reduce += 2 * row_pairs * config_.ranks * sum;
@@ -282,10 +282,10 @@ void Engine::Impl::measure_expert_load() {
   if (layer < 0 || choices == 0) return;
   std::fill(expert_rows_.begin(), expert_rows_.end(), 0);
   for (size_t h = 0; h < plan_.shape.homes.size(); ++h) {  // where the shape has them, among rows that fill the step up
-    const int64_t first = (plan_.shape.homes[h].begin + shape_now_->row_shift(plan_.shape, h)) * model_.top_k;
-    const int64_t num = plan_.shape.homes[h].size() * model_.top_k;
+    const int64_t first = (plan_.shape.homes[h].begin + shape_now_->row_shift(plan_.shape, h)) * shape_.choices;
+    const int64_t num = plan_.shape.homes[h].size() * shape_.choices;
     for (int64_t i = first; i < first + num; ++i)
-      if (const auto e = static_cast<size_t>(readings_.choices[i]); e < expert_rows_.size()) ++expert_rows_[e];  // a NaN row may have none
+      if (const auto e = static_cast<size_t>(readings_.choices[i]); e < expert_rows_.size()) ++expert_rows_[e];  // shared experts have every row
   }
   const int32_t most = *std::max_element(expert_rows_.begin(), expert_rows_.end());
   const double experts = model_.shape.mlps[static_cast<size_t>(layer)].num_experts;
@@ -369,7 +369,7 @@ void Engine::Impl::read_counts(int rank) {
     device_->read(rank, to, bytes, from, bytes, bytes, 1);
   };
   read(readings_.experts_reached + rank, b.experts_reached, 1);
-  if (rank == 0 && last_moe_layer() >= 0) read(readings_.choices, b.expert_ids, shape_now_->num_rows * model_.top_k);
+  if (rank == 0 && last_moe_layer() >= 0) read(readings_.choices, b.expert_ids, shape_now_->num_rows * shape_.choices);
 }
 
 void Engine::Impl::sample_row(const LogitRow& row, const float* logits, int32_t chosen, int lane) {
@@ -398,7 +398,7 @@ void Engine::Impl::accept_tokens() {
 void Engine::Impl::keep_routes(const ScheduledChunk& chunk) {
   Sequence& s = *chunk.sequence;
   const auto* const routes = reinterpret_cast<const int32_t*>(routes_.data());
-  const int64_t first = s.computed - chunk.num_rows, top_k = shape_.top_k;
+  const int64_t first = s.computed - chunk.num_rows, top_k = model_.top_k;
   for (int64_t p = std::max(first, s.routes.kept); p < s.computed; ++p) {
     int16_t* out = s.routes.at(p, route_width());
     for (int l = 0; l < model_.shape.num_layers(); ++l, out += top_k) {

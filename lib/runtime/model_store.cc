@@ -35,9 +35,9 @@ SliceCounts bounded_slice_counts(const ModelShape& shape, int slices_per_expert)
   int experts = 0;
   double bytes = 0;
   for (const MlpShape& mlp : shape.mlps) {
-    slices += counts.head_groups + shape.num_kv_heads + int64_t{std::max(1, mlp.num_experts)} * counts.cuts;
-    experts = std::max(experts, mlp.num_experts);
-    bytes += 6.0 * std::max(1, mlp.num_experts) * mlp.intermediate * shape.hidden;
+    slices += counts.head_groups + shape.num_kv_heads + int64_t{std::max(1, mlp.all_experts())} * counts.cuts;
+    experts = std::max(experts, mlp.all_experts());
+    bytes += 6.0 * std::max(1, mlp.all_experts()) * mlp.intermediate * shape.hidden;
     bytes += 4.0 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim * shape.hidden;
   }
   if (slices > kMaxSlices || bytes > kMaxWeightBytes)
@@ -57,7 +57,7 @@ std::unique_ptr<WeightSource> open_weights(const ModelFiles& files, const ModelC
   return config.dummy_weights ? make_dummy_source(model, config.seed) : open_checkpoint(files, model, warn);
 }
 
-bool is_mlp(const Slice& slice) { return slice.kind == SliceKind::kExpertCut || slice.kind == SliceKind::kDenseCut; }
+bool is_mlp(const Slice& slice) { return slice.kind != SliceKind::kAttentionGroup && slice.kind != SliceKind::kKvProjection; }
 
 int64_t rope_bytes(const ModelConfig& model, int64_t positions) {
   return positions * model.shape.head_dim * static_cast<int64_t>(sizeof(float));  // a cosine and a sine for each half
@@ -68,11 +68,12 @@ int64_t served_positions(const EngineConfig& config, int64_t tp_pages, int64_t e
   return std::min(config.max_context, std::min(tp_pages, ep_pages) * config.page_tokens);
 }
 
-// cos and sin of position · theta^(−2i/d), the angle in float as Hugging Face computes it.
+// cos and sin of position · theta^(−2i/d), the angle in float as Hugging Face computes it, d the dimensions that are turned; others by no angle.
 void fill_rope(const ModelConfig& model, int64_t positions, float* out) {
   const int64_t half = model.shape.head_dim / 2;
   for (int64_t i = 0; i < half; ++i) {
-    const auto frequency = static_cast<float>(1.0 / std::pow(model.rope_theta, 2.0 * static_cast<double>(i) / model.shape.head_dim));
+    const bool turns = 2 * i < model.rotary_dim;
+    const auto frequency = turns ? static_cast<float>(1.0 / std::pow(model.rope_theta, 2.0 * static_cast<double>(i) / model.rotary_dim)) : 0.0f;
     for (int64_t p = 0; p < positions; ++p) {
       const float angle = static_cast<float>(p) * frequency;
       out[p * 2 * half + i] = static_cast<float>(std::cos(static_cast<double>(angle)));
@@ -153,7 +154,7 @@ std::vector<std::byte*> ModelStore::arenas() const {
 // Lists have a pointer for each cut of the rank and a number for each expert, in both layouts. ep_pages: of each home.
 int64_t ModelStore::most_table_bytes(int64_t tp_pages, int64_t ep_pages) const {
   int64_t experts = 0, most = 0;
-  for (const MlpShape& mlp : model_.shape.mlps) experts += 2 * (mlp.num_experts * int64_t{sizeof(int32_t)} + 2 * Lists::kAlign);
+  for (const MlpShape& mlp : model_.shape.mlps) experts += 2 * (mlp.all_experts() * int64_t{sizeof(int32_t)} + 2 * Lists::kAlign);
   for (int r = 0; r < world_.ranks(); ++r) {
     int64_t owned = 0;
     for (const Owners* owners : {&tp_, &ep_})
@@ -283,7 +284,7 @@ std::vector<ModelStore::Scales> ModelStore::load(const WeightSource& source, int
 
   std::mutex mutex;  // of everything below
   std::vector<std::vector<SliceMaxima>> maxima;
-  for (const MlpShape& mlp : model_.shape.mlps) maxima.emplace_back(static_cast<size_t>(1 + std::max(1, mlp.num_experts)));
+  for (const MlpShape& mlp : model_.shape.mlps) maxima.emplace_back(static_cast<size_t>(1 + std::max(1, mlp.all_experts())));
   const std::vector<std::vector<bool>> touched = touched_by(source);
   int64_t total = shared_end - shared_begin, done = 0;
   for (int l = 0; l < model_.shape.num_layers(); ++l)
@@ -362,11 +363,15 @@ std::vector<ModelStore::Scales> ModelStore::scales_of(const std::byte* shared) c
     const SliceMaxima& attention = maxima_[l][0];
     SliceMaxima mlp;
     for (size_t i = 1; i < maxima_[l].size(); ++i) mlp.include(maxima_[l][i]);
-    const float* norm = shared_.layer(shared, l).input_norm;
-    float largest_norm = 0;
-    for (int64_t i = 0; i < model_.shape.hidden; ++i) largest_norm = std::max(largest_norm, std::fabs(norm[i]));
-    scales.push_back({std::ldexp(1.0f, value_exponent(attention, model_, largest_norm)),
-                      std::ldexp(1.0f, attention_exponent(attention, model_, l)), std::ldexp(1.0f, mlp_exponent(mlp, model_, l))});
+    const SharedLayer whole = shared_.layer(shared, l);
+    const auto largest = [](const float* values, int64_t n) {
+      float most = 0;
+      for (int64_t i = 0; values != nullptr && i < n; ++i) most = std::max(most, std::fabs(values[i]));
+      return most;
+    };
+    const float norm = largest(whole.input_norm, model_.shape.hidden), bias = largest(whole.v_bias, model_.shape.num_kv_heads * int64_t{model_.shape.head_dim});
+    scales.push_back({std::ldexp(1.0f, value_exponent(attention, model_, norm, bias)), std::ldexp(1.0f, attention_exponent(attention, model_, bias)),
+                      std::ldexp(1.0f, mlp_exponent(mlp, model_, l))});
   }
   return scales;
 }
@@ -432,8 +437,10 @@ void ModelStore::fill_table(int page_tokens, int rank, Layout layout, int l, Lay
     return reinterpret_cast<const bf16*>(ranks_[rank]->arena.data() + arena_.slice_offset(rank, layout, l, slice));
   };
   w.heads_of_kv.assign(kv_heads.size(), Range{});
+  int first_group = counts_.head_groups;
   for (int a = 0; a < counts_.head_groups; ++a) {
     if (!owns(slices_.attention(a))) continue;
+    first_group = std::min(first_group, a);
     const bf16* q = at(slices_.attention(a));
     w.q.push_back(q);
     w.o.push_back({q + group.q().elements(), w.num_heads * int64_t{model.shape.head_dim}});
@@ -455,8 +462,8 @@ void ModelStore::fill_table(int page_tokens, int rank, Layout layout, int l, Lay
   const MlpShape& mlp = model.shape.mlps[static_cast<size_t>(l)];
   w.neurons_per_cut = mlp.intermediate / counts_.cuts;
   const auto slice_of = [&](int e, int s) { return mlp.num_experts > 0 ? slices_.expert_cut(e, s) : slices_.dense_cut(s); };
-  local_of_expert.assign(static_cast<size_t>(mlp.num_experts), -1);
-  for (int e = 0; e < std::max(1, mlp.num_experts); ++e) {
+  local_of_expert.assign(static_cast<size_t>(mlp.all_experts()), -1);
+  for (int e = 0; e < std::max(1, mlp.all_experts()); ++e) {
     int32_t num_cuts = 0;
     for (int s = 0; s < counts_.cuts; ++s)
       if (owns(slice_of(e, s))) cuts.push_back(at(slice_of(e, s))), ++num_cuts;
@@ -468,9 +475,16 @@ void ModelStore::fill_table(int page_tokens, int rank, Layout layout, int l, Lay
   const SharedLayer shared = shared_.layer(ranks_[rank]->shared, l);
   w.input_norm = shared.input_norm;
   w.post_attention_norm = shared.post_attention_norm;
+  if (shared.q_bias != nullptr) {  // a rank's heads and KV heads lie side by side
+    const int64_t group_width = int64_t{heads_per_group} * model.shape.head_dim, kv_begin = kv_heads.front() * int64_t{model.shape.head_dim};
+    w.q_bias = shared.q_bias + first_group * group_width;
+    w.k_bias = shared.k_bias + kv_begin;
+    w.v_bias = shared.v_bias + kv_begin;
+  }
   w.q_norm = shared.q_norm;
   w.k_norm = shared.k_norm;
   w.router = shared.router;
+  w.router_bias = shared.router_bias;
 }
 
 }  // namespace moebius

@@ -67,6 +67,9 @@ void RankExecutor::attend(const StepShape& shape, const StepView& view, const La
   rope.q = q;
   rope.k = k;
   rope.v = v;
+  rope.q_bias = layer.q_bias;
+  rope.k_bias = layer.k_bias;
+  rope.v_bias = layer.v_bias;
   rope.q_norm = layer.q_norm;
   rope.k_norm = layer.k_norm;
   rope.eps = model_.eps;
@@ -159,8 +162,10 @@ void RankExecutor::forward(const StepShape& shape, const StepView& view, const L
 // In either layout a rank has every row's choices when it has run the MLP, until the next layer's router.
 void RankExecutor::keep_routes(int32_t layer, int64_t num_rows) {
   const RankBuffers& b = *context_.buffers;
-  const int64_t row = context_.dims.top_k * static_cast<int64_t>(sizeof(int32_t));
-  context_.device->read(context_.comm->rank(), context_.routes + layer * b.max_rows * context_.dims.top_k, row, b.expert_ids, row, row, num_rows);
+  const RouteRule& rule = context_.rule;
+  const auto bytes = [](int32_t ids) { return ids * static_cast<int64_t>(sizeof(int32_t)); };
+  context_.device->read(context_.comm->rank(), context_.routes + layer * b.max_rows * rule.top_k, bytes(rule.top_k), b.expert_ids, bytes(rule.choices()),
+                        bytes(rule.top_k), num_rows);
 }
 
 Range RankExecutor::columns() const {

@@ -19,9 +19,9 @@ int64_t Workspace::lay_out(const WorkspaceShape& s, std::byte* base) {
   take(b.qkv, s.max_rows * (q_width + 2 * kv_width));
   take(b.q, s.max_rows * q_width);
   take(b.attention, s.max_rows * q_width);
-  take(b.expert_ids, s.max_rows * s.top_k);
-  take(b.expert_weights, s.max_rows * s.top_k);
-  take(b.begins, s.num_experts + 2);  // a dense MLP counts as one
+  take(b.expert_ids, s.max_rows * s.choices);
+  take(b.expert_weights, s.max_rows * s.choices);
+  take(b.begins, s.all_experts + 2);  // a dense MLP counts as one
   take(b.pair_rows, s.max_pairs);
   take(b.pair_weights, s.max_pairs);
   take(b.act, s.max_act_bytes);

@@ -9,9 +9,9 @@ namespace moebius {
 
 struct WorkspaceShape {
   int64_t max_rows = 0, max_logit_rows = 0;
-  int64_t hidden = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, top_k = 0;
+  int64_t hidden = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, choices = 0;
   int64_t max_act_bytes = 0;      // rows·choices × padded neurons that a rank may have, over layers and layouts
-  int64_t max_pairs = 0, num_experts = 0;
+  int64_t max_pairs = 0, num_experts = 0, all_experts = 0;  // of a layer, without and with shared ones
   int64_t logit_columns = 0;      // of its share of the vocabulary, where it keeps logits itself (not in the host's memory)
   int64_t collected_rows = 0;     // logit rows with all shares that it collects from ranks whose memory it does not read
   int64_t mlp_addends = 0, attention_addends = 0;

@@ -152,7 +152,7 @@ TEST_CASE("attention: a row's bits depend on its position alone") {
   }
 }
 
-TEST_CASE("rope_attention: the bits of rope_store and attention one after the other, of rows and of K and V") {
+TEST_CASE("rope_attention: the bits of rope_store and attention one after the other, of rows and of K and V, with norms and biases or without") {
   Random random(6);
   struct Trial {
     Shape shape;
@@ -173,7 +173,8 @@ TEST_CASE("rope_attention: the bits of rope_store and attention one after the ot
       const auto width = static_cast<size_t>(heads * dim), kv_width = static_cast<size_t>(shape.kv_heads * dim);
       std::vector<float> q_values = random.floats(rows * width), v_values = random.floats(rows * kv_width);
       q_values[3 * width + 1] = NAN, v_values[1] = NAN;
-      const Array<float> q(q_values), k(random.floats(rows * kv_width)), v(v_values), norm(random.floats(static_cast<size_t>(2 * dim + 2)));
+      const Array<float> q(q_values), k(random.floats(rows * kv_width)), v(v_values), norm(random.floats(static_cast<size_t>(2 * dim + 2))),
+          bias(random.floats(width + 2 * kv_width));
       const Array<float> table(random.floats(static_cast<size_t>(longest * dim)));
       std::vector<Array<int32_t>> pages;
       std::vector<RowPlace> places(rows);
@@ -196,6 +197,7 @@ TEST_CASE("rope_attention: the bits of rope_store and attention one after the ot
         RopeAttentionArgs args;
         args.rope = {{0, static_cast<int64_t>(rows)}, places_there.get(), heads, q.get(), k.get(), v.get(), norms ? norm.get() + 2 : no_norm,
                      norms ? norm.get() + 2 + dim : no_norm, 1e-6f, table.get(), q_out.get(), 0.5f, view};
+        if (norms) args.rope.q_bias = bias.get(), args.rope.k_bias = bias.get() + width, args.rope.v_bias = bias.get() + width + kv_width;
         args.attention = {static_cast<int>(rows), chunks_there.get(), static_cast<int64_t>(rows), longest, heads, heads_of_kv.data(),
                           1.0f / std::sqrt(static_cast<float>(dim)), 0.5f, q_out.get(), out.get(), view};
         const Ops& ops = test_device().ops();

@@ -8,7 +8,7 @@
 namespace moebius::test {
 TEST_CASE("any number of ranks, either layout and every seam give the same bits", "[engine]") {
   int64_t turn = 0;
-  for (const std::string& model : {kQwen, kDense, kMixtral, kGranite}) {
+  for (const std::string& model : {kQwen, kDense, kMixtral, kQwen2, kGlm, kGranite}) {
     Script script = short_script();
     const Outcome expected = run_script(model, device_config(1, Layout::kTp), script);
     REQUIRE(expected.outputs.at("a").logits.size() == (19 + 4 - 1) * 512u);

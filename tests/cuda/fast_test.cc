@@ -27,7 +27,7 @@ TEST_CASE("fast: any number of ranks, either layout, seams and switches stay nea
     double bf16_error;
   };
   int64_t turn = 0;
-  for (const Case& c : {Case{kQwen, 0.0333}, Case{kDense, 0.0354}, Case{kMixtral, 0.0317}, Case{kGranite, 0.0176}}) {
+  for (const Case& c : {Case{kQwen, 0.0333}, Case{kDense, 0.0354}, Case{kMixtral, 0.0317}, Case{kQwen2, 0.0262}, Case{kGlm, 0.0488}, Case{kGranite, 0.0176}}) {
     Script script;
     script.requests.push_back({greedy_request("a", prompt_of(1, 25), 6, true)});
     const std::vector<float> expected = run_script(c.model, device_config(1, Layout::kTp), script).outputs.at("a").logits;

@@ -7,6 +7,17 @@
 
 namespace moebius {
 
+// Rules of families: those of softmax, and of sigmoids with biases, with shared experts that are gated or not.
+RouteRule rule_of(int experts, int top_k, int kind) {
+  RouteRule rule;
+  rule.num_experts = experts;
+  rule.top_k = top_k;
+  rule.renormalise = kind != 0;
+  if (kind == 2) rule.num_shared = 4, rule.gates_shared = true;
+  if (kind == 3) rule.num_shared = 1, rule.sigmoid = true, rule.scale = 2.5f;
+  return rule;
+}
+
 TEST_CASE("route: the CPU's choices where they are clear, its weights, ties to the lower index, NaN last") {
   Random random(9);
   struct Shape {
@@ -15,26 +26,32 @@ TEST_CASE("route: the CPU's choices where they are clear, its weights, ties to t
   // From 32 rows on they are taken by eights; the last three have more pairs of k than are loaded at once, or more choices than a warp has lanes.
   for (const Shape& s : {Shape{4, 2, 16, 1}, Shape{16, 4, 100, 70}, Shape{60, 6, 64, 5}, Shape{128, 8, 64, 33}, Shape{200, 8, 30, 9}, Shape{512, 10, 16, 3},
                          Shape{8, 2, 2130, 32}, Shape{256, 8, 1024, 9}, Shape{60, 40, 600, 39}}) {
-    const PackedMatrix m{s.experts, s.hidden};
+    const PackedMatrix m{s.experts, s.hidden}, gate{1, s.hidden};
     const float size = 4 / std::sqrt(static_cast<float>(s.hidden));  // logits of about 4
-    std::vector<bf16> w(static_cast<size_t>(m.elements()), 0);
+    std::vector<bf16> w(static_cast<size_t>(m.elements() + gate.elements()), 0);
     for (int e = 0; e < s.experts; ++e)
       for (int k = 0; k < s.hidden; ++k) w[static_cast<size_t>(m.index(e, k))] = to_bf16(random.normal() * size);
     for (int k = 0; k < s.hidden; ++k) w[static_cast<size_t>(m.index(3, k))] = w[static_cast<size_t>(m.index(1, k))];  // experts 1 and 3 tie
-    std::vector<float> x = random.floats(static_cast<size_t>(s.rows * s.hidden));
+    for (int k = 0; k < s.hidden; ++k) w[static_cast<size_t>(m.elements() + gate.index(0, k))] = to_bf16(random.normal() * size);
+    std::vector<float> x = random.floats(static_cast<size_t>(s.rows * s.hidden)), bias = random.floats(static_cast<size_t>(s.experts));
+    bias[3] = bias[1];
     if (s.rows > 4) x[static_cast<size_t>(4 * s.hidden)] = NAN;
-    const Array<float> x_there(x);
+    const Array<float> x_there(x), bias_there(bias);
     const Array<bf16> w_there(w);
-    Lanes lanes({s.rows, s.hidden, 16, 1, s.experts, s.top_k});
-    const auto pairs = static_cast<size_t>(s.rows * s.top_k);
-    for (const bool renormalise : {false, true}) {
+    for (const int kind : {0, 1, 2, 3}) {
+      const RouteRule rule = rule_of(s.experts, s.top_k, kind);
+      const int choices = rule.choices();
+      const bool biased = kind == 3;
+      INFO("experts " << s.experts << ", rule " << kind);
+      Lanes lanes({s.rows, s.hidden, 16, 1, s.experts + 1, choices});
+      const auto pairs = static_cast<size_t>(s.rows * choices);
       std::vector<int32_t> ids(pairs);
       std::vector<float> weights(pairs);
-      reference().route({{0, s.rows}, x.data(), w.data(), s.hidden, s.experts, s.top_k, renormalise, ids.data(), weights.data()}, lanes.host);
+      reference().route({{0, s.rows}, x.data(), w.data(), s.hidden, rule, biased ? bias.data() : nullptr, ids.data(), weights.data()}, lanes.host);
       const auto on_device = [&](Range rows, std::vector<int32_t>& out_ids, std::vector<float>& out_weights) {
         const Array<int32_t> ids_there(pairs);
         const Array<float> weights_there(pairs);
-        test_device().ops().route({rows, x_there.get(), w_there.get(), s.hidden, s.experts, s.top_k, renormalise, ids_there.get(), weights_there.get()},
+        test_device().ops().route({rows, x_there.get(), w_there.get(), s.hidden, rule, biased ? bias_there.get() : nullptr, ids_there.get(), weights_there.get()},
                                   lanes.device);
         out_ids = ids_there.values(), out_weights = weights_there.values();
       };
@@ -48,24 +65,25 @@ TEST_CASE("route: the CPU's choices where they are clear, its weights, ties to t
           REQUIRE(all_ids[i] == ids[i]);
           continue;
         }
-        // Logits differ by some 2^−24 · √hidden of sizes near 4; ids may change places only where weights are as near as that.
+        // Logits differ by some 2^−24 · √hidden of sizes near 4; ids may change places only where weights are as near as that. (With biases
+        // weights do not say how near: there all ids are those of the CPU.)
         const double close = 1e-4;
         REQUIRE(std::fabs(all_weights[i] - weights[i]) <= close * (1e-3 + weights[i]));
         if (all_ids[i] != ids[i]) {
-          const bool next_is_near = (i + 1) % static_cast<size_t>(s.top_k) == 0 || std::fabs(weights[i + 1] - weights[i]) <= close * weights[i];
-          const bool last_is_near = i % static_cast<size_t>(s.top_k) != 0 && std::fabs(weights[i - 1] - weights[i]) <= close * weights[i];
-          REQUIRE((next_is_near || last_is_near));
+          const bool next_is_near = (i + 1) % static_cast<size_t>(choices) == 0 || std::fabs(weights[i + 1] - weights[i]) <= close * weights[i];
+          const bool last_is_near = i % static_cast<size_t>(choices) != 0 && std::fabs(weights[i - 1] - weights[i]) <= close * weights[i];
+          REQUIRE((!biased && (next_is_near || last_is_near)));
         }
       }
       for (int r = 0; r < s.rows; ++r) {
-        std::set<int32_t> chosen(all_ids.begin() + r * s.top_k, all_ids.begin() + (r + 1) * s.top_k);
-        REQUIRE(chosen.size() == static_cast<size_t>(s.top_k));
+        std::set<int32_t> chosen(all_ids.begin() + r * choices, all_ids.begin() + (r + 1) * choices);
+        REQUIRE(chosen.size() == static_cast<size_t>(choices));
         for (int i = 1; i < s.top_k; ++i)  // of the tie, 1 stands before 3
-          REQUIRE_FALSE((all_ids[static_cast<size_t>(r * s.top_k + i)] == 1 && all_ids[static_cast<size_t>(r * s.top_k + i - 1)] == 3));
+          REQUIRE_FALSE((all_ids[static_cast<size_t>(r * choices + i)] == 1 && all_ids[static_cast<size_t>(r * choices + i - 1)] == 3));
       }
       for (int r = 0; r < s.rows; r += 5) {
         on_device({r, r + 1}, one_ids, one_weights);
-        for (int i = r * s.top_k; i < (r + 1) * s.top_k; ++i) {
+        for (int i = r * choices; i < (r + 1) * choices; ++i) {
           REQUIRE(one_ids[static_cast<size_t>(i)] == all_ids[static_cast<size_t>(i)]);
           REQUIRE(std::memcmp(&one_weights[static_cast<size_t>(i)], &all_weights[static_cast<size_t>(i)], sizeof(float)) == 0);
         }
@@ -74,7 +92,7 @@ TEST_CASE("route: the CPU's choices where they are clear, its weights, ties to t
   }
 }
 
-TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of other ranks and rows that fill up left out, dense") {
+TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of other ranks, other homes' shared ones and rows that fill up left out, dense") {
   Random random(10);
   struct Shape {
     int experts, local, top_k, rows;
@@ -98,11 +116,12 @@ TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of oth
       std::vector<float> pair_weights(pairs + 1);
       const Array<int32_t> begins_there(begins), pair_rows_there(pair_rows), reached_there(reached);
       const Array<float> pair_weights_there(pair_weights);
-      const int experts = dense ? 1 : s.local;
-      reference().group_experts({rows, s.top_k, tokens.data(), ids.data(), weights.data(), experts, dense ? nullptr : local_of_expert.data(), begins.data(), pair_rows.data(),
+      const int experts = dense ? 1 : s.local, routed = s.experts - 2;
+      const Range shared_rows{s.rows / 3, s.rows / 2 + 1};
+      reference().group_experts({rows, s.top_k, routed, shared_rows, tokens.data(), ids.data(), weights.data(), experts, dense ? nullptr : local_of_expert.data(), begins.data(), pair_rows.data(),
                                  pair_weights.data(), reached.data()},
                                 lanes.host);
-      test_device().ops().group_experts({rows, s.top_k, tokens_there.get(), ids_there.get(), weights_there.get(), experts, dense ? nullptr : local_there.get(), begins_there.get(),
+      test_device().ops().group_experts({rows, s.top_k, routed, shared_rows, tokens_there.get(), ids_there.get(), weights_there.get(), experts, dense ? nullptr : local_there.get(), begins_there.get(),
                                          pair_rows_there.get(), pair_weights_there.get(), reached_there.get()},
                                         lanes.device);
       CHECK(begins_there.values() == begins);
@@ -119,24 +138,26 @@ TEST_CASE("route_group: the bits of route and group_experts one after the other"
     int experts, local, top_k, rows;
   };
   // At most 128 choices of fewer than 32 rows are grouped by the router's own kernel.
-  for (const Shape& s : {Shape{8, 8, 2, 0}, Shape{8, 3, 2, 1}, Shape{128, 128, 8, 1}, Shape{128, 40, 8, 16}, Shape{128, 128, 8, 17}, Shape{60, 60, 4, 31},
+  for (const Shape& s : {Shape{10, 10, 2, 0}, Shape{10, 3, 2, 1}, Shape{128, 128, 8, 1}, Shape{128, 40, 8, 16}, Shape{128, 128, 8, 17}, Shape{60, 60, 4, 31},
                          Shape{60, 20, 4, 32}, Shape{256, 256, 40, 3}, Shape{1024, 700, 8, 16}}) {
-    constexpr int kHidden = 64;
-    const PackedMatrix m{s.experts, kHidden};
+    constexpr int kHidden = 64, kShared = 4;
+    const RouteRule rule = rule_of(s.experts - kShared, s.top_k, 2);
+    const int choices = rule.choices();
+    const PackedMatrix m{rule.num_experts, kHidden}, gate{1, kHidden};
     std::vector<int32_t> local_of_expert(static_cast<size_t>(s.experts), -1), tokens;
     for (int e = 0; e < s.local; ++e) local_of_expert[static_cast<size_t>(s.experts - 1 - e)] = e;
     for (int r = 0; r < s.rows; ++r) tokens.push_back(r % 6 == 5 ? -1 : r);  // some rows fill the step up
     const Array<float> x(random.floats(static_cast<size_t>(s.rows * kHidden)));
-    const Array<bf16> w(random.bf16s(static_cast<size_t>(m.elements()), 0.5f));
+    const Array<bf16> w(random.bf16s(static_cast<size_t>(m.elements() + gate.elements()), 0.5f));
     const Array<int32_t> local_there(local_of_expert), tokens_there(tokens);
-    Lanes lanes({std::max(1, s.rows), kHidden, 16, 1, s.experts, s.top_k});
-    const auto pairs = static_cast<size_t>(s.rows * s.top_k);
+    Lanes lanes({std::max(1, s.rows), kHidden, 16, 1, s.experts, choices});
+    const auto pairs = static_cast<size_t>(s.rows * choices);
     const auto run = [&](bool together) {
       const Array<int32_t> ids(pairs), begins(static_cast<size_t>(s.local + 1)), pair_rows(pairs), reached(std::vector<int32_t>(1, 5));
       const Array<float> weights(pairs), pair_weights(pairs);
       const Range rows{0, s.rows};
-      const RouteGroupArgs args{{rows, x.get(), w.get(), kHidden, s.experts, s.top_k, true, ids.get(), weights.get()},
-                                {rows, s.top_k, tokens_there.get(), ids.get(), weights.get(), s.local, local_there.get(), begins.get(),
+      const RouteGroupArgs args{{rows, x.get(), w.get(), kHidden, rule, nullptr, ids.get(), weights.get()},
+                                {rows, choices, rule.num_experts, {0, s.rows / 2}, tokens_there.get(), ids.get(), weights.get(), s.local, local_there.get(), begins.get(),
                                  pair_rows.get(), pair_weights.get(), reached.get()}};
       const Ops& ops = test_device().ops();
       if (together) {

@@ -198,6 +198,27 @@ TEST_CASE("rope_store: q, and the KV as the CPU stores it, to a rounding") {
               const bool is_nan = page == pages[0] && j == 0 && slot == 0 && d == 1;
               REQUIRE(kv_values[base + static_cast<size_t>(slice.v_index(slot, d))] == (is_nan ? 0 : value));
             }
+      // Biases are what they would be in the projection.
+      const std::vector<float> biases = random.floats(static_cast<size_t>((kHeads + 2 * kKvHeads) * dim));
+      const auto biased_run = [&](bool added) {
+        std::vector<float> inputs[] = {q, k, v};
+        size_t first = 0;
+        for (size_t n = 0; n < 3; ++n) {
+          const size_t width = static_cast<size_t>((n == 0 ? kHeads : kKvHeads) * dim);
+          for (size_t i = 0; added && i < inputs[n].size(); ++i) inputs[n][i] += biases[first + i % width];
+          first += width;
+        }
+        const Array<float> there[] = {Array<float>(inputs[0]), Array<float>(inputs[1]), Array<float>(inputs[2])}, bias_there(biases);
+        const Array<bf16> pool(kv), out(q.size());
+        RopeStoreArgs args{{0, kRows}, list.get(), kHeads, there[0].get(), there[1].get(), there[2].get(), norms ? q_norm_there : nullptr,
+                           norms ? k_norm_there : nullptr, 1e-6f, rope_there.get(), out.get(), 0.5f, {bytes(pool.get()), kKvHeads, kPage, dim}};
+        if (!added) args.q_bias = bias_there.get(), args.k_bias = args.q_bias + kHeads * dim, args.v_bias = args.k_bias + kKvHeads * dim;
+        test_device().ops().rope_store(args, lanes.device);
+        std::vector<bf16> all = out.values(), stored = pool.values();
+        all.insert(all.end(), stored.begin(), stored.end());
+        return all;
+      };
+      CHECK(same_bytes(biased_run(false), biased_run(true)));
       // A row that fills a step up has no pages and stores nothing.
       std::vector<RowPlace> none(1, RowPlace{0, nullptr});
       const Array<RowPlace> none_there(none);

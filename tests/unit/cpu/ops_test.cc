@@ -449,9 +449,9 @@ TEST_CASE("the router picks the likeliest experts, the lower index at a tie, and
       args.x = x.data();
       args.w = packed.data();
       args.hidden = hidden;
-      args.num_experts = experts;
-      args.top_k = top_k;
-      args.renormalise = true;
+      args.rule.num_experts = experts;
+      args.rule.top_k = top_k;
+      args.rule.renormalise = true;
       args.ids = ids.data();
       args.weights = weights.data();
       on_lanes(ops.route, args, 2, scratch);
@@ -555,6 +555,87 @@ TEST_CASE("rotary embedding and KV store put every row where its page table says
         CHECK(to_float(kv[slice.k_index(p % page, i + dim / 2)]) == Approx(b * c + a * s).epsilon(0.005).margin(1e-3));
         CHECK(kv[slice.v_index(p % page, i)] == to_half(0.25f * v[static_cast<size_t>((r * kv_heads + 1) * dim + i)]));
       }
+  }
+}
+
+TEST_CASE("biases of q, k and v are what they would be in the projection") {
+  for (const Ops* path : paths()) {
+    const Ops& ops = *path;
+    auto scratch = scratch_for(ops);
+    Random random;
+    const int heads = 3, kv_heads = 2, dim = 20, page = 16, rows = 3;
+    const int32_t pages[] = {0};
+    const RowPlace places[rows] = {{0, pages}, {1, pages}, {15, pages}};
+    auto q = random.floats(rows * heads * dim), k = random.floats(rows * kv_heads * dim), v = random.floats(rows * kv_heads * dim);
+    const auto norm = random.floats(dim), rope = random.floats(page * dim), q_bias = random.floats(heads * dim), k_bias = random.floats(kv_heads * dim),
+               v_bias = random.floats(kv_heads * dim);
+    const auto run = [&](bool biased) {
+      std::vector<bf16> all(q.size(), 0), pool(static_cast<size_t>(kv_heads * KvSlice{page, dim}.bytes() / 2), 0);
+      RopeStoreArgs args{{0, rows}, places, heads, q.data(), k.data(), v.data(), norm.data(), norm.data(), 1e-6f, rope.data(), all.data(), 0.25f,
+                         {reinterpret_cast<std::byte*>(pool.data()), kv_heads, page, dim}};
+      if (biased) args.q_bias = q_bias.data(), args.k_bias = k_bias.data(), args.v_bias = v_bias.data();
+      on_lanes(ops.rope_store, args, 3, scratch);
+      all.insert(all.end(), pool.begin(), pool.end());
+      return all;
+    };
+    const auto biased = run(true), without = run(false);
+    for (auto [values, bias] : {std::pair{&q, &q_bias}, {&k, &k_bias}, {&v, &v_bias}})
+      for (size_t i = 0; i < values->size(); ++i) (*values)[i] += (*bias)[i % bias->size()];
+    CHECK(biased == run(false));
+    CHECK(biased != without);
+  }
+}
+
+TEST_CASE("a router of sigmoids chooses by score and bias, weighs by score, and adds the shared experts") {
+  for (const Ops* path : paths()) {
+    const Ops& ops = *path;
+    auto scratch = scratch_for(ops);
+    Random random;
+    for (int experts : {6, 16, 40}) {
+      const int64_t hidden = 32, rows = 5;
+      const int top_k = 3;
+      const auto w = random.bf16s(experts * hidden), gate = random.bf16s(hidden);
+      const auto x = random.floats(rows * hidden), bias = random.floats(experts);
+      auto packed = pack(w, experts, hidden);
+      const auto packed_gate = pack(gate, 1, hidden);
+      packed.insert(packed.end(), packed_gate.begin(), packed_gate.end());
+      for (const bool gated : {false, true}) {
+        RouteArgs args;
+        args.rows = {0, rows};
+        args.x = x.data();
+        args.w = packed.data();
+        args.hidden = hidden;
+        args.rule = {experts, top_k, 2, gated, true, true, 2.5f};
+        args.bias = bias.data();
+        std::vector<int32_t> ids(static_cast<size_t>(rows * args.rule.choices()), -7);
+        std::vector<float> weights(ids.size(), kPoison);
+        args.ids = ids.data();
+        args.weights = weights.data();
+        on_lanes(ops.route, args, 2, scratch);
+        for (int64_t r = 0; r < rows; ++r) {
+          const auto score = [&](const bf16* row) {
+            double logit = 0;
+            for (int64_t k = 0; k < hidden; ++k) logit += static_cast<double>(to_float(row[k])) * x[static_cast<size_t>(r * hidden + k)];
+            return 1 / (1 + std::exp(-logit));
+          };
+          std::vector<std::pair<double, int>> order;
+          for (int e = 0; e < experts; ++e) order.emplace_back(-score(w.data() + e * hidden) - bias[static_cast<size_t>(e)], e);
+          std::stable_sort(order.begin(), order.end());
+          double sum = 0;
+          for (int i = 0; i < top_k; ++i) sum += score(w.data() + order[static_cast<size_t>(i)].second * hidden);
+          const int32_t* const id = ids.data() + r * args.rule.choices();
+          const float* const weight = weights.data() + r * args.rule.choices();
+          for (int i = 0; i < top_k; ++i) {
+            CHECK(id[i] == order[static_cast<size_t>(i)].second);
+            CHECK(weight[i] == Approx(2.5 * score(w.data() + id[i] * hidden) / sum).epsilon(1e-4));
+          }
+          for (int i = 0; i < 2; ++i) {
+            CHECK(id[top_k + i] == experts + i);
+            CHECK(weight[top_k + i] == Approx(gated ? score(gate.data()) : 1).epsilon(1e-5));
+          }
+        }
+      }
+    }
   }
 }
 

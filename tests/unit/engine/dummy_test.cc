@@ -9,8 +9,8 @@ std::vector<std::vector<int64_t>> hits;  // [layers][experts]
 
 void counting_route(const RouteArgs& args, const Lane& lane) {
   inner->route(args, lane);
-  std::vector<int64_t>& of = hits.emplace_back(static_cast<size_t>(args.num_experts));
-  for (int64_t i = args.rows.begin * args.top_k; i < args.rows.end * args.top_k; ++i) ++of[static_cast<size_t>(args.ids[i])];
+  std::vector<int64_t>& of = hits.emplace_back(static_cast<size_t>(args.rule.num_experts));
+  for (int64_t i = args.rows.begin * args.rule.choices(); i < args.rows.end * args.rule.choices(); ++i) ++of[static_cast<size_t>(args.ids[i])];
 }
 
 }  // namespace

@@ -94,7 +94,7 @@ void fuse(Tensors& tensors, const std::string& single, std::initializer_list<con
 }  // namespace
 
 TEST_CASE("weights in f32 and f16 give the bits that they give in bf16") {
-  for (const std::string& model : {kQwen, kMixtral, kGranite}) {
+  for (const std::string& model : {kQwen, kMixtral, kQwen2, kGlm, kGranite}) {
     const Tensors bf16 = read_tensors_of(model);
     CHECK(difference(outcome_of(model), outcome_of(model, each(bf16, as_f32))) == "");
     const Tensors exact = each(bf16, representable);
@@ -130,11 +130,13 @@ TEST_CASE("shards of several dtypes, mixed inside a layer, are one checkpoint") 
 }
 
 TEST_CASE("tensors as transformers 5 has them in memory, experts fused, are read like a checkpoint's") {
-  for (const std::string& model : {kQwen, kMixtral, kGranite}) {
+  for (const std::string& model : {kQwen, kMixtral, kQwen2, kGlm, kGranite}) {
     Tensors tensors = read_tensors_of(model);
     for (int l = 0; l < 4; ++l) {
       const std::string layer = "model.layers." + std::to_string(l) + ".", mlp = layer + "mlp.", sparse = layer + "block_sparse_moe.";
       if (model == kQwen) fuse(tensors, mlp + "experts.", {"gate_proj", "up_proj"}, "down_proj", mlp + "experts.", 16, 128);
+      if (model == kQwen2 && l != 2) fuse(tensors, mlp + "experts.", {"gate_proj", "up_proj"}, "down_proj", mlp + "experts.", 10, 64);
+      if (model == kGlm && (l == 1 || l == 2)) fuse(tensors, mlp + "experts.", {"gate_proj", "up_proj"}, "down_proj", mlp + "experts.", 8, 64);
       if (model == kMixtral) {
         fuse(tensors, sparse + "experts.", {"w1", "w3"}, "w2", mlp + "experts.", 8, 256);
         rename(tensors, sparse + "gate.weight", mlp + "gate.weight");

@@ -30,6 +30,8 @@ inline const int64_t kSweep = [] {
 inline const std::string kQwen = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe";
 inline const std::string kDense = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen3-moe-dense";
 inline const std::string kMixtral = std::string(MOEBIUS_TEST_DATA) + "/tiny-mixtral";
+inline const std::string kQwen2 = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen2-moe";
+inline const std::string kGlm = std::string(MOEBIUS_TEST_DATA) + "/tiny-glm4-moe";
 inline const std::string kGranite = std::string(MOEBIUS_TEST_DATA) + "/tiny-granite-moe";
 
 inline constexpr int64_t kLater = INT64_MAX;

@@ -66,14 +66,15 @@ int64_t owned_elements(const ModelShape& s, const ArenaPlan& arena, Layout layou
 int64_t shared_elements(const ModelConfig& model) {
   const ModelShape& s = model.shape;
   int64_t elements = int64_t{model.vocab_size} * s.hidden * (model.tie_word_embeddings ? 1 : 2);
-  for (const MlpShape& mlp : s.mlps) elements += int64_t{mlp.num_experts} * s.hidden;
+  const bool gates = model.names->shared_gate != nullptr;
+  for (const MlpShape& mlp : s.mlps) elements += mlp.num_experts > 0 ? (int64_t{mlp.num_experts} + gates) * s.hidden : 0;
   return elements;
 }
 
 }  // namespace
 
 TEST_CASE("each rank reads its slices of the start layout once and nothing else") {
-  for (const std::string& path : {kQwen, kDense, kMixtral, kGranite})
+  for (const std::string& path : {kQwen, kDense, kMixtral, kQwen2, kGlm, kGranite})
     for (int ranks : {1, 2, 4})
       for (Layout layout : {Layout::kTp, Layout::kEp}) {
         INFO(path << ", " << ranks << " ranks, " << name_of(layout));

@@ -133,7 +133,7 @@ std::vector<std::string> kernel_paths() {
 
 TEST_CASE("logits are as close to float32 as Hugging Face's own bf16, and greedy tokens are equal") {
   const std::string shakespeare = std::string(MOEBIUS_SHIPPED_MODELS) + "/shakespeare-moe";
-  for (const std::string& model : {kQwen, kDense, kMixtral, kGranite, shakespeare})
+  for (const std::string& model : {kQwen, kDense, kMixtral, kQwen2, kGlm, kGranite, shakespeare})
     for (const std::string& path : kernel_paths()) {
       EngineConfig config;
       if (test_device() != nullptr) config.device = path;

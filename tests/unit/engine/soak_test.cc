@@ -56,7 +56,7 @@ TEST_CASE("random scripts of arrivals, cancels, preemptions, switches and faults
     const uint64_t seed = seed0 + static_cast<uint64_t>(i);
     INFO("MOEBIUS_SOAK=1 MOEBIUS_SEED=" << seed);
     Random random{std::mt19937_64(seed)};
-    const std::string model = random.one_of({kQwen, kDense, kMixtral, kGranite});
+    const std::string model = random.one_of({kQwen, kDense, kMixtral, kQwen2, kGlm, kGranite});
     const int layers = model == kDense ? 6 : 4;
     Script script = random_script(random, layers);
 

@@ -94,7 +94,7 @@ Error error_of(F&& f) {
 
 TEST_CASE("after an update weights, scales and logits are those of a fresh engine, at either end, at a seam inside, and after a switch") {
   int64_t turn = 0;
-  for (const std::string& model : {kQwen, kDense, kMixtral, kGranite}) {
+  for (const std::string& model : {kQwen, kDense, kMixtral, kQwen2, kGlm, kGranite}) {
     const Changed changed(model);
     const Outcome before = run_script(model, small_config(1, 1, Layout::kTp), busy_script());
     const Outcome expected = run_script(changed.path(), small_config(1, 1, Layout::kTp), busy_script());
@@ -129,7 +129,7 @@ TEST_CASE("after an update weights, scales and logits are those of a fresh engin
 TEST_CASE("an update of some tensors gives what a checkpoint with these gives, and all of them, part by part, give all") {
   constexpr uint32_t kParts = 3;
   int64_t turn = 0;
-  for (const std::string& model : {kQwen, kDense, kGranite}) {
+  for (const std::string& model : {kQwen, kDense, kQwen2, kGlm, kGranite}) {
     const Changed changed(model), partly(model, part(0, kParts));
     const Outcome expected = run_script(changed.path(), small_config(1, 1, Layout::kTp), busy_script());
     const Outcome between = run_script(partly.path(), small_config(1, 1, Layout::kTp), busy_script());

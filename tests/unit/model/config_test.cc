@@ -29,7 +29,7 @@ std::string refusal(json config, const json& changes) {
 
 }  // namespace
 
-TEST_CASE("both families and both spellings are read") {
+TEST_CASE("all families and both spellings are read") {
   const ModelConfig qwen = read_config(kData + "/tiny-qwen3-moe");
   CHECK(qwen.family == "qwen3_moe");
   CHECK(qwen.shape.num_layers() == 4);
@@ -57,6 +57,25 @@ TEST_CASE("both families and both spellings are read") {
   CHECK_FALSE(mixtral.qk_norm);
   CHECK(mixtral.softmax_scale == 0.25f);
   CHECK(mixtral.embedding_multiplier * mixtral.residual_multiplier * mixtral.logits_scaling == 1);
+
+  const ModelConfig qwen2 = read_config(kData + "/tiny-qwen2-moe");
+  CHECK(qwen2.shape.mlps[0].num_shared == 2);  // 128 neurons of 64 each
+  CHECK(qwen2.shape.mlps[2].num_shared + qwen2.shape.mlps[2].num_experts == 0);
+  CHECK(qwen2.num_shared == 2);
+  CHECK(qwen2.qkv_bias);
+  CHECK_FALSE(qwen2.qk_norm);
+  CHECK(qwen2.rotary_dim == 16);
+
+  const ModelConfig glm = read_config(kData + "/tiny-glm4-moe");
+  CHECK(glm.shape.mlps[0].num_experts == 0);
+  CHECK(glm.shape.mlps[0].intermediate == 192);
+  CHECK(glm.shape.mlps[1].num_experts == 8);
+  CHECK(glm.shape.mlps[1].num_shared == 1);
+  CHECK(glm.routed_scaling_factor == 1.5f);
+  CHECK(glm.qkv_bias);
+  CHECK(glm.qk_norm);
+  CHECK(glm.rotary_dim == 16);  // of 32
+  CHECK(glm.num_prediction_layers == 1);
 
   const ModelConfig granite = read_config(kData + "/tiny-granite-moe");
   CHECK(granite.norm_topk_prob);
@@ -107,6 +126,27 @@ TEST_CASE("a value that changes the arithmetic and is not implemented is refused
   CHECK_THAT(refusal(qwen, {{"architectures", {"OtherModel"}}}), Contains("OtherModel"));
 }
 
+TEST_CASE("what shared experts, partial rotary embeddings and biases call for is read, and what is not implemented of it refused") {
+  json qwen2 = config_json("tiny-qwen2-moe"), glm = config_json("tiny-glm4-moe");
+  CHECK(refusal(qwen2, json::object()) == "");
+  CHECK(refusal(glm, json::object()) == "");
+  CHECK_THAT(refusal(qwen2, {{"shared_expert_intermediate_size", 100}}), Contains("shared_expert_intermediate_size 100") && Contains("64"));
+  CHECK_THAT(refusal(qwen2, {{"shared_expert_intermediate_size", nullptr}}), Contains("shared_expert_intermediate_size is missing"));
+  CHECK_THAT(refusal(glm, {{"n_group", 4}}), Contains("n_group = 4"));
+  CHECK_THAT(refusal(glm, {{"n_shared_experts", 0}}), Contains("n_shared_experts is 0"));
+  CHECK_THAT(refusal(glm, {{"partial_rotary_factor", 0.1}}), Contains("partial_rotary_factor 0.1") && Contains("even"));
+  CHECK_THAT(refusal(glm, {{"partial_rotary_factor", 1.5}}), Contains("partial_rotary_factor 1.5"));
+  CHECK_THAT(refusal(glm, {{"routed_scaling_factor", nullptr}}), Contains("routed_scaling_factor is missing"));
+  const auto parsed = [](const json& config) { return parse_config(config.dump(), "c"); };
+  qwen2.erase("qkv_bias");  // in files from before the key they are there
+  CHECK(parsed(qwen2).qkv_bias);
+  glm["rope_parameters"] = {{"rope_theta", glm["rope_theta"]}, {"rope_type", "default"}, {"partial_rotary_factor", 0.25}};  // transformers 5
+  glm.erase("partial_rotary_factor");
+  CHECK(parsed(glm).rotary_dim == 8);
+  glm["partial_rotary_factor"] = 0.5;
+  CHECK_THAT(refusal(glm, json::object()), Contains("partial_rotary_factor is 0.5 in one place and 0.25 in another"));
+}
+
 TEST_CASE("a text that goes on behind a NUL is no JSON, and a value's text is cut between two characters") {
   CHECK_THROWS_WITH(parse_config(config_json("tiny-qwen3-moe").dump() + std::string("\0}", 2), "c"), Contains("NUL"));
   std::string accents = "a";
@@ -115,7 +155,7 @@ TEST_CASE("a text that goes on behind a NUL is no JSON, and a value's text is cu
 }
 
 TEST_CASE("values that change nothing are taken, and keys that nobody knows are told") {
-  for (const char* model : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral", "tiny-granite-moe"}) CHECK(read_config(kData + "/" + model).unknown_keys.empty());
+  for (const char* model : {"tiny-qwen3-moe", "tiny-qwen3-moe-dense", "tiny-mixtral", "tiny-qwen2-moe", "tiny-glm4-moe", "tiny-granite-moe"}) CHECK(read_config(kData + "/" + model).unknown_keys.empty());
   json config = config_json("tiny-qwen3-moe");
   config.update({{"attention_bias", false}, {"routed_scaling_factor", 1.0}, {"n_group", 1}, {"topk_group", 1}, {"use_qk_norm", true},
                  {"rope_interleave", false}, {"partial_rotary_factor", 1}, {"scoring_func", "softmax"}, {"clip_qkv", nullptr}, {"max_window_layers", 28}});
