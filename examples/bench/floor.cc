@@ -41,8 +41,8 @@ FloorInputs floor_inputs(const ModelConfig& m, int cuts, int ranks, bool tp) {
     f.row_flops += 2.0 * static_cast<double>(attention + router);
     if (mlp.num_experts > 0) {
       f.expert_bytes = 2 * params / (tp ? ranks : 1);
-      f.row_flops += 2.0 * static_cast<double>(params) * m.top_k;
-      f.total_weight_bytes += 2 * params * mlp.num_experts;
+      f.row_flops += 2.0 * static_cast<double>(params) * (m.top_k + mlp.num_shared);
+      f.total_weight_bytes += 2 * params * mlp.all_experts();
     } else {
       f.dense_jobs += ranks;
       f.fixed_bytes += 2 * params;

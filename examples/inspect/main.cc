@@ -28,14 +28,15 @@ struct Options {
 
 json model_facts(const ModelConfig& model, const std::string& path) {
   const ModelShape& s = model.shape;
-  int experts = 0, expert_neurons = 0, dense_neurons = 0, sparse = 0;
+  int experts = 0, shared_experts = 0, expert_neurons = 0, dense_neurons = 0, sparse = 0;
   for (const MlpShape& mlp : s.mlps) {
     (mlp.num_experts > 0 ? expert_neurons : dense_neurons) = mlp.intermediate;
     experts = std::max(experts, mlp.num_experts);
+    shared_experts = std::max(shared_experts, mlp.num_shared);
     sparse += mlp.num_experts > 0;
   }
   return {{"path", path},          {"family", model.family},       {"layers", s.num_layers()},        {"sparse_layers", sparse},
-          {"hidden", s.hidden},    {"experts", experts},           {"top_k", model.top_k},            {"expert_neurons", expert_neurons},
+          {"hidden", s.hidden},    {"experts", experts},           {"top_k", model.top_k},            {"shared_experts", shared_experts}, {"expert_neurons", expert_neurons},
           {"dense_neurons", dense_neurons}, {"heads", s.num_heads}, {"kv_heads", s.num_kv_heads},     {"head_dim", s.head_dim},
           {"vocab", model.vocab_size},      {"context", model.max_position_embeddings}, {"tied_embeddings", model.tie_word_embeddings}};
 }
@@ -61,7 +62,7 @@ json layer_rows(const ArenaPlan& arena) {
     const MlpShape& mlp = arena.table().model().mlps[static_cast<size_t>(l)];
     int64_t bytes = 0;
     for (const Slice& slice : arena.table().layer(l)) bytes += slice.bytes;
-    json row = {{"layer", l}, {"experts", mlp.num_experts}, {"neurons", mlp.intermediate}, {"slices", arena.table().layer(l).size()}, {"bytes", bytes}};
+    json row = {{"layer", l}, {"experts", mlp.num_experts}, {"shared_experts", mlp.num_shared}, {"neurons", mlp.intermediate}, {"slices", arena.table().layer(l).size()}, {"bytes", bytes}};
     for (Layout layout : kLayouts) {
       json& ranges = row[std::string(moebius::name_of(layout)) + "_ranges"] = json::array();
       for (int r = 0; r < arena.ranks(); ++r) ranges.push_back({arena.item_range(r, layout, l).begin, arena.item_range(r, layout, l).end});
@@ -140,6 +141,7 @@ void print_model(const json& r) {
   const json& m = r["model"];
   fmt::print("{}: {}, {} layers ({} sparse), hidden {}, {} experts of {} neurons, {} a token", m["path"].get<std::string>(), m["family"].get<std::string>(),
              number(m["layers"]), number(m["sparse_layers"]), number(m["hidden"]), number(m["experts"]), number(m["expert_neurons"]), number(m["top_k"]));
+  if (number(m["shared_experts"]) > 0) fmt::print(" and {} shared", number(m["shared_experts"]));
   if (number(m["dense_neurons"]) > 0) fmt::print(", dense MLPs of {}", number(m["dense_neurons"]));
   fmt::print("\n  {} query and {} KV heads × {}, vocabulary {}{}, context {}\n", number(m["heads"]), number(m["kv_heads"]), number(m["head_dim"]),
              number(m["vocab"]), m["tied_embeddings"] ? " (tied)" : "", number(m["context"]));

@@ -30,6 +30,7 @@ Model served(ModelConfig config) {
     if (mlp.num_experts > 0) m.router = bf16_matrix(mlp.num_experts, hidden);
     m.replicated_bytes += 2.0 * mlp.num_experts * hidden + 4 * hidden;
   }
+  m.shared = static_cast<double>(config.num_shared) * m.expert;
   m.lm_head = bf16_matrix(config.vocab_size, hidden);
   m.replicated_bytes += (config.tie_word_embeddings ? 1 : 2) * m.lm_head.bytes;
   m.kv_token_bytes = static_cast<double>(KvSlice{kTile, s.head_dim}.bytes()) / kTile;

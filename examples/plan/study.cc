@@ -30,7 +30,7 @@ json layer_row(const ArenaPlan& arena) {
     for (size_t i = 0; i < arena.table().layer(l).size(); ++i) {
       const Slice& s = arena.table().layer(l)[i];
       if (arena.slice_offset(0, layout, l, static_cast<int>(i)) < 0) continue;
-      (s.kind == SliceKind::kExpertCut || s.kind == SliceKind::kDenseCut ? experts : attention) += static_cast<double>(s.bytes);
+      (s.kind != SliceKind::kAttentionGroup && s.kind != SliceKind::kKvProjection ? experts : attention) += static_cast<double>(s.bytes);
     }
     row[std::string(name_of(layout)) + "_expert_bytes"] = experts;
     row[std::string(name_of(layout)) + "_attention_bytes"] = attention;

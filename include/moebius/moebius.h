@@ -428,7 +428,7 @@ MOEBIUS_API moebius_status moebius_engine_take_logits(moebius_engine *engine, ui
                                                       size_t capacity, size_t *out_count, moebius_error **err);
 
 /* The experts that the router chose, int16_t [positions, num_layers, top_k] of a routed_experts request (moebius_model_info; −1 in a dense
- * layer), in everything else like the logits. Steps with such a request do not replay captured work. */
+ * layer; shared experts, which every token goes through, are not among them), in everything else like the logits. Steps with such a request do not replay captured work. */
 MOEBIUS_API moebius_status moebius_engine_take_routes(moebius_engine *engine, uint64_t id, int32_t sample, int16_t *out_experts,
                                                       size_t capacity, size_t *out_count, moebius_error **err);
 
