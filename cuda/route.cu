@@ -339,7 +339,8 @@ void group_experts(const GroupArgs& args, const Lane& lane) {
 }
 
 size_t scratch_bytes_route(const OpLimits& limits) {
-  const int64_t logits = limits.max_rows * round_up(limits.num_experts, kTile) * static_cast<int64_t>(sizeof(float));
+  const int64_t columns = round_up(limits.num_experts, kTile) + kTile;  // the last for what gates_shared
+  const int64_t logits = limits.max_rows * columns * static_cast<int64_t>(sizeof(float));
   return static_cast<size_t>(std::max(logits, SortScratch::bytes(limits.max_rows * limits.choices)));
 }
 

@@ -10,7 +10,7 @@ namespace MOEBIUS_ISA {
 size_t scratch_bytes(const OpLimits& l) {
   const int64_t heads = l.num_heads * l.head_dim, width = l.hidden > heads ? l.hidden : heads;
   int64_t bytes = laid_bytes(l.max_rows, div_up(width, 2));  // gathered rows
-  for (const int64_t other : {attention_scratch_bytes(l.head_dim), (kRouterRows + 1) * round_up(l.num_experts, kTile) * 4, l.head_dim * 12})
+  for (const int64_t other : {attention_scratch_bytes(l.head_dim), (kRouterRows + 1) * (round_up(l.num_experts, kTile) + kTile) * 4, l.head_dim * 12})
     bytes = other > bytes ? other : bytes;
   return static_cast<size_t>(bytes);
 }

@@ -32,7 +32,7 @@ struct OpLimits {
   int64_t hidden = 0;
   int64_t head_dim = 0;
   int64_t num_heads = 0;       // query heads
-  int64_t num_experts = 0;     // and logits of the router
+  int64_t num_experts = 0;     // of a layer, shared ones among them
   int64_t choices = 1;         // experts of a row
   bool row_major = false;      // LinearArgs::row_major will be asked for
 };

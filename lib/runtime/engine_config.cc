@@ -84,7 +84,7 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
     s.num_experts = std::max<int64_t>(s.num_experts, mlp.num_experts);
     s.all_experts = std::max<int64_t>(s.all_experts, mlp.all_experts());
   }
-  limits.num_experts = s.all_experts + 1;  // a shared expert's gate
+  limits.num_experts = std::max<int64_t>(1, s.all_experts);
   limits.row_major = row_major_head(config);
   s.mlp_addends = s.choices * counts.cuts;
   s.attention_addends = counts.head_groups;

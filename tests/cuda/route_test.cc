@@ -43,7 +43,7 @@ TEST_CASE("route: the CPU's choices where they are clear, its weights, ties to t
       const int choices = rule.choices();
       const bool biased = kind == 3;
       INFO("experts " << s.experts << ", rule " << kind);
-      Lanes lanes({s.rows, s.hidden, 16, 1, s.experts + 1, choices});
+      Lanes lanes({s.rows, s.hidden, 16, 1, rule.num_experts + rule.num_shared, choices});
       const auto pairs = static_cast<size_t>(s.rows * choices);
       std::vector<int32_t> ids(pairs);
       std::vector<float> weights(pairs);

@@ -589,11 +589,11 @@ TEST_CASE("biases of q, k and v are what they would be in the projection") {
 TEST_CASE("a router of sigmoids chooses by score and bias, weighs by score, and adds the shared experts") {
   for (const Ops* path : paths()) {
     const Ops& ops = *path;
-    auto scratch = scratch_for(ops);
     Random random;
     for (int experts : {6, 16, 40}) {
       const int64_t hidden = 32, rows = 5;
       const int top_k = 3;
+      auto scratch = scratch_for(ops, {rows, hidden, 2, 1, experts + 2, top_k + 2});  // no more than that
       const auto w = random.bf16s(experts * hidden), gate = random.bf16s(hidden);
       const auto x = random.floats(rows * hidden), bias = random.floats(experts);
       auto packed = pack(w, experts, hidden);
