@@ -21,7 +21,7 @@ TEST_CASE("any number of ranks, either layout and every seam give the same bits"
     EngineConfig two_shots = device_config(model == kQwen ? 3 : 8, Layout::kTp);
     two_shots.two_shot_bytes = 0;
     CHECK(difference(expected, run_script(model, two_shots, script)) == "");
-    for (int seam = 1; seam < (model == kDense ? 6 : 4); ++seam) {
+    for (int seam = 1; seam < layers_of(model); ++seam) {
       if (turn++ % kSweep != 0) continue;
       script.switches = {{0, seam}};
       INFO(model << " seam " << seam);

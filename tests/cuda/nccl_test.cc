@@ -151,7 +151,7 @@ TEST_CASE("NCCL: either layout, every seam, captured or not, give the bits of ra
             config.capture_steps = capture;
             CHECK(difference(expected, run_script(model, config, script)) == "");
           }
-    for (int seam = 1; seam < (model == kDense ? 6 : 4); ++seam) {
+    for (int seam = 1; seam < layers_of(model); ++seam) {
       if (turn++ % kSweep != 0) continue;
       script.switches = {{0, seam}};
       INFO(model << " seam " << seam);

@@ -1,6 +1,5 @@
 // design.md §4.1: logits and tokens are the same bits whatever the layout, seam, ranks, threads, batch, chunking and switches.
 #include "lib/cpu/cpu_ops.h"
-#include "lib/model/config.h"
 #include "tests/unit/engine/harness.h"
 
 namespace moebius::test {
@@ -50,7 +49,7 @@ TEST_CASE("every seam held still gives the same bits") {
   for (const std::string& model : kModels) {
     Script script = three_requests();
     const Outcome expected = baseline(model, script);
-    const int layers = read_config(model).shape.num_layers();
+    const int layers = layers_of(model);
     for (int seam = 0; seam <= layers; ++seam)
       for (Layout start : {Layout::kTp, Layout::kEp})
         for (auto [ranks, threads] : {std::pair{2, 1}, {8, 2}}) {

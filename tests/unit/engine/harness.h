@@ -33,6 +33,7 @@ inline const std::string kMixtral = std::string(MOEBIUS_TEST_DATA) + "/tiny-mixt
 inline const std::string kQwen2 = std::string(MOEBIUS_TEST_DATA) + "/tiny-qwen2-moe";
 inline const std::string kGlm = std::string(MOEBIUS_TEST_DATA) + "/tiny-glm4-moe";
 inline const std::string kGranite = std::string(MOEBIUS_TEST_DATA) + "/tiny-granite-moe";
+inline int layers_of(const std::string& model) { return read_config(model).shape.num_layers(); }
 
 inline constexpr int64_t kLater = INT64_MAX;
 

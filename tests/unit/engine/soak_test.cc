@@ -57,7 +57,7 @@ TEST_CASE("random scripts of arrivals, cancels, preemptions, switches and faults
     INFO("MOEBIUS_SOAK=1 MOEBIUS_SEED=" << seed);
     Random random{std::mt19937_64(seed)};
     const std::string model = random.one_of({kQwen, kDense, kMixtral, kQwen2, kGlm, kGranite});
-    const int layers = model == kDense ? 6 : 4;
+    const int layers = layers_of(model);
     Script script = random_script(random, layers);
 
     Script calm = script;  // the same requests one after another's arrival, nothing else going on
