@@ -38,7 +38,7 @@ static_assert(sizeof(PagePair) == sizeof(moebius_page_pair) && offsetof(PagePair
 // So many slices that their list would be the problem, or bytes that no number holds.
 void check_size(const moebius_plan_spec& s) {
   constexpr double kMostSlices = 1 << 25, kMostBytes = 1e18;
-  const double of_layer = std::max(1, s.num_experts) * static_cast<double>(s.slices_per_expert);
+  const double of_layer = std::max(1, s.num_experts + s.num_shared_experts) * static_cast<double>(s.slices_per_expert);
   const double attention = s.num_heads, pages = static_cast<double>(std::max(s.tp_pages, s.ep_pages));
   const double slices = s.num_layers * (of_layer + 2 * attention);
   const double bytes = s.num_layers * (of_layer * static_cast<double>(std::max(s.expert_slice_bytes, s.dense_slice_bytes)) +
@@ -61,6 +61,7 @@ moebius_plan_spec copy_spec(const moebius_plan_spec& given) {
   in_range("num_heads", s.num_heads, 1, kMost);
   in_range("num_kv_heads", s.num_kv_heads, 1, kMost);
   in_range("num_experts", s.num_experts, 0, kMost);
+  in_range("num_shared_experts", s.num_shared_experts, 0, kMost);
   in_range("slices_per_expert", s.slices_per_expert, 1, kMost);
   in_range("head_groups", s.head_groups, 0, kMost);
   in_range("tp_pages", s.tp_pages, 0, INT64_MAX);
@@ -70,7 +71,6 @@ moebius_plan_spec copy_spec(const moebius_plan_spec& given) {
   if (std::max(s.tp_pages, s.ep_pages) > INT32_MAX)
     fail(Code::kInvalidArgument, "tp_pages is {} and ep_pages {}, at most {} are taken", s.tp_pages, s.ep_pages, INT32_MAX);
   if (s.tp_pages > 0 && s.kv_slice_bytes == 0) fail(Code::kInvalidArgument, "kv_slice_bytes is 0, with tp_pages and ep_pages it must be above");
-  if (s.reserved != 0) fail(Code::kUnsupported, "reserved is {}, must be 0", s.reserved);
   bool sparse = false, dense = false;
   for (int l = 0; l < s.num_layers; ++l) ((s.experts_of_layer != nullptr ? s.experts_of_layer[l] : s.num_experts) > 0 ? sparse : dense) = true;
   struct Bytes {
@@ -99,7 +99,7 @@ MigrationSpec spec_of(const moebius_plan_spec& s, const moebius::EngineConfig& c
     const int32_t experts = s.experts_of_layer != nullptr ? s.experts_of_layer[l] : s.num_experts;
     if (experts < 0 || experts > s.num_experts)
       fail(Code::kInvalidArgument, "experts_of_layer[{}] is {}, must be from 0 to num_experts, {}", l, experts, s.num_experts);
-    spec.model.mlps.push_back({experts, s.slices_per_expert});  // of a slice's neurons nothing is asked but that they are as many
+    spec.model.mlps.push_back({experts, s.slices_per_expert, experts > 0 ? s.num_shared_experts : 0});  // of a slice's neurons nothing is asked but that they are as many
   }
   spec.counts = slice_counts(spec.model, s.slices_per_expert);
   if (s.head_groups > 0) {
@@ -147,7 +147,17 @@ void fill_array(const std::vector<T>& values, T* out, const char* name, size_t c
   }
 }
 
-constexpr int32_t kKinds[] = {MOEBIUS_SLICE_EXPERT, MOEBIUS_SLICE_DENSE, MOEBIUS_SLICE_ATTENTION, MOEBIUS_SLICE_KV_PROJECTION};  // [SliceKind]
+int32_t kind_of(const moebius::Slice& s) {
+  using moebius::SliceKind;
+  switch (s.kind) {
+    case SliceKind::kExpertCut: return MOEBIUS_SLICE_EXPERT;
+    case SliceKind::kSharedCut: return MOEBIUS_SLICE_SHARED_EXPERT;
+    case SliceKind::kDenseCut: return MOEBIUS_SLICE_DENSE;
+    case SliceKind::kAttentionGroup: return MOEBIUS_SLICE_ATTENTION;
+    case SliceKind::kKvProjection: return MOEBIUS_SLICE_KV_PROJECTION;
+  }
+  fail(Code::kInternal, "a slice is of kind {}", static_cast<int>(s.kind));
+}
 
 }  // namespace
 
@@ -212,7 +222,7 @@ moebius_status moebius_plan_slices(const moebius_plan* plan, int32_t rank, int32
     std::vector<moebius_slice> slices;
     for (const moebius::Slice& s : arena.table().layer(layer)) {
       const auto i = static_cast<int>(slices.size());
-      slices.push_back({0, kKinds[static_cast<size_t>(s.kind)], s.index, s.cut, s.bytes, arena.slice_offset(rank, Layout::kTp, layer, i),
+      slices.push_back({0, kind_of(s), s.index, s.cut, s.bytes, arena.slice_offset(rank, Layout::kTp, layer, i),
                         arena.slice_offset(rank, Layout::kEp, layer, i)});
     }
     fill_array(slices, out_slices, "out_slices", capacity, stride, kSliceV1, out_count);

@@ -472,7 +472,7 @@ typedef struct moebius_plan_spec {
   int32_t slices_per_expert;  /* S: every MLP is cut into so many slices along its neurons; at least the number of ranks */
   int32_t head_groups;        /* A: attention is cut into so many groups of query heads, a multiple of num_kv_heads that divides num_heads; 0:
                                  the fewest that are at least min(S, num_heads) */
-  int32_t reserved;           /* 0 */
+  int32_t num_shared_experts; /* of a sparse layer, besides num_experts and as wide as those: every rank has them whole in EP; 0: none */
   int64_t attention_bytes;    /* of a head group's slice (its q and o weights). All bytes here are multiples of 64 */
   int64_t kv_projection_bytes; /* of one KV head's k and v weights, which every rank whose groups read that head has in TP */
   int64_t expert_slice_bytes; /* of one of the S slices of an expert */
@@ -515,13 +515,19 @@ MOEBIUS_API moebius_status moebius_plan_arena_bytes(const moebius_plan *plan, in
 MOEBIUS_API moebius_status moebius_plan_verify(const moebius_plan *plan, moebius_error **err);
 
 /* Kinds of slices. */
-enum { MOEBIUS_SLICE_EXPERT = 0, MOEBIUS_SLICE_DENSE = 1, MOEBIUS_SLICE_ATTENTION = 2, MOEBIUS_SLICE_KV_PROJECTION = 3 };
+enum {
+  MOEBIUS_SLICE_EXPERT = 0,
+  MOEBIUS_SLICE_DENSE = 1,
+  MOEBIUS_SLICE_ATTENTION = 2,
+  MOEBIUS_SLICE_KV_PROJECTION = 3,
+  MOEBIUS_SLICE_SHARED_EXPERT = 4
+};
 
 /* A slice of a layer's weights, as one rank has it. */
 typedef struct moebius_slice {
   uint32_t struct_size;
   int32_t kind;      /* MOEBIUS_SLICE_… */
-  int32_t index;     /* the expert, 0, the head group or the KV head */
+  int32_t index;     /* the expert (shared ones follow the layer's others), 0, the head group or the KV head */
   int32_t cut;       /* of an MLP: 0 to S - 1, consecutive neurons; 0 otherwise */
   int64_t bytes;     /* as the spec says for its kind */
   int64_t tp_offset; /* in the rank's arena; -1: the rank has none of it in this layout */

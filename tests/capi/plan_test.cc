@@ -1,4 +1,5 @@
 // The switch alone: a host's own slices and KV, in its own memory, moved layer by layer.
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -14,7 +15,7 @@ namespace {
 using moebius_cpp::Plan;
 using Catch::Contains;
 
-constexpr int32_t kLayers = 5, kExperts = 6, kSlices = 4;
+constexpr int32_t kLayers = 5, kExperts = 6, kShared = 2, kSlices = 4, kGroups = 4, kKvHeads = 2;
 constexpr int64_t kAttention = 192, kProjection = 128, kExpert = 320, kDense = 448, kKv = 256;
 constexpr int64_t kTpPages = 9, kEpPages = 5;
 const int32_t kExpertsOfLayer[kLayers] = {6, 0, 6, 4, 6};  // the second is dense
@@ -24,9 +25,10 @@ moebius_plan_spec spec_of() {
   s.struct_size = sizeof s;
   s.num_layers = kLayers;
   s.num_heads = 8;
-  s.num_kv_heads = 2;
+  s.num_kv_heads = kKvHeads;
   s.num_experts = kExperts;
   s.slices_per_expert = kSlices;
+  s.num_shared_experts = kShared;
   s.attention_bytes = kAttention;
   s.kv_projection_bytes = kProjection;
   s.expert_slice_bytes = kExpert;
@@ -109,7 +111,7 @@ TEST_CASE("a host's layers move one by one, down and up, and every slice and pag
     CHECK(info.seam == kLayers);
     CHECK(info.tp_pages == kTpPages);
     CHECK(info.ep_pages == kEpPages);
-    CHECK(info.head_groups == 4);
+    CHECK(info.head_groups == kGroups);
     CHECK(info.to_ep_bytes > 0);
     CHECK(host.wrong() == 0);
     std::mt19937 random(7);
@@ -130,6 +132,36 @@ TEST_CASE("a host's layers move one by one, down and up, and every slice and pag
     host.plan().verify();
     CHECK_THROWS_WITH(host.plan().copy_next(MOEBIUS_LAYOUT_EP, -1, host.arenas()), Contains("all 5 layers are in ep already"));
     CHECK_THROWS_WITH(host.plan().advance(MOEBIUS_LAYOUT_EP), Contains("all 5 layers"));
+  }
+}
+
+TEST_CASE("a plan names each slice's kind, index, cut and bytes, and who has it") {
+  const Plan plan(spec_of(), config_of(3, "tp"));
+  for (int32_t l = 0; l < kLayers; ++l) {
+    std::vector<std::array<int64_t, 4>> expected;  // kind, index, cut, bytes
+    for (int32_t a = 0; a < kGroups; ++a) expected.push_back({MOEBIUS_SLICE_ATTENTION, a, 0, kAttention});
+    for (int32_t h = 0; h < kKvHeads; ++h) expected.push_back({MOEBIUS_SLICE_KV_PROJECTION, h, 0, kProjection});
+    const int32_t experts = kExpertsOfLayer[l];
+    for (int32_t e = 0; e < (experts == 0 ? 1 : experts + kShared); ++e)
+      for (int32_t c = 0; c < kSlices; ++c)
+        if (experts == 0) expected.push_back({MOEBIUS_SLICE_DENSE, 0, c, kDense});
+        else expected.push_back({e < experts ? MOEBIUS_SLICE_EXPERT : MOEBIUS_SLICE_SHARED_EXPERT, e, c, kExpert});
+    std::vector<int> in_tp(expected.size()), in_ep(expected.size());
+    for (int32_t r = 0; r < 3; ++r) {
+      const std::vector<moebius_slice> slices = plan.slices(r, l);
+      REQUIRE(slices.size() == expected.size());
+      for (size_t i = 0; i < slices.size(); ++i) {
+        const moebius_slice& s = slices[i];
+        CHECK(std::array<int64_t, 4>{s.kind, s.index, s.cut, s.bytes} == expected[i]);
+        in_tp[i] += s.tp_offset >= 0;
+        in_ep[i] += s.ep_offset >= 0;
+      }
+    }
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const bool kv = expected[i][0] == MOEBIUS_SLICE_KV_PROJECTION;  // wherever a group reads its head
+      CHECK((kv ? in_tp[i] >= 1 : in_tp[i] == 1));
+      CHECK(in_ep[i] == (expected[i][0] == MOEBIUS_SLICE_EXPERT ? 1 : 3));
+    }
   }
 }
 
@@ -202,7 +234,7 @@ TEST_CASE("a description that cannot be is refused with its number") {
   refused([](auto& s) { s.attention_bytes = 100; }, "attention_bytes is 100, must be a multiple of 64");
   refused([](auto& s) { s.head_groups = 3; }, "head_groups is 3");
   refused([](auto& s) { s.num_kv_heads = 3; }, "8 query heads cannot share 3 KV heads");
-  refused([](auto& s) { s.reserved = 1; }, "reserved is 1");
+  refused([](auto& s) { s.num_shared_experts = -1; }, "num_shared_experts is -1");
   refused([](auto&) {}, "5 ranks are too many", 5);
   static const int32_t many[kLayers] = {6, 7, 6, 6, 6};
   refused([](auto& s) { s.experts_of_layer = many; }, "experts_of_layer[1] is 7");

@@ -92,7 +92,7 @@ typedef struct moebius_decoder moebius_decoder;     /* token ids to text as they
 
 MOEBIUS_API void moebius_version(int32_t *major, int32_t *minor, int32_t *patch); /* each may be NULL */
 MOEBIUS_API const char *moebius_status_name(moebius_status status);               /* e.g. "queue_full"; static */
-/* 1 where this library, on this machine, has it: "tokenizer", a kernel path ("avx512bf16", "avx512", "avx2", "portable"), a device
+/* 1 where this library, on this machine, has it: "tokenizer", a kernel path ("amx", "avx512bf16", "avx512", "avx2", "portable"), a device
  * ("cpu"; "cuda": its module is where it is looked for, which says nothing of a GPU). 0 otherwise, and for an unknown name. */
 MOEBIUS_API int32_t moebius_has_feature(const char *name);
 /* Version, compiler, kernel paths and devices as a JSON object; static. */
@@ -120,13 +120,13 @@ MOEBIUS_API moebius_status moebius_config_set_i64(moebius_config *config, const 
 MOEBIUS_API moebius_status moebius_config_set_f64(moebius_config *config, const char *key, double value, moebius_error **err);
 MOEBIUS_API moebius_status moebius_config_set_str(moebius_config *config, const char *key, const char *value, moebius_error **err);
 /* Things of the host's, one for each rank, which must outlive the engine; 0 of them: the engine makes its own. Keys: streams (cudaStream_t,
- * not the default stream; the engine's work is in order with what the host queues there) and nccl_comms (ncclComm_t of one world with the
- * same ranks; where a rank fails they are aborted, and the engine then stays failed). */
+ * of the rank's device as device_ids has it, not the default stream; the engine's work is in order with what the host queues there) and
+ * nccl_comms (ncclComm_t of one world with the same ranks; where a rank fails they are aborted, and the engine then stays failed). */
 MOEBIUS_API moebius_status moebius_config_set_handles(moebius_config *config, const char *key, void *const *handles, size_t num,
                                                       moebius_error **err);
 
 /* Progress of a load, and of each later update of the weights: bytes done and in all; a value other than 0 cancels it
- * (MOEBIUS_E_CANCELLED). Called on the loading threads, one at a time; it must not step or update the engine. */
+ * (MOEBIUS_E_CANCELLED). Called on the loading threads, one at a time; it must not call that engine. */
 typedef int32_t (*moebius_progress_fn)(void *user, int64_t bytes_done, int64_t bytes_total);
 MOEBIUS_API moebius_status moebius_config_set_progress(moebius_config *config, moebius_progress_fn fn, void *user, moebius_error **err);
 
@@ -138,20 +138,22 @@ typedef void (*moebius_log_fn)(void *user, int32_t level, const char *category, 
 MOEBIUS_API moebius_status moebius_config_set_log(moebius_config *config, moebius_log_fn fn, void *user, moebius_error **err);
 
 /* Each thread that the library starts calls it first (starting is 1) and last (0): to name it, bind it to cores, attach it to a runtime.
- * rank and thread are −1 for the engine's own thread. The thread that calls moebius_engine_step is the host's and does not call it. */
+ * rank and thread are −1 for the engine's own thread. The thread that calls moebius_engine_step is the host's and does not call it.
+ * After RANK_FAILED a thread that is late calls it when it comes back, which may be after the engine was destroyed. */
 typedef void (*moebius_thread_fn)(void *user, int32_t rank, int32_t thread, int32_t starting);
 MOEBIUS_API moebius_status moebius_config_set_thread_hook(moebius_config *config, moebius_thread_fn fn, void *user, moebius_error **err);
 
 /* Where ranks on the cpu keep weights, KV and activations: `size` bytes aligned to `alignment` (a power of two), zeroed or not; NULL: there
- * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called by several threads at once, while the engine is made and destroyed, never in a step.
+ * are none (MOEBIUS_E_OUT_OF_MEMORY). Both are called by several threads at once, while the engine is made and destroyed, never in a step;
+ * after RANK_FAILED memory is given back when the late thread is, which may be after moebius_engine_destroy.
  * With another device MOEBIUS_E_UNSUPPORTED. Both NULL: the library maps huge pages itself. */
 typedef void *(*moebius_alloc_fn)(void *user, size_t size, size_t alignment);
 typedef void (*moebius_free_fn)(void *user, void *memory, size_t size);
 MOEBIUS_API moebius_status moebius_config_set_allocator(moebius_config *config, moebius_alloc_fn alloc_fn, moebius_free_fn free_fn, void *user,
                                                         moebius_error **err);
 
-/* The index-th key; all strings are static; stability is "stable" or "experimental" (may change in any release). MOEBIUS_E_NOT_FOUND past
- * the last. out-parameters may be NULL. */
+/* The index-th key; all strings are static. Type: "i64" (flags too: 0 or 1), "f64", "str" or "handles"; stability: "stable" or "experimental"
+ * (may change in any release). MOEBIUS_E_NOT_FOUND past the last. out-parameters may be NULL. */
 MOEBIUS_API moebius_status moebius_config_key(size_t index, const char **out_name, const char **out_type, const char **out_default,
                                               const char **out_doc, const char **out_stability, moebius_error **err);
 
@@ -214,14 +216,16 @@ MOEBIUS_API moebius_status moebius_request_set_prompt(moebius_request *request, 
 /* Comes back in every event of the request. */
 MOEBIUS_API moebius_status moebius_request_set_user_data(moebius_request *request, uint64_t user_data, moebius_error **err);
 /* Integer keys (default):
- *   max_tokens (16), min_tokens (0)  tokens to generate; until min_tokens end-of-text and stop tokens are not chosen
+ *   max_tokens (16), min_tokens (0)  tokens to generate, 1 to 2^30; until min_tokens (at most max_tokens) end-of-text and stop tokens are
+ *                                    not chosen
  *   n (1)                            samples of the prompt, 1 to 1,024
  *   top_k (0)                        0 or -1: off
  *   seed (none)                      any number; without one the engine's seed and the id decide
  *   ignore_eos (0)                   1: end-of-text does not end it
  *   logprobs (none)                  0 to 20: log-probabilities of the token and of so many likeliest, of the raw distribution
  *   priority (0)                     lower runs first
- *   keep_logits, routed_experts (0)  1: to be taken with moebius_engine_take_logits, _take_routes
+ *   keep_logits, routed_experts (0)  1: to be taken with moebius_engine_take_logits, _take_routes; such a request uses no cached prefix,
+ *                                    and each of its n samples computes the prompt
  * Float keys (default):
  *   temperature (1)                  0: greedy
  *   top_p (1), min_p (0)             above 0 to 1; 0 to 1, of the largest probability
@@ -237,10 +241,11 @@ MOEBIUS_API moebius_status moebius_request_set_str(moebius_request *request, con
 /* Keys: stop_token_ids (each ends the request, as its last token), allowed_token_ids (no other is chosen). */
 MOEBIUS_API moebius_status moebius_request_set_ids(moebius_request *request, const char *key, const int32_t *token_ids, size_t num_tokens,
                                                    moebius_error **err);
+/* -100 to 100, added to the token's logit. */
 MOEBIUS_API moebius_status moebius_request_add_logit_bias(moebius_request *request, int32_t token, float bias, moebius_error **err);
 
 /* Queues a request; *out_id names it in events. Any thread. By design: INVALID_ARGUMENT, CONTEXT_TOO_LONG, DOES_NOT_FIT,
- * QUEUE_FULL, INVALID_STATE (the engine has failed, drains, or has mixed weights after an update that failed).
+ * UNSUPPORTED (routed_experts of a model without any), QUEUE_FULL, INVALID_STATE (the engine has failed, drains, or has mixed weights after an update that failed).
  * moebius_engine_check does the same checks (but the queue's) and queues nothing. */
 MOEBIUS_API moebius_status moebius_engine_submit(moebius_engine *engine, const moebius_request *request, uint64_t *out_id,
                                                  moebius_error **err);
@@ -248,13 +253,15 @@ MOEBIUS_API moebius_status moebius_engine_check(const moebius_engine *engine, co
 /* Queues all of `requests`, or none; out_ids [num]. */
 MOEBIUS_API moebius_status moebius_engine_submit_many(moebius_engine *engine, const moebius_request *const *requests, size_t num,
                                                       uint64_t *out_ids, moebius_error **err);
-/* Ends a request wherever it is; its FINISHED event (abort) follows. NOT_FOUND: unknown or already finished. Any thread. */
+/* Ends a request wherever it is; its FINISHED event (abort) follows. Of one that has finished it gives back the logits and routes that were
+ * not taken. NOT_FOUND: unknown, or already finished and keeps nothing. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_cancel(moebius_engine *engine, uint64_t id, moebius_error **err);
 /* Ends one of its n samples; one that has ended already is left alone. INVALID_ARGUMENT: it has no such sample. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_cancel_sample(moebius_engine *engine, uint64_t id, int32_t sample, moebius_error **err);
 
-/* From now on submit is refused (INVALID_STATE). Waits at most timeout_ms until no request runs or waits, while the engine's own thread or
- * the host's steps on another one end them. TIMEOUT: some still do; to be called again, or they are cancelled. Any thread. */
+/* From now on submit is refused (INVALID_STATE). Waits at most timeout_ms until no request runs or waits and no switch is under way, while the
+ * engine's own thread or the host's steps on another one end them. TIMEOUT: some still do; to be called again, or they are cancelled.
+ * INVALID_STATE: the engine has failed, before or meanwhile. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_drain(moebius_engine *engine, double timeout_ms, moebius_error **err);
 /* Submit is taken again. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_resume(moebius_engine *engine, moebius_error **err);
@@ -276,8 +283,8 @@ typedef struct moebius_step_result {
  * thread runs it is INVALID_STATE too, and harms nothing. */
 MOEBIUS_API moebius_status moebius_engine_step(moebius_engine *engine, moebius_step_result *out_result, moebius_error **err);
 /* The engine's own thread steps whenever there is work, and every 50 ms while there is none but a policy watches the load, until
- * stop (which waits for a step under way) or a failure. One thread at a time calls these two. INVALID_STATE: it runs already, or
- * the engine has failed. */
+ * stop (which waits for a step under way) or a failure. After stop nobody waits in moebius_engine_poll, until start or step. One
+ * thread at a time calls these two. INVALID_STATE: it runs already, or the engine has failed. */
 MOEBIUS_API moebius_status moebius_engine_start(moebius_engine *engine, moebius_error **err);
 MOEBIUS_API moebius_status moebius_engine_stop(moebius_engine *engine, moebius_error **err);
 
@@ -295,7 +302,7 @@ typedef struct moebius_event {
   int32_t num_top;     /* entries of top_tokens and top_logprobs */
   int32_t top_tokens[20]; /* the likeliest tokens first */
   float top_logprobs[20]; /* theirs */
-  int32_t finish_reason;  /* FINISHED: MOEBIUS_FINISH_… */
+  int32_t finish_reason;  /* FINISHED: MOEBIUS_FINISH_…; of the last TOKEN too: STOP is an end or stop token, which is no text */
   int32_t from;        /* layout before a switch */
   int32_t to;          /* layout that it is for */
   int32_t seam;        /* layers [0, seam) run in TP */
@@ -313,7 +320,7 @@ typedef struct moebius_event {
 } moebius_event;
 /* Up to `capacity` events in order into an array whose elements are `stride` bytes apart (sizeof the caller's struct; each
  * element's struct_size is set by the library). Waits at most timeout_ms for the first (0 or less: not at all; INFINITY: as long as it
- * takes). Events come from steps only, ARRIVED too. Any thread. */
+ * takes, or until stop). Events come from steps only, ARRIVED too, and from an update of the weights that fails. Any thread. */
 MOEBIUS_API moebius_status moebius_engine_poll(moebius_engine *engine, moebius_event *out_events, size_t capacity, size_t stride,
                                                double timeout_ms, size_t *out_count, moebius_error **err);
 
@@ -325,11 +332,11 @@ MOEBIUS_API moebius_status moebius_engine_event_fd(moebius_engine *engine, int32
 /* ---- switching. Any thread; taken up before the next step in the order asked for, the outcome of each is an event. One that
  * is asked for while another is under way turns the seam round where it stands; where it goes there already, the end of that
  * one is the outcome of both. When the engine fails, each that has not ended is SWITCH_REFUSED with the reason.
- * QUEUE_FULL: 64 wait for the next step. INVALID_STATE: the engine has failed. */
+ * QUEUE_FULL: 65,536 wait for the next step. INVALID_STATE: the engine has failed. */
 
 /* Asks for a layout: every layer in TP or every layer in EP. */
 MOEBIUS_API moebius_status moebius_engine_switch(moebius_engine *engine, moebius_layout to, moebius_error **err);
-/* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there. */
+/* Moves the seam to this layer (0 = EP … num_layers = TP) and holds it there, until a switch is asked for; policy threshold may ask too. */
 MOEBIUS_API moebius_status moebius_engine_hold_seam(moebius_engine *engine, int32_t seam, moebius_error **err);
 /* 0: a switch moves everything at once; else the time that each step may lend to it. */
 MOEBIUS_API moebius_status moebius_engine_set_stall_budget(moebius_engine *engine, double ms, moebius_error **err);
@@ -389,7 +396,7 @@ typedef struct moebius_stats {
   double switch_seconds; /* that they took from their steps */
   double kv_usage;       /* 0 to 1, of the present layout's pages */
 } moebius_stats;
-/* Fills out_stats, as of the last step. */
+/* Fills out_stats, as of the last step; `waiting` counts what was submitted since, too. */
 MOEBIUS_API moebius_status moebius_engine_stats(const moebius_engine *engine, moebius_stats *out_stats, moebius_error **err);
 
 /* Where memory goes, in bytes of a rank unless said otherwise. */
@@ -421,7 +428,7 @@ MOEBIUS_API moebius_status moebius_engine_take_logits(moebius_engine *engine, ui
                                                       size_t capacity, size_t *out_count, moebius_error **err);
 
 /* The experts that the router chose, int16_t [positions, num_layers, top_k] of a routed_experts request (moebius_model_info; −1 in a dense
- * layer), in everything else like the logits. Steps with such a request do not replay captured work. */
+ * layer; shared experts, which every token goes through, are not among them), in everything else like the logits. Steps with such a request do not replay captured work. */
 MOEBIUS_API moebius_status moebius_engine_take_routes(moebius_engine *engine, uint64_t id, int32_t sample, int16_t *out_experts,
                                                       size_t capacity, size_t *out_count, moebius_error **err);
 
@@ -465,7 +472,7 @@ typedef struct moebius_plan_spec {
   int32_t slices_per_expert;  /* S: every MLP is cut into so many slices along its neurons; at least the number of ranks */
   int32_t head_groups;        /* A: attention is cut into so many groups of query heads, a multiple of num_kv_heads that divides num_heads; 0:
                                  the fewest that are at least min(S, num_heads) */
-  int32_t reserved;           /* 0 */
+  int32_t num_shared_experts; /* of a sparse layer, besides num_experts and as wide as those: every rank has them whole in EP; 0: none */
   int64_t attention_bytes;    /* of a head group's slice (its q and o weights). All bytes here are multiples of 64 */
   int64_t kv_projection_bytes; /* of one KV head's k and v weights, which every rank whose groups read that head has in TP */
   int64_t expert_slice_bytes; /* of one of the S slices of an expert */
@@ -495,8 +502,9 @@ typedef struct moebius_plan_info {
 } moebius_plan_info;
 
 /* Of the config (NULL: its defaults) these keys count: ranks, layout (where it starts), memory_bytes (of an arena), device, device_ids,
- * streams. By design: INVALID_ARGUMENT, DOES_NOT_FIT, UNSUPPORTED (the device). A plan's functions may be called from any thread, but
- * moebius_plan_advance and moebius_plan_destroy only while no other runs. */
+ * streams. By design: INVALID_ARGUMENT, DOES_NOT_FIT, UNSUPPORTED (the device; communicator nccl and rank_processes, since a plan's ranks read
+ * each other's memory). A plan's functions may be called from any thread, but moebius_plan_advance and moebius_plan_destroy only while no
+ * other runs. */
 MOEBIUS_API moebius_status moebius_plan_create(const moebius_plan_spec *spec, const moebius_config *config, moebius_plan **out_plan,
                                                moebius_error **err);
 MOEBIUS_API void moebius_plan_destroy(moebius_plan *plan);
@@ -507,13 +515,19 @@ MOEBIUS_API moebius_status moebius_plan_arena_bytes(const moebius_plan *plan, in
 MOEBIUS_API moebius_status moebius_plan_verify(const moebius_plan *plan, moebius_error **err);
 
 /* Kinds of slices. */
-enum { MOEBIUS_SLICE_EXPERT = 0, MOEBIUS_SLICE_DENSE = 1, MOEBIUS_SLICE_ATTENTION = 2, MOEBIUS_SLICE_KV_PROJECTION = 3 };
+enum {
+  MOEBIUS_SLICE_EXPERT = 0,
+  MOEBIUS_SLICE_DENSE = 1,
+  MOEBIUS_SLICE_ATTENTION = 2,
+  MOEBIUS_SLICE_KV_PROJECTION = 3,
+  MOEBIUS_SLICE_SHARED_EXPERT = 4
+};
 
 /* A slice of a layer's weights, as one rank has it. */
 typedef struct moebius_slice {
   uint32_t struct_size;
   int32_t kind;      /* MOEBIUS_SLICE_… */
-  int32_t index;     /* the expert, 0, the head group or the KV head */
+  int32_t index;     /* the expert (shared ones follow the layer's others), 0, the head group or the KV head */
   int32_t cut;       /* of an MLP: 0 to S - 1, consecutive neurons; 0 otherwise */
   int64_t bytes;     /* as the spec says for its kind */
   int64_t tp_offset; /* in the rank's arena; -1: the rank has none of it in this layout */
