@@ -15,6 +15,8 @@
 #include "cuda/fragments.h"
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/norm.h"
+#include "cuda/rows.h"
 #include "cuda/wide.h"
 
 namespace moebius::cuda {
@@ -202,9 +204,11 @@ struct LinearTable {
 };
 
 // A block has a unit, each of its warps a part of k: one warp alone has too little in flight, and units are few in a decode step. Who has which
-// blocks of k depends on k alone, so that a row's bits are the same among any number of rows.
-template <int kParts, int kBlocks>
-__global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, const __grid_constant__ LinearTable<kParts> table, int row_units) {
+// blocks of k depends on k alone, so that a row's bits are the same among any number of rows. With kNormParts above 0 there is one row, which each
+// block norms by itself first, and the first one stores.
+template <int kParts, int kBlocks, int kNormParts>
+__global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, const __grid_constant__ LinearTable<kParts> table, int row_units,
+                                                             NormAhead ahead) {
   __shared__ float room[kWarps / 2][kBlocks * 8][32];
   begin_next();
   const int tiles_unit = static_cast<int>(blockIdx.x) / row_units, row_unit = static_cast<int>(blockIdx.x) % row_units;
@@ -214,14 +218,28 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   const int64_t tile = 2 * static_cast<int64_t>(tiles_unit - table.units[p]);
   const WeightStream weights(matrix, part.w, tile);
   if (row_unit == 0 && threadIdx.x == 0) prefetch_tiles(matrix, part.w, tile);
-  await_previous();
 
   const int64_t row0 = static_cast<int64_t>(row_unit) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
   InputRows<kBlocks> rows;
+  if constexpr (kNormParts > 0) {
+    __shared__ uint4 normed[BlockRow<kWarps * 32, kNormParts>::kMost / 8];
+    static_assert(kBlocks == 1);
+    const int64_t row = args.rows.begin;
+    BlockRow<kWarps * 32, kNormParts> mine;
+    mine.load_weight(ahead.args);
+    await_previous();
+    mine.load_and_add(ahead.args, ahead.partials, 0, ahead.partials.num, row);
+    if (blockIdx.x == 0 && ahead.partials.num > 0) mine.store(ahead.args, row);
+    mine.norm(ahead.args, [&](int64_t i, float v) { reinterpret_cast<bf16*>(normed)[i] = to_bf16(v); });
+    __syncthreads();
+    rows.row[0] = reinterpret_cast<const uint32_t*>(normed);
+  } else {
+    await_previous();
 #pragma unroll
-  for (int j = 0; j < kBlocks; ++j) {
-    const int64_t r = min(int64_t{j * 8 + WeightStream::lane_g()}, num - 1);
-    rows.row[j] = reinterpret_cast<const uint32_t*>(args.x + (args.rows.begin + row0 + r) * args.ldx);
+    for (int j = 0; j < kBlocks; ++j) {
+      const int64_t r = min(int64_t{j * 8 + WeightStream::lane_g()}, num - 1);
+      rows.row[j] = reinterpret_cast<const uint32_t*>(args.x + (args.rows.begin + row0 + r) * args.ldx);
+    }
   }
   float acc[kBlocks][2][4];
   clear(acc);
@@ -248,14 +266,16 @@ __global__ void __launch_bounds__(kWideWarps * 32, 1) wide_linear_kernel(LinearA
   if (own < all) store_unit(part.y + (args.rows.begin + row0) * part.ldy, part.ldy, part.n, tile, num, acc);
 }
 
-template <int kParts, int kBlocks>
-void launch_linear(const LinearArgs& args, const LinearTable<kParts>& table, void* queue) {
+template <int kParts, int kBlocks, int kNormParts = 0>
+void launch_linear(const LinearArgs& args, const LinearTable<kParts>& table, void* queue, const NormAhead& ahead = {}) {
   const int row_units = static_cast<int>(div_up(args.rows.size(), kBlocks * 8));
-  launch(linear_kernel<kParts, kBlocks>, static_cast<unsigned>(int64_t{table.units[args.num_parts]} * row_units), kWarps * 32, 0, queue, args, table, row_units);
+  launch(linear_kernel<kParts, kBlocks, kNormParts>, static_cast<unsigned>(int64_t{table.units[args.num_parts]} * row_units), kWarps * 32, 0, queue, args, table,
+         row_units, ahead);
 }
 
+// norm: of one row that has parts_ahead, or null.
 template <int kParts>
-void launch_linear(const LinearArgs& args, void* queue) {
+void launch_linear(const LinearArgs& args, void* queue, const AddNormArgs* norm) {
   LinearTable<kParts> table;
   table.units[0] = 0;
   for (int p = 0; p < args.num_parts; ++p) {
@@ -264,7 +284,9 @@ void launch_linear(const LinearArgs& args, void* queue) {
   }
   const int row_units = static_cast<int>(div_up(args.rows.size(), kWideRows));
   const int64_t units = div_up(table.units[args.num_parts], kWideWarps) * row_units;
-  if (args.plain && args.k % 32 == 0 && args.ldx % 8 == 0 && fills_wide(units))
+  if (norm != nullptr && parts_ahead(*norm) == 1) launch_linear<kParts, 1, 1>(args, table, queue, NormAhead(*norm));
+  else if (norm != nullptr) launch_linear<kParts, 1, 2>(args, table, queue, NormAhead(*norm));
+  else if (args.plain && args.k % 32 == 0 && args.ldx % 8 == 0 && fills_wide(units))
     launch(wide_linear_kernel<kParts>, static_cast<unsigned>(units), kWideWarps * 32, kWideShared, queue, args, table, row_units);
   else if (args.rows.size() <= 8) launch_linear<kParts, 1>(args, table, queue);
   else if (args.rows.size() <= 16) launch_linear<kParts, 2>(args, table, queue);
@@ -674,12 +696,26 @@ void launch_classes(const ExpertsArgs& args, const ExpertsKernel (&kernels)[4], 
 
 }  // namespace
 
+namespace {
+
+void multiply_parts(const LinearArgs& args, const Lane& lane, const AddNormArgs* norm) {
+  if (args.num_parts <= 16) launch_linear<16>(args, lane.queue, norm);
+  else if (args.num_parts <= 128) launch_linear<128>(args, lane.queue, norm);
+  else launch_linear<kMaxLinearParts>(args, lane.queue, norm);
+}
+
+}  // namespace
+
 void linear(const LinearArgs& args, const Lane& lane) {
   if (args.rows.empty()) return;
   if (args.row_major) return dense_linear(args, lane);
-  if (args.num_parts <= 16) launch_linear<16>(args, lane.queue);
-  else if (args.num_parts <= 128) launch_linear<128>(args, lane.queue);
-  else launch_linear<kMaxLinearParts>(args, lane.queue);
+  multiply_parts(args, lane, nullptr);
+}
+
+void norm_linear(const NormLinearArgs& args, const Lane& lane) {
+  if (args.linear.rows.size() == 1 && args.linear.num_parts > 0 && parts_ahead(args.norm) > 0) return multiply_parts(args.linear, lane, &args.norm);
+  add_norm(args.norm, lane);
+  linear(args.linear, lane);
 }
 
 void exact_linear(const ExactLinearArgs& given, const Lane& lane) {

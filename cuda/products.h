@@ -9,6 +9,7 @@
 namespace moebius::cuda {
 
 void linear(const LinearArgs& args, const Lane& lane);
+void norm_linear(const NormLinearArgs& args, const Lane& lane);
 void exact_linear(const ExactLinearArgs& args, const Lane& lane);
 void experts_gate_up(const ExpertsArgs& args, const Lane& lane);
 void experts_down(const ExpertsArgs& args, const Lane& lane);

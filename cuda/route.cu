@@ -9,7 +9,9 @@
 
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/norm.h"
 #include "cuda/ptx.h"
+#include "cuda/rows.h"
 #include "cuda/scratch.h"
 #include "cuda/sort.h"
 #include "lib/tensor/packed.h"
@@ -169,11 +171,11 @@ constexpr int kFewChoices = 128;  // that the router's kernel groups too: its wa
 // Logits of kRows rows for a tile of 16 experts by one block. Lane 4·q + c takes experts 4·c … 4·c + 3 at pair q of its warp's 8, so a warp
 // loads 512 bytes in one piece. A lane adds up its pairs in order, the lanes of the same experts theirs by a tree, the warps theirs in order:
 // the order is the same for every number of rows. The last block of the rows chooses their experts, a warp for each row; where group has begins
-// the last of these groups all rows. One block a multiprocessor is asked for since for more the compiler saves registers, and puts off each load
-// until it is needed.
-template <int kRows, int kPerLane>
+// the last of these groups all rows. With kNormParts above 0 each block norms its row by itself first, and the row's first one stores it. One block a
+// multiprocessor is asked for since for more the compiler saves registers, and puts off each load until it is needed.
+template <int kRows, int kPerLane, int kNormParts>
 __global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs args, GroupArgs group, float* logits, int64_t stride,
-                                                                     unsigned* counters) {
+                                                                     unsigned* counters, NormAhead ahead) {
   constexpr int kAhead = kRows == 1 ? 16 : 4;  // loads of weights under way, each with kRows of inputs: what registers hold
   __shared__ float of_warp[kRouterWarps][kRows * kTile];
   __shared__ float values[kRows][kPerLane * 32];
@@ -183,20 +185,45 @@ __global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs a
   const int pairs = static_cast<int>(div_up(args.hidden, 2));
   begin_next();
   if (blockIdx.x == 0 && thread == 0) prefetch_bytes(args.w + tile * pairs * 2 * kTile, int64_t{pairs} * 2 * kTile * 2);
-  await_previous();
   const uint4* w = reinterpret_cast<const uint4*>(args.w) + tile * pairs * (kTile / 4) + lane % 4;
-  const float2* x[kRows];
+  uint4 loaded[kAhead];
+  const auto load_weights = [&](int begin) {  // past the end they and the inputs are zeros: 0 · NaN would be NaN
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)  // rows past the last repeat it
-    x[r] = reinterpret_cast<const float2*>(args.x + (args.rows.begin + first + (r < num ? r : 0)) * args.hidden);
-  float sum[kRows][4] = {};
-  for (int begin = warp * kWarpPairs; begin < pairs; begin += kAhead * kStepPairs) {
-    uint4 loaded[kAhead];
-    float2 v[kAhead][kRows];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {  // past the end both are zeros: 0 · NaN would be NaN
+    for (int i = 0; i < kAhead; ++i) {
       const int p = begin + i * kStepPairs + lane / 4;
       loaded[i] = p < pairs ? load_once(w + p * (kTile / 4)) : make_uint4(0, 0, 0, 0);
+    }
+  };
+  load_weights(warp * kWarpPairs);
+  const float2* x[kRows];
+  if constexpr (kNormParts > 0) {
+    __shared__ float2 normed[BlockRow<kRowThreads, kNormParts>::kMost / 2];
+    static_assert(kRows == 1 && kRouterWarps * 32 == kRowThreads);
+    const int64_t row = args.rows.begin + first;
+    BlockRow<kRowThreads, kNormParts> mine;
+    mine.load_weight(ahead.args);
+    await_previous();
+    mine.load_and_add(ahead.args, ahead.partials, 0, ahead.partials.num, row);
+    if (tile == 0 && ahead.partials.num > 0) mine.store(ahead.args, row);
+    mine.norm(ahead.args, [&](int64_t i, float v) {
+      reinterpret_cast<float*>(normed)[i] = v;
+      if (tile == 0) ahead.args.x[row * args.hidden + i] = to_bf16(v);
+    });
+    __syncthreads();
+    x[0] = normed;
+  } else {
+    await_previous();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)  // rows past the last repeat it
+      x[r] = reinterpret_cast<const float2*>(args.x + (args.rows.begin + first + (r < num ? r : 0)) * args.hidden);
+  }
+  float sum[kRows][4] = {};
+  for (int begin = warp * kWarpPairs; begin < pairs; begin += kAhead * kStepPairs) {
+    if (begin != warp * kWarpPairs) load_weights(begin);
+    float2 v[kAhead][kRows];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int p = begin + i * kStepPairs + lane / 4;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) v[i][r] = p < pairs ? x[r][p] : make_float2(0, 0);
     }
@@ -281,15 +308,16 @@ __global__ void group_dense_kernel(GroupArgs args) {
   args.pair_weights[i] = 1.0f;
 }
 
-template <int kRows, int kPerLane>
-void launch_route(const RouteArgs& args, const GroupArgs& group, int64_t tiles, const Lane& lane) {
+template <int kRows, int kPerLane, int kNormParts = 0>
+void launch_route(const RouteArgs& args, const GroupArgs& group, int64_t tiles, const Lane& lane, const NormAhead& ahead = {}) {
   const int64_t stride = tiles * kTile;
   RouteArgs some = args;
   for (some.rows.end = args.rows.begin; some.rows.end < args.rows.end;) {  // as many groups of rows as there are counters
     some.rows.begin = some.rows.end;
     some.rows.end = std::min(args.rows.end, some.rows.begin + int64_t{kCounters} * kRows);
     const dim3 grid(static_cast<unsigned>(div_up(some.rows.size(), kRows)), static_cast<unsigned>(tiles));
-    launch(route_kernel<kRows, kPerLane>, grid, kRouterWarps * 32, 0, lane.queue, some, group, scratch_of<float>(lane), stride, counters_of(lane));
+    launch(route_kernel<kRows, kPerLane, kNormParts>, grid, kRouterWarps * 32, 0, lane.queue, some, group, scratch_of<float>(lane), stride, counters_of(lane),
+           ahead);
   }
 }
 
@@ -297,27 +325,32 @@ constexpr int kManyRows = 8, kFewRows = 4 * kManyRows;
 static_assert(kFewRows < kCounters);
 
 template <int kPerLane>
-void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane) {
+void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane, const AddNormArgs* norm) {
   const int64_t tiles = div_up(args.rule.num_experts, kTile) + args.rule.gates_shared;
-  if (args.rows.size() < kFewRows) launch_route<1, kPerLane>(args, group, tiles, lane);
-  else launch_route<kManyRows, kPerLane>(args, group, tiles, lane);
+  if (args.rows.size() >= kFewRows) launch_route<kManyRows, kPerLane>(args, group, tiles, lane);
+  else if (norm == nullptr) launch_route<1, kPerLane>(args, group, tiles, lane);
+  else if (parts_ahead(*norm) == 1) launch_route<1, kPerLane, 1>(args, group, tiles, lane, NormAhead(*norm));
+  else launch_route<1, kPerLane, 2>(args, group, tiles, lane, NormAhead(*norm));
 }
 
-// group: of fewer than kFewRows rows and at most kFewChoices choices, or none.
-void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane) {
-  if (args.rule.num_experts <= 128) launch_route<4>(args, group, lane);
-  else if (args.rule.num_experts <= 256) launch_route<8>(args, group, lane);
-  else launch_route<kGpuMaxExperts / 32>(args, group, lane);
+// group: of fewer than kFewRows rows and at most kFewChoices choices, or none. norm: of as few that have parts_ahead, or null.
+void launch_route(const RouteArgs& args, const GroupArgs& group, const Lane& lane, const AddNormArgs* norm = nullptr) {
+  if (args.rule.num_experts <= 128) launch_route<4>(args, group, lane, norm);
+  else if (args.rule.num_experts <= 256) launch_route<8>(args, group, lane, norm);
+  else launch_route<kGpuMaxExperts / 32>(args, group, lane, norm);
 }
 
 }  // namespace
 
 void route(const RouteArgs& args, const Lane& lane) { launch_route(args, {}, lane); }
 
-void route_group(const RouteGroupArgs& args, const Lane& lane) {
-  const bool few = !args.route.rows.empty() && args.route.rows.size() < kFewRows && args.route.rows.size() * args.route.rule.choices() <= kFewChoices;
-  launch_route(args.route, few ? args.group : GroupArgs{}, lane);
-  if (!few) group_experts(args.group, lane);
+void norm_route(const NormRouteArgs& args, const Lane& lane) {
+  const int64_t rows = args.route.rows.size();
+  const bool few = rows < kFewRows, ahead = few && parts_ahead(args.norm) > 0, groups = args.group.begins != nullptr;
+  const bool groups_too = groups && few && rows > 0 && rows * args.route.rule.choices() <= kFewChoices;
+  if (!ahead) add_norm(args.norm, lane);
+  launch_route(args.route, groups_too ? args.group : GroupArgs{}, lane, ahead ? &args.norm : nullptr);
+  if (groups && !groups_too) group_experts(args.group, lane);
 }
 
 void group_experts(const GroupArgs& args, const Lane& lane) {

@@ -7,7 +7,7 @@ namespace moebius::cuda {
 
 void route(const RouteArgs& args, const Lane& lane);
 void group_experts(const GroupArgs& args, const Lane& lane);
-void route_group(const RouteGroupArgs& args, const Lane& lane);
+void norm_route(const NormRouteArgs& args, const Lane& lane);
 size_t scratch_bytes_route(const OpLimits& limits);
 
 }  // namespace moebius::cuda

@@ -5,15 +5,13 @@
 
 #include "cuda/launch.h"
 #include "cuda/math.h"
+#include "cuda/norm.h"
 #include "cuda/ptx.h"
 #include "cuda/rope.h"
-#include "lib/layout/owners.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius::cuda {
 namespace {
-
-constexpr int kRowThreads = 256;  // of a row's block: fixed, since it sets the order of the row's sum of squares
 
 __global__ void __launch_bounds__(kRowThreads) embed_kernel(EmbedArgs args) {
   follow_previous();
@@ -25,125 +23,71 @@ __global__ void __launch_bounds__(kRowThreads) embed_kernel(EmbedArgs args) {
                                           : args.packed[token / kTile * tile_elements + token % kTile * 2 + i / 2 * 2 * kTile + i % 2]) * args.multiplier;
 }
 
-struct Partials {
-  int num;
-  const int64_t* sums[kMaxRanks];
-  const uint8_t* flags[kMaxRanks];
-
-  template <class Args>
-  explicit Partials(const Args& args) : num(args.num_partials), sums{}, flags{} {
-    for (int p = 0; p < num; ++p) sums[p] = args.partials[p], flags[p] = args.flags[p];
-  }
+// Who share_of says has row r whole, or all partials.
+struct WhichPartials {
+  int first, last;
 };
-
-constexpr int kAtOnce = 8;  // elements of a row that a thread has on their way, kRowThreads apart
-
-// The sums of elements at, at + kRowThreads, … below `end` over partials [first, last): integers wrap freely, only whole contributions were tested.
-template <class T>
-__device__ __forceinline__ void sums_of(const Partials& partials, int first, int last, int64_t at, int64_t end, T (&sums)[kAtOnce]) {
-#pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) sums[j] = 0;
-#pragma unroll 2
-  for (int p = first; p < last; ++p)
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (const int64_t i = at + j * kRowThreads; i < end) sums[j] += reinterpret_cast<const T*>(partials.sums[p])[i];
-}
-__device__ __forceinline__ bool any_flag(const Partials& partials, int first, int last, int64_t row) {
-  bool any = false;
-  for (int p = first; p < last; ++p) any |= partials.flags[p][row] != 0;  // without a branch that waits for each
-  return any;
+__device__ __forceinline__ WhichPartials partials_of(const AddNormArgs& args, int num, int64_t row) {
+  if (args.whole_rows == 0) return {0, num};
+  const int first = static_cast<int>(div_up((row + 1) * num, args.whole_rows)) - 1;
+  return {first, first + 1};
 }
 
-// The block's sum by a fixed tree: over lanes, then over warps.
-__device__ float block_sum(float v) {
-  __shared__ float of_warp[kRowThreads / 32];
-  v = warp_sum(v);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
-  __syncthreads();
-  float sum = 0;
-#pragma unroll
-  for (int w = 0; w < kRowThreads / 32; ++w) sum += of_warp[w];
-  return sum;
-}
-
-// What they are added to, as floats.
-__device__ __forceinline__ void float_sums_of(const Partials& partials, bool plain, float factor, int first, int last, int64_t at, int64_t end,
-                                              float (&sums)[kAtOnce]) {
-  if (plain) {
-    sums_of(partials, first, last, at, end, sums);
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) sums[j] *= factor;
-    return;
-  }
-  uint64_t fixed[kAtOnce];
-  sums_of(partials, first, last, at, end, fixed);
-#pragma unroll
-  for (int j = 0; j < kAtOnce; ++j) sums[j] = static_cast<float>(static_cast<double>(static_cast<int64_t>(fixed[j])) * static_cast<double>(factor));
-}
-
-// kKept: parts of kAtOnce · kRowThreads elements that a row has at most, what a thread has of them staying with it, and its weights there before the
-// sums are awaited; 0: longer rows, read twice. The order of the sum is the same.
-template <int kKept>
-__global__ void __launch_bounds__(kRowThreads, 2) add_norm_kernel(AddNormArgs args, const __grid_constant__ Partials partials) {
+template <int kParts>
+__global__ void __launch_bounds__(kRowThreads, 2) add_norm_kernel(AddNormArgs args, const __grid_constant__ Partials<kMaxRanks> partials) {
   begin_next();
   const int64_t row = args.rows.begin + blockIdx.x, begin = row * args.hidden;
-  float* const h = args.h + begin;
-  float v[kKept > 0 ? kKept : 1][kAtOnce] = {}, weight[kKept > 0 ? kKept : 1][kAtOnce] = {};
-  const auto for_parts = [&](const auto& f) {  // f(number of what is kept, the thread's first element)
-    constexpr int64_t kPart = kAtOnce * kRowThreads;
-    if constexpr (kKept > 0) {
-#pragma unroll
-      for (int p = 0; p < kKept; ++p) f(p, threadIdx.x + p * kPart);
-    } else {
-      for (int64_t at = threadIdx.x; at < args.hidden; at += kPart) f(0, at);
-    }
-  };
-  const auto for_elements = [&](int64_t at, const auto& f) {
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (const int64_t i = at + j * kRowThreads; i < args.hidden) f(j, i);
-  };
-  const auto load = [&](float (&to)[kAtOnce], const float* from, int64_t at) {
-    for_elements(at, [&](int j, int64_t i) { to[j] = __ldcg(from + i); });
-  };
-  const auto store = [&](int p, int64_t at) {
-    if (partials.num > 0) for_elements(at, [&](int j, int64_t i) { h[i] = v[p][j]; });
-  };
-  if (args.weight != nullptr) {
-    if (kKept > 0) for_parts([&](int p, int64_t at) { load(weight[p], args.weight, at); });
-    else if (blockIdx.x == 0 && threadIdx.x == 0) prefetch_bytes(args.weight, args.hidden * static_cast<int64_t>(sizeof(float)));
-  }
+  BlockRow<kRowThreads, kParts> mine;
+  if (args.weight != nullptr) mine.load_weight(args);
   await_previous();
-  int first = 0, last = partials.num;
-  if (args.whole_rows > 0) first = static_cast<int>(div_up((row + 1) * partials.num, args.whole_rows)) - 1, last = first + 1;  // who share_of says
-  const bool bad = any_flag(partials, first, last, row);
-  float squares = 0;
-  for_parts([&](int p, int64_t at) {
-    float sums[kAtOnce];
-    load(v[p], h, at);
-    if (partials.num > 0) float_sums_of(partials, args.plain, args.factor, first, last, begin + at, begin + args.hidden, sums);
-    for_elements(at, [&](int j, int64_t) {
-      if (partials.num > 0) v[p][j] = bad ? __uint_as_float(0x7fc00000u) : v[p][j] + sums[j];
-      squares = __fmaf_rn(v[p][j], v[p][j], squares);
-    });
-    if (kKept == 0) store(p, at);
-  });
-  if (kKept > 0) for_parts(store);  // not before: no load has waited for a store
+  const auto [first, last] = partials_of(args, partials.num, row);
+  mine.load_and_add(args, partials, first, last, row);
+  if (partials.num > 0) mine.store(args, row);
   if (args.weight == nullptr) return;
-  const float mean = __fdiv_rn(block_sum(squares), static_cast<float>(args.hidden));
-  const float factor = __fdiv_rn(1.0f, __fsqrt_rn(mean + args.eps));
-  for_parts([&](int p, int64_t at) {  // each thread's own elements again
-    if (kKept == 0) load(v[p], h, at), load(weight[p], args.weight, at);
-    for_elements(at, [&](int j, int64_t i) {
-      const float x = v[p][j] * factor * weight[p][j];
-      args.x[begin + i] = to_bf16(x);
-      if (args.x_float != nullptr) args.x_float[begin + i] = x;
-    });
+  mine.norm(args, [&](int64_t i, float x) {
+    args.x[begin + i] = to_bf16(x);
+    if (args.x_float != nullptr) args.x_float[begin + i] = x;
   });
 }
 
-__global__ void __launch_bounds__(kRowThreads) add_partials_kernel(AddPartialsArgs args, const __grid_constant__ Partials partials) {
+// Longer rows are read twice; the order of the sum is the same.
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 2) add_norm_long_kernel(AddNormArgs args, const __grid_constant__ Partials<kMaxRanks> partials) {
+  begin_next();
+  const int64_t row = args.rows.begin + blockIdx.x, begin = row * args.hidden, end = begin + args.hidden;
+  if (args.weight != nullptr && blockIdx.x == 0 && threadIdx.x == 0) prefetch_bytes(args.weight, args.hidden * static_cast<int64_t>(sizeof(float)));
+  await_previous();
+  const auto [first, last] = partials_of(args, partials.num, row);
+  const bool bad = partials.num > 0 && __any_sync(kAllLanes, flags_of(partials, first, last, row) != 0);
+  float* const out = args.h_out != nullptr ? args.h_out : args.h;
+  float squares[1] = {};
+  for (int64_t at = begin + threadIdx.x; at < end; at += kRowPart) {
+    float v[kAtOnce] = {};
+    T sums[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (const int64_t i = at + j * kRowThreads; i < end) v[j] = __ldcg(args.h + i);
+    if (partials.num > 0) sums_of(partials, first, last, at, end, sums);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int64_t i = at + j * kRowThreads;
+      if (i >= end) break;
+      if (partials.num > 0) out[i] = v[j] = bad ? __uint_as_float(kNoNumber) : v[j] + addend_of(sums[j], args.factor);
+      squares[0] = __fmaf_rn(v[j], v[j], squares[0]);
+    }
+  }
+  if (args.weight == nullptr) return;
+  const float factor = norm_factor(args, block_sum<kRowThreads>(squares));
+  const float* const from = partials.num > 0 ? out : args.h;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < args.hidden; i += kRowThreads) {  // each thread's own elements again
+    const float x = __ldcg(from + begin + i) * factor * __ldcg(args.weight + i);
+    args.x[begin + i] = to_bf16(x);
+    if (args.x_float != nullptr) args.x_float[begin + i] = x;
+  }
+}
+
+__global__ void __launch_bounds__(kRowThreads) add_partials_kernel(AddPartialsArgs args, const __grid_constant__ Partials<kMaxRanks> partials) {
   follow_previous();
   const int64_t row = args.rows.begin + blockIdx.x, begin = row * args.hidden, end = begin + args.hidden;
   const auto add = [&](auto* own) {
@@ -158,7 +102,9 @@ __global__ void __launch_bounds__(kRowThreads) add_partials_kernel(AddPartialsAr
   auto* const own = const_cast<int64_t*>(partials.sums[args.own]);
   if (args.plain) add(reinterpret_cast<float*>(own));
   else add(reinterpret_cast<uint64_t*>(own));
-  if (threadIdx.x == 0 && any_flag(partials, 0, partials.num, row)) const_cast<uint8_t*>(partials.flags[args.own])[row] = 1;
+  if (threadIdx.x >= 32) return;
+  const bool bad = __any_sync(kAllLanes, flags_of(partials, 0, partials.num, row) != 0);
+  if (bad && threadIdx.x == 0) const_cast<uint8_t*>(partials.flags[args.own])[row] = 1;
 }
 
 struct Homes {
@@ -234,9 +180,9 @@ void embed(const EmbedArgs& args, const Lane& lane) {
 }
 
 void add_norm(const AddNormArgs& args, const Lane& lane) {
-  const int64_t parts = div_up(args.hidden, int64_t{kAtOnce} * kRowThreads);
-  const auto kernel = parts == 1 ? add_norm_kernel<1> : parts == 2 ? add_norm_kernel<2> : add_norm_kernel<0>;
-  launch(kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials(args));
+  const int64_t parts = div_up(args.hidden, kRowPart);
+  const auto kernel = parts == 1 ? add_norm_kernel<1> : parts == 2 ? add_norm_kernel<2> : args.plain ? add_norm_long_kernel<float> : add_norm_long_kernel<uint64_t>;
+  launch(kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials<kMaxRanks>(args));
 }
 
 void fetch_rows(const FetchRowsArgs& args, const Lane& lane) {
@@ -251,7 +197,7 @@ void fetch_rows(const FetchRowsArgs& args, const Lane& lane) {
 }
 
 void add_partials(const AddPartialsArgs& args, const Lane& lane) {
-  launch(add_partials_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials(args));
+  launch(add_partials_kernel, static_cast<unsigned>(args.rows.size()), kRowThreads, 0, lane.queue, args, Partials<kMaxRanks>(args));
 }
 
 void rope_store(const RopeStoreArgs& args, const Lane& lane) {

@@ -63,10 +63,32 @@ double probe_dot(int64_t iterations) {
 }
 
 const Ops& ops() {
-  static constexpr Ops table{MOEBIUS_ISA_NAME, scratch_bytes, act_bytes,        embed,           add_norm,     linear,    rope_store, attention,
-                             exact_linear,     route,         group_experts,    experts_gate_up, experts_down, pick_rows, clear,      nullptr,
-                             nullptr,          nullptr,       nullptr,          nullptr,         nullptr,      arg_max,   exp_sum,    probe_read,
-                             probe_dot<Vec>};
+  static constexpr Ops table{.name = MOEBIUS_ISA_NAME,
+                             .scratch_bytes = scratch_bytes,
+                             .act_bytes = act_bytes,
+                             .embed = embed,
+                             .add_norm = add_norm,
+                             .linear = linear,
+                             .rope_store = rope_store,
+                             .attention = attention,
+                             .exact_linear = exact_linear,
+                             .route = route,
+                             .group_experts = group_experts,
+                             .experts_gate_up = experts_gate_up,
+                             .experts_down = experts_down,
+                             .pick_rows = pick_rows,
+                             .clear = clear,
+                             .choose_tokens = nullptr,
+                             .add_partials = nullptr,
+                             .fetch_rows = nullptr,
+                             .copy_pages = nullptr,
+                             .norm_linear = nullptr,
+                             .rope_attention = nullptr,
+                             .norm_route = nullptr,
+                             .arg_max = arg_max,
+                             .exp_sum = exp_sum,
+                             .probe_read = probe_read,
+                             .probe_dot = probe_dot<Vec>};
   return table;
 }
 

@@ -11,7 +11,7 @@
 namespace moebius {
 
 // Changed with every change to what follows or to ops.h that a size does not show.
-inline constexpr const char* kModuleVersion = "0.1.10";
+inline constexpr const char* kModuleVersion = "0.1.11";
 
 // Set by whoever returns a Code below 0; a text ends with NUL.
 struct ModuleStatus {

@@ -74,6 +74,7 @@ struct AddNormArgs {
   float eps = 0;
   bf16* x = nullptr;                           // [rows, hidden]
   float* x_float = nullptr;                    // [rows, hidden] the norm before rounding, or null
+  float* h_out = nullptr;                      // on a GPU: where h goes if there are partials; null: it stays
 };
 
 // y = x·Wᵀ in float, for several packed matrices over the same x. Shares: tiles of all parts, laid end to end.
@@ -93,6 +94,12 @@ struct LinearArgs {
   const LinearPart* parts = nullptr;  // host
   bool row_major = false;             // w is no packed matrix but [n, k]: on a GPU in mode fast
   bool plain = false;                 // mode fast: in any order along k
+};
+
+// add_norm, then linear of its x, which may stay unwritten.
+struct NormLinearArgs {
+  AddNormArgs norm;  // with an h_out that is not h
+  LinearArgs linear;
 };
 
 // Where a row's KV lives: page `position / page_tokens` of its sequence's page table.
@@ -223,8 +230,9 @@ struct GroupArgs {
   int32_t* experts_reached = nullptr;        // += local experts that have pairs
 };
 
-// route, then group_experts of the same rows.
-struct RouteGroupArgs {
+// add_norm, then route of its x_float, which may stay unwritten, then group_experts of the same rows where `group` has begins.
+struct NormRouteArgs {
+  AddNormArgs norm;  // with an h_out that is not h
   RouteArgs route;
   GroupArgs group;
 };
@@ -341,8 +349,9 @@ struct Ops {
   void (*add_partials)(const AddPartialsArgs&, const Lane&);
   void (*fetch_rows)(const FetchRowsArgs&, const Lane&);
   void (*copy_pages)(const CopyPagesArgs&, const Lane&);
+  void (*norm_linear)(const NormLinearArgs&, const Lane&);
   void (*rope_attention)(const RopeAttentionArgs&, const Lane&);
-  void (*route_group)(const RouteGroupArgs&, const Lane&);
+  void (*norm_route)(const NormRouteArgs&, const Lane&);
 
   // Null on a GPU: what follows works on the host. Sampling helpers over one row of float logits; called by one thread, order fixed.
   int64_t (*arg_max)(const float* x, int64_t n);                                        // lowest index wins; -1 when no element is a number

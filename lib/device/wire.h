@@ -32,7 +32,7 @@ enum class Command : int32_t {
   X(embed, EmbedArgs) X(add_norm, AddNormArgs) X(linear, LinearArgs) X(rope_store, RopeStoreArgs) X(attention, AttentionArgs)                     \
   X(exact_linear, ExactLinearArgs) X(route, RouteArgs) X(group_experts, GroupArgs) X(experts_gate_up, ExpertsArgs) X(experts_down, ExpertsArgs)   \
   X(pick_rows, PickArgs) X(choose_tokens, ChooseArgs) X(add_partials, AddPartialsArgs) X(fetch_rows, FetchRowsArgs) X(copy_pages, CopyPagesArgs) \
-  X(rope_attention, RopeAttentionArgs) X(route_group, RouteGroupArgs)
+  X(norm_linear, NormLinearArgs) X(rope_attention, RopeAttentionArgs) X(norm_route, NormRouteArgs)
 
 // Calls v(array, count) for each array of the host that the arguments point to, and v.peers(array, count) where it holds pointers to ranks'
 // memory.
@@ -42,6 +42,10 @@ template <class V>
 void each_array(AddNormArgs& a, V&& v) { v.peers(a.partials, a.num_partials), v.peers(a.flags, a.num_partials); }
 template <class V>
 void each_array(LinearArgs& a, V&& v) { v(a.parts, a.num_parts); }
+template <class V>
+void each_array(NormLinearArgs& a, V&& v) { each_array(a.norm, v), each_array(a.linear, v); }
+template <class V>
+void each_array(NormRouteArgs& a, V&& v) { each_array(a.norm, v); }
 template <class V>
 void each_array(AttentionArgs& a, V&& v) { v(a.heads_of_kv, a.kv.num_kv_heads); }
 template <class V>

@@ -11,14 +11,16 @@ class EpBackend final : public LayerBackend {
 
   PartialSums finish_attention(RankContext& rank, int64_t) const override { return rank.comm->local_sum(Accumulator::kAttention); }
 
-  PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range* homes, int64_t num_rows,
+  PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, const AddNormArgs& norm, const Range* homes, int64_t num_rows,
                       const Lane& lane) const override {
+    const Range rows = norm.rows;
     if (layer.dense()) {  // every rank owns a dense MLP whole, and shared experts
+      norm_rows(rank, norm, lane);
       group_rows(rank, layer, rows, rows, lane);
       run_experts(rank, layer, rows, Accumulator::kLocal, lane);
       return rank.comm->local_sum(Accumulator::kLocal);
     }
-    route_rows(rank, layer, rows, lane);
+    norm_and_route(rank, layer, norm, lane);
     rank.comm->dispatch(homes, lane);
     group_rows(rank, layer, {0, num_rows}, rows, lane);
     run_experts(rank, layer, {0, num_rows}, Accumulator::kMlp, lane);

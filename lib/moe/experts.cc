@@ -38,17 +38,26 @@ GroupArgs group_args(const RankContext& rank, const LayerWeights& layer, Range r
 
 }  // namespace
 
-void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
-  rank.ops->route(route_args(rank, layer, rows), lane);
+void norm_rows(RankContext& rank, const AddNormArgs& norm, const Lane& lane) {
+  rank.ops->add_norm(norm, lane);
+  rank.comm->rank_barrier();
+}
+
+void norm_and_route(RankContext& rank, const LayerWeights& layer, const AddNormArgs& norm, const Lane& lane) {
+  const RouteArgs route = route_args(rank, layer, norm.rows);
+  if (rank.ops->norm_route != nullptr) return rank.ops->norm_route({norm, route, {}}, lane);
+  norm_rows(rank, norm, lane);
+  rank.ops->route(route, lane);
 }
 
 void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, Range own, const Lane& lane) {
   rank.ops->group_experts(group_args(rank, layer, rows, own), lane);
 }
 
-void route_and_group(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane) {
-  if (rank.ops->route_group != nullptr) return rank.ops->route_group({route_args(rank, layer, rows), group_args(rank, layer, rows, rows)}, lane);
-  route_rows(rank, layer, rows, lane);
+void norm_route_and_group(RankContext& rank, const LayerWeights& layer, const AddNormArgs& norm, const Lane& lane) {
+  const Range rows = norm.rows;
+  if (rank.ops->norm_route != nullptr) return rank.ops->norm_route({norm, route_args(rank, layer, rows), group_args(rank, layer, rows, rows)}, lane);
+  norm_and_route(rank, layer, norm, lane);
   rank.comm->rank_barrier();
   group_rows(rank, layer, rows, rows, lane);
 }

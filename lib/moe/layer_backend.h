@@ -13,7 +13,8 @@ namespace moebius {
 // One rank's buffers for a step, [max_rows, …] each, indexed by the step's row.
 struct RankBuffers {
   int64_t max_rows = 0;
-  float* h = nullptr;             // [max_rows, hidden] the residual stream
+  float* h = nullptr;             // [max_rows, hidden] the residual stream,
+  float* h_other = nullptr;       // and by turns here, where Ops::norm_linear is; else null
   bf16* x = nullptr;              // [max_rows, hidden] normed input of attention or MLP
   float* x_float = nullptr;       // [max_rows, hidden] the same before rounding (router)
   float* qkv = nullptr;           // q [max_rows, heads·head_dim], then k and v [max_rows, kv_heads·head_dim]
@@ -50,8 +51,8 @@ class LayerBackend {
   // homes: [ranks] rows of each home; the step has num_rows rows.
   virtual Range rows(const RankContext& rank, const Range* homes, int64_t num_rows) const = 0;
   virtual PartialSums finish_attention(RankContext& rank, int64_t num_rows) const = 0;
-  // Router and experts (or dense MLP) for `rows`; x and x_float are ready. homes as above.
-  virtual PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range* homes, int64_t num_rows,
+  // Norm, router and experts (or dense MLP) for the norm's rows. homes as above.
+  virtual PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, const AddNormArgs& norm, const Range* homes, int64_t num_rows,
                               const Lane& lane) const = 0;
 
  protected:
@@ -62,11 +63,12 @@ const LayerBackend& tp_backend();
 const LayerBackend& ep_backend();
 
 // Pieces both use.
-void route_rows(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
+void norm_rows(RankContext& rank, const AddNormArgs& norm, const Lane& lane);  // for every thread of the rank
+void norm_and_route(RankContext& rank, const LayerWeights& layer, const AddNormArgs& norm, const Lane& lane);
 // By expert, or as one dense MLP; once every row's choices are there. own: the rows that go through shared experts here.
 void group_rows(RankContext& rank, const LayerWeights& layer, Range rows, Range own, const Lane& lane);
-// Both, of the rank's own rows, where no choices of other ranks come between.
-void route_and_group(RankContext& rank, const LayerWeights& layer, Range rows, const Lane& lane);
+// All of it, of the rank's own rows, where no choices of other ranks come between.
+void norm_route_and_group(RankContext& rank, const LayerWeights& layer, const AddNormArgs& norm, const Lane& lane);
 // Adds the MLP outputs of `rows`, which were grouped, into the sum, cleared over `rows` first.
 void run_experts(RankContext& rank, const LayerWeights& layer, Range rows, Accumulator sum, const Lane& lane);
 

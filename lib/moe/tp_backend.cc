@@ -12,11 +12,11 @@ class TpBackend final : public LayerBackend {
     return rank.comm->all_reduce(Accumulator::kAttention, num_rows);
   }
 
-  PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, Range rows, const Range*, int64_t num_rows,
+  PartialSums run_mlp(RankContext& rank, const LayerWeights& layer, const AddNormArgs& norm, const Range*, int64_t num_rows,
                       const Lane& lane) const override {
-    if (layer.dense()) group_rows(rank, layer, rows, rows, lane);
-    else route_and_group(rank, layer, rows, lane);
-    run_experts(rank, layer, rows, Accumulator::kMlp, lane);
+    if (layer.dense()) norm_rows(rank, norm, lane), group_rows(rank, layer, norm.rows, norm.rows, lane);
+    else norm_route_and_group(rank, layer, norm, lane);
+    run_experts(rank, layer, norm.rows, Accumulator::kMlp, lane);
     return rank.comm->all_reduce(Accumulator::kMlp, num_rows);
   }
 };

@@ -91,6 +91,7 @@ WorkspaceShape workspace_shape(const ModelConfig& model, const EngineConfig& con
   s.threads = threads;
   s.scratch_bytes = ops.scratch_bytes(limits);
   s.plain_sums = config.fast();
+  s.two_residuals = ops.norm_linear != nullptr;
   if (!device.host_memory()) s.logit_columns = div_up(div_up(model.vocab_size, kTile), config.ranks) * kTile;
   if (device.collectives() != nullptr) s.collected_rows = div_up(s.max_logit_rows, config.ranks) * config.ranks;
   return s;

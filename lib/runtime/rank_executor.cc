@@ -1,6 +1,7 @@
 #include "lib/runtime/rank_executor.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "lib/base/error.h"
 #include "lib/tensor/packed.h"
@@ -10,12 +11,14 @@ namespace moebius {
 RankExecutor::RankExecutor(const ForwardModel& model, const std::vector<LayerWeights> (&layers)[2], const RankContext& context)
     : model_(model), layers_(layers), context_(context) {}
 
-void RankExecutor::add_norm(Range rows, const Sums& sums, const float* weight, bool keep_float, const Lane& lane) {
+AddNormArgs RankExecutor::norm_of(Range rows, const Sums& sums, const float* weight, bool keep_float, Residual& residual) const {
   const RankBuffers& b = *context_.buffers;
   AddNormArgs args;
   args.rows = rows;
   args.hidden = model_.hidden;
-  args.h = b.h;
+  args.h = residual.here;
+  args.h_out = residual.next;
+  if (sums.partials.num > 0 && residual.next != nullptr) std::swap(residual.here, residual.next);
   args.num_partials = sums.partials.num;
   args.partials = sums.partials.sums;
   args.flags = sums.partials.flags;
@@ -26,11 +29,12 @@ void RankExecutor::add_norm(Range rows, const Sums& sums, const float* weight, b
   args.eps = model_.eps;
   args.x = b.x;
   args.x_float = keep_float ? b.x_float : nullptr;
-  context_.ops->add_norm(args, lane);
+  return args;
 }
 
-// Projections, rotary embedding, KV write, attention and O projection: fills the attention sum of `rows`.
-void RankExecutor::attend(const StepShape& shape, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane) {
+// Norm, projections, rotary embedding, KV write, attention and O projection: fills the attention sum of the norm's rows.
+void RankExecutor::attend(const StepShape& shape, const StepView& view, const LayerWeights& layer, Layout layout, const AddNormArgs& norm, const Lane& lane) {
+  const Range rows = norm.rows;
   const RankBuffers& b = *context_.buffers;
   const Ops& ops = *context_.ops;
   const int64_t q_width = layer.num_heads * model_.head_dim, kv_width = layer.kv.num_kv_heads * model_.head_dim;
@@ -55,7 +59,12 @@ void RankExecutor::attend(const StepShape& shape, const StepView& view, const La
   linear.num_parts = num_parts;
   linear.parts = parts;
   linear.plain = b.sums[0].plain;
-  ops.linear(linear, lane);
+  if (ops.norm_linear != nullptr) {
+    ops.norm_linear({norm, linear}, lane);
+  } else {
+    norm_rows(context_, norm, lane);
+    ops.linear(linear, lane);
+  }
   context_.comm->rank_barrier();
 
   const int which = static_cast<int>(layout);
@@ -137,23 +146,21 @@ void RankExecutor::forward(const StepShape& shape, const StepView& view, const L
   context_.comm->rank_barrier();
 
   Sums pending;
+  Residual residual{b.h, b.h_other};
   for (int32_t l = 0; l < model_.num_layers; ++l) {
     const LayerBackend& backend = backend_of(l);
     const Layout layout = l < shape.seam ? Layout::kTp : Layout::kEp;
     const LayerWeights& layer = layers_[static_cast<int>(layout)][l];
     rows = backend.rows(context_, shape.homes.data(), num_rows);
 
-    add_norm(rows, pending, layer.input_norm, false, lane);
-    context_.comm->rank_barrier();
-    attend(shape, view, layer, layout, rows, lane);
+    attend(shape, view, layer, layout, norm_of(rows, pending, layer.input_norm, false, residual), lane);
     const PartialSums attention = backend.finish_attention(context_, num_rows);
 
-    add_norm(rows, {attention, layer.attention_scale}, layer.post_attention_norm, !layer.dense(), lane);
-    context_.comm->rank_barrier();
-    pending = {backend.run_mlp(context_, layer, rows, shape.homes.data(), num_rows, lane), layer.mlp_scale};
+    const AddNormArgs norm = norm_of(rows, {attention, layer.attention_scale}, layer.post_attention_norm, !layer.dense(), residual);
+    pending = {backend.run_mlp(context_, layer, norm, shape.homes.data(), num_rows, lane), layer.mlp_scale};
     if (context_.routes != nullptr && lane.thread == 0 && !layer.dense()) keep_routes(l, num_rows);
   }
-  add_norm(rows, pending, model_.final_norm, false, lane);
+  context_.ops->add_norm(norm_of(rows, pending, model_.final_norm, false, residual), lane);
   // The LM head is divided by vocabulary, so every rank needs every row.
   if (shape.seam < model_.num_layers) context_.comm->gather_rows(shape.homes.data(), lane);
   else context_.comm->rank_barrier();

@@ -41,9 +41,14 @@ class RankExecutor {
     PartialSums partials;
     float scale = 1;
   };
-  void add_norm(Range rows, const Sums& sums, const float* weight, bool keep_float, const Lane& lane);
+  // Where the residual stream is, and where it goes next.
+  struct Residual {
+    float* here = nullptr;
+    float* next = nullptr;
+  };
+  AddNormArgs norm_of(Range rows, const Sums& sums, const float* weight, bool keep_float, Residual& residual) const;
   void keep_routes(int32_t layer, int64_t num_rows);
-  void attend(const StepShape& shape, const StepView& view, const LayerWeights& layer, Layout layout, Range rows, const Lane& lane);
+  void attend(const StepShape& shape, const StepView& view, const LayerWeights& layer, Layout layout, const AddNormArgs& norm, const Lane& lane);
 
   const ForwardModel& model_;
   const std::vector<LayerWeights> (&layers_)[2];

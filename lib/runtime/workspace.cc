@@ -14,6 +14,7 @@ int64_t Workspace::lay_out(const WorkspaceShape& s, std::byte* base) {
   b.max_rows = s.max_rows;
   const int64_t q_width = s.num_heads * s.head_dim, kv_width = s.num_kv_heads * s.head_dim;
   take(b.h, s.max_rows * s.hidden);
+  if (s.two_residuals) take(b.h_other, s.max_rows * s.hidden);
   take(b.x, s.max_rows * s.hidden);
   take(b.x_float, s.max_rows * s.hidden);
   take(b.qkv, s.max_rows * (q_width + 2 * kv_width));

@@ -18,6 +18,7 @@ struct WorkspaceShape {
   int threads = 1;
   size_t scratch_bytes = 0;       // per thread
   bool plain_sums = false;
+  bool two_residuals = false;     // RankBuffers::h_other
 };
 
 // Walks the buffers in a fixed order: once without memory to learn the size, once to place them.

@@ -87,6 +87,49 @@ struct Random {
   }
 };
 
+// A residual stream with a sum that is to be added, and its norm, on the device.
+struct NormThere {
+  NormThere(Random& random, int rows, int64_t hidden, bool plain)
+      : rows(rows), hidden(hidden), plain(plain), h(random.floats(static_cast<size_t>(rows * hidden))), weight(random.floats(static_cast<size_t>(hidden))), x(h.size()),
+        x_float(h.size()), h_out(h.size()), flags(flags_of(rows)), sum(sum_of(random, rows * hidden, plain)) {}
+
+  AddNormArgs args(Range of) const {
+    const auto* const floats_or_integers = reinterpret_cast<const int64_t*>(sum.get());
+    partials = floats_or_integers;
+    flag_list = flags.get();
+    return {of, hidden, h.get(), 1, &partials, &flag_list, plain ? 1.0f : 0x1p-28f, plain, 0, weight.get(), 1e-6f, x.get(), x_float.get(), h_out.get()};
+  }
+
+  int rows;
+  int64_t hidden;
+  bool plain;
+  Array<float> h, weight;
+  Array<bf16> x;
+  Array<float> x_float, h_out;
+  Array<uint8_t> flags;
+  Array<unsigned char> sum;
+
+ private:
+  static std::vector<uint8_t> flags_of(int rows) {
+    std::vector<uint8_t> flags(static_cast<size_t>(rows), 0);
+    if (rows > 2) flags[2] = 1;
+    return flags;
+  }
+  static std::vector<unsigned char> sum_of(Random& random, int64_t n, bool plain) {
+    std::vector<unsigned char> bytes(static_cast<size_t>(n) * sizeof(int64_t));
+    for (int64_t i = 0; i < n; ++i) {
+      const float v = random.normal();
+      const auto fixed = static_cast<int64_t>(v * 0x1p28f);
+      if (plain) std::memcpy(bytes.data() + i * 4, &v, sizeof v);
+      else std::memcpy(bytes.data() + i * 8, &fixed, sizeof fixed);
+    }
+    return bytes;
+  }
+
+  mutable const int64_t* partials = nullptr;
+  mutable const uint8_t* flag_list = nullptr;
+};
+
 template <class T>
 bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);

@@ -92,6 +92,52 @@ TEST_CASE("linear: every shape against the plain product, and a row's bits do no
   }
 }
 
+TEST_CASE("norm_linear: the bits of add_norm and linear one after the other, of one row and of several, of rows of any length") {
+  Random random(13);
+  for (const int64_t k : {8, 64, 104, 2048, 2056, 4096, 4104, 70})
+    for (const bool plain : {false, true}) {
+      constexpr int kRows = 5, kParts = 3;
+      const NormThere norm(random, kRows, k, plain);
+      std::vector<Array<bf16>> weights;
+      const int64_t sizes[kParts] = {48, 16, 33};
+      for (const int64_t n : sizes) weights.emplace_back(Matrix(random, n, k, 1.0f).packed);
+      Lanes lanes({kRows, k, 16, 1, 1, 1});
+      for (const Range rows : {Range{0, kRows}, Range{3, 4}, Range{2, 3}, Range{1, 3}, Range{1, 1}}) {
+        INFO("hidden " << k << ", rows " << rows.begin << " to " << rows.end << ", plain " << plain);
+        const auto run = [&](bool together, bool sums) {
+          std::vector<Array<float>> y;
+          std::vector<LinearPart> parts;
+          for (size_t p = 0; p < kParts; ++p) {
+            y.emplace_back(static_cast<size_t>(kRows * sizes[p]));
+            parts.push_back({weights[p].get(), sizes[p], y.back().get(), sizes[p]});
+          }
+          const Array<float> h_out(norm.h.size());
+          const Array<bf16> x(norm.h.size());
+          NormLinearArgs args{norm.args(rows), {rows, x.get(), k, k, kParts, parts.data(), false, plain}};
+          args.norm.h_out = h_out.get();
+          args.norm.x = x.get();
+          args.norm.x_float = nullptr;
+          if (!sums) args.norm.num_partials = 0;
+          const Ops& ops = test_device().ops();
+          if (together) {
+            ops.norm_linear(args, lanes.device);
+          } else {
+            ops.add_norm(args.norm, lanes.device);
+            ops.linear(args.linear, lanes.device);
+          }
+          std::vector<std::vector<float>> out{h_out.values()};
+          for (const Array<float>& a : y) out.push_back(a.values());
+          return out;
+        };
+        for (const bool sums : {true, false}) {
+          const auto together = run(true, sums), apart = run(false, sums);
+          for (size_t i = 0; i < together.size(); ++i) REQUIRE(same_bytes(together[i], apart[i]));
+          for (int64_t i = rows.begin * k; i < rows.end * k; ++i) REQUIRE(std::isnan(apart[0][static_cast<size_t>(i)]) == (!sums || i / k == 2));  // 2: flagged
+        }
+      }
+    }
+}
+
 TEST_CASE("row-major weights: against the plain sum, rows and columns beside them untouched") {
   Random random(9);
   constexpr int64_t kHidden = 96, kColumns = 80, kRows = 33, kStride = 96;

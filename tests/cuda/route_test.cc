@@ -132,54 +132,64 @@ TEST_CASE("group_experts: the CPU's arrays, few and many choices, experts of oth
   }
 }
 
-TEST_CASE("route_group: the bits of route and group_experts one after the other") {
+TEST_CASE("norm_route: the bits of add_norm, route and group_experts one after the other") {
   Random random(11);
   struct Shape {
-    int experts, local, top_k, rows;
+    int experts, local, top_k, rows, hidden = 64;
   };
-  // At most 128 choices of fewer than 32 rows are grouped by the router's own kernel.
+  // Rows of at most 4,096, below 32 of them, are normed by the router's own kernel. At most 128 choices of fewer than 32 rows are grouped by the router's own kernel.
   for (const Shape& s : {Shape{10, 10, 2, 0}, Shape{10, 3, 2, 1}, Shape{128, 128, 8, 1}, Shape{128, 40, 8, 16}, Shape{128, 128, 8, 17}, Shape{60, 60, 4, 31},
-                         Shape{60, 20, 4, 32}, Shape{256, 256, 40, 3}, Shape{1024, 700, 8, 16}}) {
-    constexpr int kHidden = 64, kShared = 4;
+                         Shape{60, 20, 4, 32}, Shape{256, 256, 40, 3}, Shape{1024, 700, 8, 16}, Shape{60, 60, 4, 2, 2048}, Shape{20, 20, 4, 3, 4096}, Shape{20, 20, 4, 3, 4104}, Shape{20, 20, 4, 3, 70}}) {
+    constexpr int kShared = 4;
+    const int hidden = s.hidden;
     const RouteRule rule = rule_of(s.experts - kShared, s.top_k, 2);
     const int choices = rule.choices();
-    const PackedMatrix m{rule.num_experts, kHidden}, gate{1, kHidden};
+    const PackedMatrix m{rule.num_experts, hidden}, gate{1, hidden};
     std::vector<int32_t> local_of_expert(static_cast<size_t>(s.experts), -1), tokens;
     for (int e = 0; e < s.local; ++e) local_of_expert[static_cast<size_t>(s.experts - 1 - e)] = e;
     for (int r = 0; r < s.rows; ++r) tokens.push_back(r % 6 == 5 ? -1 : r);  // some rows fill the step up
-    const Array<float> x(random.floats(static_cast<size_t>(s.rows * kHidden)));
+    const NormThere norm(random, s.rows, hidden, s.top_k == 8);
     const Array<bf16> w(random.bf16s(static_cast<size_t>(m.elements() + gate.elements()), 0.5f));
     const Array<int32_t> local_there(local_of_expert), tokens_there(tokens);
-    Lanes lanes({std::max(1, s.rows), kHidden, 16, 1, s.experts, choices});
+    Lanes lanes({std::max(1, s.rows), hidden, 16, 1, s.experts, choices});
     const auto pairs = static_cast<size_t>(s.rows * choices);
-    const auto run = [&](bool together) {
+    const auto run = [&](bool together, bool groups) {
+      const Array<float> h_out(norm.h.size());
+      const Array<bf16> x(norm.h.size());
       const Array<int32_t> ids(pairs), begins(static_cast<size_t>(s.local + 1)), pair_rows(pairs), reached(std::vector<int32_t>(1, 5));
       const Array<float> weights(pairs), pair_weights(pairs);
       const Range rows{0, s.rows};
-      const RouteGroupArgs args{{rows, x.get(), w.get(), kHidden, rule, nullptr, ids.get(), weights.get()},
-                                {rows, choices, rule.num_experts, {0, s.rows / 2}, tokens_there.get(), ids.get(), weights.get(), s.local, local_there.get(), begins.get(),
-                                 pair_rows.get(), pair_weights.get(), reached.get()}};
+      NormRouteArgs args{norm.args(rows), {rows, norm.x_float.get(), w.get(), hidden, rule, nullptr, ids.get(), weights.get()}, {}};
+      args.norm.h_out = h_out.get();
+      args.norm.x = x.get();
+      if (groups)
+        args.group = {rows, choices, rule.num_experts, {0, s.rows / 2}, tokens_there.get(), ids.get(), weights.get(), s.local, local_there.get(), begins.get(),
+                      pair_rows.get(), pair_weights.get(), reached.get()};
       const Ops& ops = test_device().ops();
       if (together) {
-        ops.route_group(args, lanes.device);
+        ops.norm_route(args, lanes.device);
       } else {
+        ops.add_norm(args.norm, lanes.device);
         ops.route(args.route, lanes.device);
-        ops.group_experts(args.group, lanes.device);
+        if (groups) ops.group_experts(args.group, lanes.device);
       }
       const std::vector<int32_t> numbers[] = {ids.values(), begins.values(), pair_rows.values(), reached.values()};
       std::vector<int32_t> all;
       for (const auto& n : numbers) all.insert(all.end(), n.begin(), n.end());
+      const std::vector<bf16> of_rows = x.values();
+      all.insert(all.end(), of_rows.begin(), of_rows.end());
       std::vector<float> floats = weights.values();
-      const std::vector<float> of_pairs = pair_weights.values();
-      floats.insert(floats.end(), of_pairs.begin(), of_pairs.end());
+      for (const auto& f : {pair_weights.values(), h_out.values()}) floats.insert(floats.end(), f.begin(), f.end());
       return std::pair(all, floats);
     };
-    const auto apart = run(false);
-    INFO("experts " << s.experts << ", top_k " << s.top_k << ", rows " << s.rows);
-    for (int again = 0; again < 2; ++again) {  // counters are 0 again behind it
-      const auto together = run(true);
-      CHECK(together.first == apart.first);
-      CHECK(same_bytes(together.second, apart.second));
+    INFO("experts " << s.experts << ", top_k " << s.top_k << ", rows " << s.rows << ", hidden " << hidden);
+    for (const bool groups : {true, false}) {
+      const auto apart = run(false, groups);
+      for (int again = 0; again < 2; ++again) {  // counters are 0 again behind it
+        const auto together = run(true, groups);
+        CHECK(together.first == apart.first);
+        CHECK(same_bytes(together.second, apart.second));
+      }
     }
   }
 }

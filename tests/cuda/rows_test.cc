@@ -113,13 +113,15 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
         std::vector<float> h, x_float;
         std::vector<bf16> x;
       };
-      const auto on_device = [&](Range rows, bool with_weight, int64_t whole_rows = 0) {
-        const Array<float> h_there(h), x_float(h.size());
+      const auto on_device = [&](Range rows, bool with_weight, int64_t whole_rows = 0, bool elsewhere = false) {
+        const Array<float> h_there(h), x_float(h.size()), h_out(h.size());
         const Array<bf16> x(h.size());
         test_device().ops().add_norm({rows, hidden, h_there.get(), num, sum_pointers_there.data(), flag_pointers_there.data(), 0x1p-28f, false,
-                                      whole_rows, with_weight ? weight_there.get() + 2 : nullptr, 1e-6f, x.get(), x_float.get()},
+                                      whole_rows, with_weight ? weight_there.get() + 2 : nullptr, 1e-6f, x.get(), x_float.get(),
+                                      elsewhere ? h_out.get() : nullptr},
                                      lanes.device);
-        return Out{h_there.values(), x_float.values(), x.values()};
+        if (elsewhere) CHECK(same_bytes(h_there.values(), h));
+        return Out{(elsewhere ? h_out : h_there).values(), x_float.values(), x.values()};
       };
       Out mine{h, std::vector<float>(h.size()), std::vector<bf16>(h.size())};
       reference().add_norm({{0, kRows}, hidden, mine.h.data(), num, sum_pointers.data(), flag_pointers.data(), 0x1p-28f, false, 0, weight.data(), 1e-6f,
@@ -127,6 +129,7 @@ TEST_CASE("add_norm: the sum is the CPU's to the bit, the norm to a few rounding
                            lanes.host);
       const Out all = on_device({0, kRows}, true);
       CHECK(same_bytes(on_device({0, kRows}, false).h, all.h));
+      if (num > 0) CHECK(same_bytes(on_device({0, kRows}, true, 0, true).h, all.h));
       for (size_t i = 0; i < h.size(); ++i) {
         if (std::isnan(mine.h[i])) {
           REQUIRE(std::isnan(all.h[i]));
