@@ -8,7 +8,6 @@
 
 #include "cuda/math.h"
 #include "lib/device/ops.h"
-#include "lib/layout/owners.h"
 
 namespace moebius::cuda {
 
@@ -83,7 +82,7 @@ __device__ __forceinline__ float norm_factor(const AddNormArgs& args, float squa
 template <int kThreads, int kParts>
 class BlockRow {
  public:
-  static constexpr int64_t kMost = kParts * kRowPart;
+  static constexpr int64_t kLongest = kParts * kRowPart;
 
   // Constant memory, so before the kernels ahead are awaited.
   __device__ __forceinline__ void load_weight(const AddNormArgs& args) { load(weight_, args.weight, args.hidden); }

@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kWarps * 32) linear_kernel(LinearArgs args, co
   const int64_t row0 = static_cast<int64_t>(row_unit) * kBlocks * 8, num = min(args.rows.size() - row0, int64_t{kBlocks} * 8);
   InputRows<kBlocks> rows;
   if constexpr (kNormParts > 0) {
-    __shared__ uint4 normed[BlockRow<kWarps * 32, kNormParts>::kMost / 8];
+    __shared__ uint4 normed[BlockRow<kWarps * 32, kNormParts>::kLongest / 8];
     static_assert(kBlocks == 1);
     const int64_t row = args.rows.begin;
     BlockRow<kWarps * 32, kNormParts> mine;

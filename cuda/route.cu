@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kRouterWarps * 32, 1) route_kernel(RouteArgs a
   load_weights(warp * kWarpPairs);
   const float2* x[kRows];
   if constexpr (kNormParts > 0) {
-    __shared__ float2 normed[BlockRow<kRowThreads, kNormParts>::kMost / 2];
+    __shared__ float2 normed[BlockRow<kRowThreads, kNormParts>::kLongest / 2];
     static_assert(kRows == 1 && kRouterWarps * 32 == kRowThreads);
     const int64_t row = args.rows.begin + first;
     BlockRow<kRowThreads, kNormParts> mine;

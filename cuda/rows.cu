@@ -8,6 +8,7 @@
 #include "cuda/norm.h"
 #include "cuda/ptx.h"
 #include "cuda/rope.h"
+#include "lib/layout/slices.h"
 #include "lib/tensor/packed.h"
 
 namespace moebius::cuda {

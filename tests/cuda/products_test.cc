@@ -1,3 +1,4 @@
+#include <bit>
 #include <cmath>
 #include <string_view>
 #include <tuple>
@@ -100,8 +101,17 @@ TEST_CASE("norm_linear: the bits of add_norm and linear one after the other, of 
       const NormThere norm(random, kRows, k, plain);
       std::vector<Array<bf16>> weights;
       const int64_t sizes[kParts] = {48, 16, 33};
-      for (const int64_t n : sizes) weights.emplace_back(Matrix(random, n, k, 1.0f).packed);
       Lanes lanes({kRows, k, 16, 1, 1, 1});
+      // Weights that bring the norm of row 3 to where bf16 rounds up or down: the last bit of the sum of squares shows.
+      test_device().ops().add_norm(norm.args({3, 4}), lanes.device);
+      std::vector<float> sharp = norm.weight.values();
+      const std::vector<float> normed = norm.x_float.values();
+      for (int64_t i = 0; i < k; ++i) {
+        const float v = normed[static_cast<size_t>(3 * k + i)];
+        sharp[static_cast<size_t>(i)] *= std::bit_cast<float>((std::bit_cast<uint32_t>(v) & 0xffff0000) | 0x8000) / v;
+      }
+      const Array<float> sharp_there(sharp);
+      for (const int64_t n : sizes) weights.emplace_back(Matrix(random, n, k, 1.0f).packed);
       for (const Range rows : {Range{0, kRows}, Range{3, 4}, Range{2, 3}, Range{1, 3}, Range{1, 1}}) {
         INFO("hidden " << k << ", rows " << rows.begin << " to " << rows.end << ", plain " << plain);
         const auto run = [&](bool together, bool sums) {
@@ -117,6 +127,7 @@ TEST_CASE("norm_linear: the bits of add_norm and linear one after the other, of 
           args.norm.h_out = h_out.get();
           args.norm.x = x.get();
           args.norm.x_float = nullptr;
+          args.norm.weight = sharp_there.get();
           if (!sums) args.norm.num_partials = 0;
           const Ops& ops = test_device().ops();
           if (together) {
