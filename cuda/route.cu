@@ -67,18 +67,22 @@ __device__ __forceinline__ void warp_choose_experts(const RouteArgs& args, int64
   }
   most = warp_max(most);
   unsigned key[kPerLane];  // 0 for what does not exist or has been taken
+  bool lost = false;       // NaN of one expert is the row's, though nobody chooses it
 #pragma unroll
   for (int n = 0; n < kPerLane; ++n) {
     const int e = n * 32 + lane;
     const bool exists = e < rule.num_experts;
     score[n] = !exists ? 0 : rule.sigmoid ? sigmoid_of(score[n]) : exp_of(score[n] - most);
-    key[n] = !exists ? 0 : order_of(args.bias != nullptr ? score[n] + args.bias[e] : score[n]);
+    const float compared = exists && args.bias != nullptr ? score[n] + args.bias[e] : score[n];
+    key[n] = !exists ? 0 : order_of(compared);
+    lost |= compared != compared;
     if (!rule.sigmoid) sum += score[n];
   }
   if (!rule.sigmoid) sum = warp_sum(sum);
+  if (__any_sync(kAllLanes, lost)) sum = __uint_as_float(0x7fc00000u);
 
   const int64_t out = (args.rows.begin + i) * rule.choices();
-  float chosen = 0;
+  float chosen = rule.sigmoid ? kLeastScores : 0;
   for (int k = 0; k < rule.top_k; ++k) {
     unsigned best = 0, id = 0;
 #pragma unroll

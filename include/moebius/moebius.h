@@ -197,8 +197,8 @@ typedef struct moebius_model_info {
   int32_t num_layers;        /* N */
   int32_t vocab_size;        /* rows of the logits; a tokenizer's may be smaller */
   int32_t hidden;            /* width of a token's row between layers */
-  int32_t num_experts;       /* of each sparse layer */
-  int32_t top_k;             /* experts that a token goes through */
+  int32_t num_experts;       /* of each sparse layer, without shared ones */
+  int32_t top_k;             /* of these, experts that a token goes through */
   int64_t max_context;       /* tokens of a request, prompt included */
   int32_t slices_per_expert; /* S: cuts of each MLP, which ranks share in TP */
   int32_t head_groups;       /* A: groups of attention heads, which ranks share in TP */
@@ -458,7 +458,7 @@ MOEBIUS_API moebius_status moebius_decoder_finish(moebius_decoder *decoder, cons
 
 /* ---- plan: the switch alone, for a server that computes by itself. It describes its model's slices, learns where each lies in a rank's
  * one allocation (its arena) in both layouts, and moves layers one by one while it serves: layers [0, seam) lie in TP, the others in EP.
- * Weights that all ranks have whole in both layouts (norms, routers, embeddings) are no part of it. Since 0.1. */
+ * Weights that all ranks have whole in both layouts (norms, biases, routers, embeddings) are no part of it. Since 0.1. */
 
 typedef struct moebius_plan moebius_plan; /* where slices lie in both layouts, and how far they have moved */
 

@@ -188,12 +188,15 @@ MOEBIUS_INLINE void choose_experts(const RouteArgs& args, float* p, float* room,
     }
     sum = Vec::sum(sums);
   }
+  F compared = Vec::zero();
   for (int t = 0; t < tiles; ++t) {
     F v = Vec::load(scores + t * kTile);
     if (args.bias != nullptr) v = Vec::add(v, Vec::load_n(args.bias + t * kTile, size_of(t), 0));
     Vec::store(p + t * kTile, Vec::select_first(size_of(t), v, Vec::set1(-kInfinity)));
+    compared = Vec::add(compared, Vec::select_first(size_of(t), v, Vec::zero()));
   }
-  float chosen = 0;
+  if (const float all = Vec::sum(compared); all != all) sum = all;  // NaN of one expert is the row's, though nobody chooses it
+  float chosen = rule.sigmoid ? kLeastScores : 0;
   for (int i = 0; i < rule.top_k; ++i) {
     F best = Vec::set1(-kInfinity);
     for (int t = 0; t < tiles; ++t) best = Vec::max(Vec::load(p + t * kTile), best);

@@ -199,6 +199,7 @@ struct RouteRule {
 
   constexpr int32_t choices() const { return top_k + num_shared; }
 };
+inline constexpr float kLeastScores = 1e-20f;  // what the sum of chosen sigmoids begins with: all of them may be 0
 
 // Router: experts and their weights of each row, the chosen ones descending by score + bias. Shares: rows.
 struct RouteArgs {

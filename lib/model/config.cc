@@ -283,7 +283,11 @@ std::vector<MlpShape> mlps_of(const Reader& c, const FamilyDescriptor& family, i
     const int64_t first = c.integer("first_k_dense_replace", 0, kMaxLayers);
     for (int64_t l = 0; l < std::min(first, layers); ++l) out[static_cast<size_t>(l)] = {0, dense_width()};
   }
-  if (family.dense != FamilyDescriptor::Dense::kByStep) return out;
+  if (family.dense != FamilyDescriptor::Dense::kByStep) {
+    if (family.shared != FamilyDescriptor::Shared::kNone && out.back().num_shared > 0 && experts == 0)
+      fail(Code::kCorruptModel, "{}: {} is 0, but layer {} is none of the dense ones", c.file(), family.expert_count_keys[0], layers - 1);
+    return out;
+  }
   const int64_t step = c.integer_or("decoder_sparse_step", 1, 1, kMaxLayers);
   std::vector<bool> dense(static_cast<size_t>(layers), false);
   if (c.has("mlp_only_layers")) {

@@ -73,7 +73,6 @@ std::string spelled(const WeightSource& source, int layer, const char* const (&s
   return source.has(other) ? other : name;
 }
 
-// Cuts first.cut, first.cut + 1, … of one MLP.
 // As WeightSource::expert numbers it.
 int expert_of(const Slice& slice) { return slice.kind == SliceKind::kDenseCut ? -1 : slice.index; }
 
@@ -112,6 +111,7 @@ std::unique_ptr<MatrixReader> turned_rows(const WeightSource& source, const Mode
   return std::make_unique<HeadRows>(std::move(m), HeadOrder{model.shape.head_dim, model.rotary_dim});
 }
 
+// Cuts first.cut, first.cut + 1, … of one MLP.
 SliceMaxima pack_mlp(const WeightSource& source, const ModelConfig& model, const SliceTable& table, const Slice& first,
                      std::span<std::byte* const> outs) {
   const MlpCut cut{model.shape.mlps[static_cast<size_t>(first.layer)].intermediate / table.counts().cuts, model.shape.hidden};

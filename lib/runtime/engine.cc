@@ -30,8 +30,10 @@ std::string costs_key(const ModelFiles& files, const ModelConfig& model, const E
       cpu = line.substr(std::min(line.size(), line.find(':') + 2));
       break;
     }
-  return fmt::format("{} ({}, {} layers, hidden {}), {} ranks of {} threads, {} {} {} {}, {} of {} cores", files.label(), model.family,
-                     model.shape.num_layers(), model.shape.hidden, config.ranks, threads, config.device, ops.name, config.communicator, config.mode, cpu,
+  const MlpShape& last = model.shape.mlps.back();
+  return fmt::format("{} ({}, {} layers, hidden {}, last with {} + {} experts of {}, {} a token), {} ranks of {} threads, {} {} {} {}, {} of {} cores",
+                     files.label(), model.family, model.shape.num_layers(), model.shape.hidden, last.num_experts, last.num_shared, last.intermediate,
+                     model.top_k, config.ranks, threads, config.device, ops.name, config.communicator, config.mode, cpu,
                      std::thread::hardware_concurrency());
 }
 

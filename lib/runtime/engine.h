@@ -116,7 +116,7 @@ struct StepResult {
   int32_t decode_rows = 0, prefill_rows = 0;
   double seconds = 0, compute_seconds = 0, switch_seconds = 0;
   bool captured = false;            // a captured step was replayed
-  int64_t experts_reached = 0;      // distinct experts with rows, summed over layers (and over ranks: in TP each has its cut)
+  int64_t experts_reached = 0;      // distinct experts with rows, summed over layers (and over ranks: in TP each has its cut, in EP its shared ones)
 };
 
 struct SwitchEstimate {

@@ -26,9 +26,13 @@ void Engine::Impl::update_weights(const ModelFiles& files, bool partial) {
   if (partial) refuse_if_mixed();
   refuse_if_busy();
   const auto begin = Clock::now();
-  if (files.has("config.json")) require_same_model(model_, read_config(files), files.name_of("config.json"));
+  ModelConfig of_files = model_;
+  if (files.has("config.json")) {
+    of_files = read_config(files);
+    require_same_model(model_, of_files, files.name_of("config.json"));
+  }
   const auto warn = [this](const std::string& text) { log(LogLevel::kWarning, "load", text); };
-  const std::unique_ptr<WeightSource> source = partial ? open_tensors(files, model_) : open_checkpoint(files, model_, warn);
+  const std::unique_ptr<WeightSource> source = partial ? open_tensors(files, of_files) : open_checkpoint(files, of_files, warn);
   kv_.drop_cached();  // nothing runs: that is all the KV there is
   try {
     if (store_.update(*source, switcher_.seam(), config_.progress)) captured_connection_ = 0;  // captured steps hold the scales

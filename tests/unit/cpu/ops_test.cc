@@ -634,6 +634,24 @@ TEST_CASE("a router of sigmoids chooses by score and bias, weighs by score, and 
             CHECK(weight[top_k + i] == Approx(gated ? score(gate.data()) : 1).epsilon(1e-5));
           }
         }
+        // A number that is none is every row's, though such an expert is not chosen; scores that are all 0 have weights of 0.
+        std::vector<float> broken = bias;
+        broken[static_cast<size_t>(experts - 1)] = NAN;
+        args.bias = broken.data();
+        on_lanes(ops.route, args, 2, scratch);
+        for (int64_t r = 0; r < rows; ++r) {
+          CHECK(std::isnan(weights[static_cast<size_t>(r * args.rule.choices())]));
+          CHECK(ids[static_cast<size_t>(r * args.rule.choices())] < experts - 1);
+        }
+        const std::vector<float> ones(static_cast<size_t>(rows * hidden), 1);
+        const auto far_below = pack(std::vector<bf16>(static_cast<size_t>(experts * hidden), to_bf16(-100.0f)), experts, hidden);
+        std::copy(far_below.begin(), far_below.end(), packed.begin());
+        args.x = ones.data();
+        args.bias = bias.data();
+        on_lanes(ops.route, args, 2, scratch);
+        for (int i = 0; i < top_k; ++i) CHECK(weights[static_cast<size_t>(i)] == 0);
+        packed = pack(w, experts, hidden);
+        packed.insert(packed.end(), packed_gate.begin(), packed_gate.end());
       }
     }
   }

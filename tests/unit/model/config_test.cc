@@ -134,6 +134,7 @@ TEST_CASE("what shared experts, partial rotary embeddings and biases call for is
   CHECK_THAT(refusal(qwen2, {{"shared_expert_intermediate_size", nullptr}}), Contains("shared_expert_intermediate_size is missing"));
   CHECK_THAT(refusal(glm, {{"n_group", 4}}), Contains("n_group = 4"));
   CHECK_THAT(refusal(glm, {{"n_shared_experts", 0}}), Contains("n_shared_experts is 0"));
+  CHECK_THAT(refusal(glm, {{"n_routed_experts", 0}}), Contains("n_routed_experts is 0"));
   CHECK_THAT(refusal(glm, {{"partial_rotary_factor", 0.1}}), Contains("partial_rotary_factor 0.1") && Contains("even"));
   CHECK_THAT(refusal(glm, {{"partial_rotary_factor", 1.5}}), Contains("partial_rotary_factor 1.5"));
   CHECK_THAT(refusal(glm, {{"routed_scaling_factor", nullptr}}), Contains("routed_scaling_factor is missing"));
